@@ -1,0 +1,27 @@
+"""Layer-local optimizers for JAX: LocoProp and its relatives as Optax transformations."""
+
+from typing import Any
+
+from locoprop_jax._capture import find_layers as find_layers
+from locoprop_jax._capture import value_grad_and_capture as value_grad_and_capture
+from locoprop_jax._layers import Captured as Captured
+from locoprop_jax._layers import Layer as Layer
+from locoprop_jax._layers import LayerArrays as LayerArrays
+from locoprop_jax._layers import Layers as Layers
+from locoprop_jax._local_loss import LocalLossState as LocalLossState
+from locoprop_jax._local_loss import inner as inner
+from locoprop_jax._local_loss import l2 as l2
+from locoprop_jax._local_loss import scale_by_local_loss as scale_by_local_loss
+from locoprop_jax._locoprop import locoprop_m as locoprop_m
+from locoprop_jax._locoprop import locoprop_s as locoprop_s
+from locoprop_jax._training import with_fallback as with_fallback
+from locoprop_jax._transfer import Transfer as Transfer
+from locoprop_jax._transfer import matching_loss as matching_loss
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TrainState":  # Flax is imported only by those who use it
+        from locoprop_jax._flax import TrainState
+
+        return TrainState
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,80 @@
+"""Chains: rearrangements of an array, as small hashable values.
+
+A chain is a tuple of `("transpose", permutation)`, `("reshape", shape)` and `("broadcast", shape)`
+steps. Capture writes down with chains how a parameter becomes a kernel and how an activation
+becomes rows; they apply to NumPy and JAX arrays alike, and those without a broadcast invert.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+Shape = tuple[int, ...]
+Chain = tuple[tuple[str, Shape], ...]
+
+
+def apply(chain: Chain, x: Any) -> Any:
+    """Rearrange `x` step by step."""
+    for step, argument in chain:
+        if step == "transpose":
+            x = x.transpose(argument)
+        elif step == "reshape":
+            x = x.reshape(argument)
+        elif isinstance(x, np.ndarray):
+            x = np.broadcast_to(x, argument)
+        else:
+            x = jnp.broadcast_to(x, argument)
+    return x
+
+
+def extend(chain: Chain, shape: Shape, step: str, argument: Shape) -> Chain:
+    """Append a step to a chain whose result has `shape`; what changes nothing is left out."""
+    if step == "transpose":
+        if chain and chain[-1][0] == "transpose":
+            argument = tuple(chain[-1][1][i] for i in argument)
+            chain = chain[:-1]
+        unchanged = argument == tuple(range(len(argument)))
+    else:
+        unchanged = argument == shape
+        if step == "reshape" and chain and chain[-1][0] == "reshape":
+            chain, unchanged = chain[:-1], False
+    return chain if unchanged else (*chain, (step, argument))
+
+
+def result_shape(chain: Chain, shape: Shape) -> Shape:
+    """The shape that a chain gives to an array of `shape`."""
+    for step, argument in chain:
+        shape = tuple(shape[i] for i in argument) if step == "transpose" else argument
+    return shape
+
+
+def is_invertible(chain: Chain) -> bool:
+    return all(step != "broadcast" for step, _ in chain)
+
+
+def inverse(chain: Chain, shape: Shape) -> Chain:
+    """The chain that undoes `chain`, which was applied to an array of `shape`."""
+    steps = []
+    for step, argument in chain:
+        if step == "transpose":
+            steps.append((step, tuple(int(i) for i in np.argsort(argument))))
+            shape = tuple(shape[i] for i in argument)
+        else:
+            steps.append((step, shape))
+            shape = argument
+    return tuple(reversed(steps))
+
+
+def group(chain: Chain, shape: Shape, groups: tuple[Shape, ...]) -> Chain:
+    """Go on to an array with one axis for each group of axes of `shape`, the chain's result.
+
+    `group((), (2, 3, 5), ((1,), (2, 0)))` gives arrays of shape (3, 10).
+    """
+    order = tuple(axis for axes in groups for axis in axes)
+    chain = extend(chain, shape, "transpose", order)
+    merged = tuple(math.prod(shape[i] for i in axes) for axes in groups)
+    return extend(chain, tuple(shape[i] for i in order), "reshape", merged)

@@ -1,0 +1,221 @@
+"""Transfer functions, their convex integrals and matching losses.
+
+A layer's transfer function f is what the network applies to each of its pre-activations. Capture
+finds it in the model (`find_layers`), as a piece of the traced computation; this file gives such a
+piece a name, tells whether it is monotone, and holds the functions of LocoProp's Table 2 with
+their convex integrals F (f = F').
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import jax.scipy.special
+import numpy as np
+from jaxtyping import Array, Float
+
+Elementwise = Callable[[Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """An elementwise function applied to a layer's pre-activations.
+
+    Attributes:
+      name: what the field calls it, "custom" for a function that Table 2 and `jax.nn` lack.
+      function: the function, of arrays of any shape.
+      note: why it is what it is, for the reader of the layer table.
+      given: whether the user said so, rather than the model.
+    """
+
+    name: str
+    function: Elementwise = dataclasses.field(repr=False)
+    note: str = dataclasses.field(default="", compare=False)
+    given: bool = False
+
+    def __call__(self, a: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self.function(a)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.name == "identity"
+
+    def is_monotone(self) -> bool:
+        """Whether the function is non-decreasing, checked on a grid over [-1e4, 1e4]."""
+        values = _evaluate(self.function, _GRID)
+        slack = 1e-6 * np.maximum(1.0, np.abs(values[:-1]))
+        return bool(np.all(np.isfinite(values)) and np.all(np.diff(values) >= -slack))
+
+
+class TracedPiece:
+    """An elementwise function cut out of a traced computation, for arrays of any shape.
+
+    A jaxpr is typed for one shape and dtype, so other shapes are cut into pieces of its size.
+    Compared by the text of its equations, which is the same for every batch size.
+    """
+
+    def __init__(self, closed: Any, shape: tuple[int, ...], dtype: Any):
+        self.closed, self.shape, self.dtype = closed, shape, dtype
+
+    @cached_property
+    def text(self) -> str:
+        return re.sub(r"\[[\d,]*\]", "[]", str(self.closed))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TracedPiece) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __call__(self, a: Float[Array, "..."]) -> Float[Array, "..."]:
+        run = jex.jaxpr_as_fun(self.closed)
+        size = math.prod(self.shape)
+        flat = jnp.ravel(a).astype(self.dtype)
+        chunks = jnp.pad(flat, (0, -flat.size % size)).reshape(-1, *self.shape)
+        result = run(chunks[0])[0] if len(chunks) == 1 else jax.vmap(lambda x: run(x)[0])(chunks)
+        return jnp.ravel(result)[: a.size].reshape(a.shape).astype(a.dtype)
+
+
+# --- Table 2 -------------------------------------------------------------------------------------
+
+
+def step(a: Float[Array, "..."]) -> Float[Array, "..."]:
+    """1/2 (1 + sign(a))."""
+    return (1 + jnp.sign(a)) / 2
+
+
+def log_cosh(a: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log cosh(a), without overflow."""
+    return jnp.abs(a) + jnp.log1p(jnp.exp(-2 * jnp.abs(a))) - math.log(2)
+
+
+def _softplus_integral(a: Float[Array, "..."]) -> Float[Array, "..."]:
+    """-Li2(-exp a); reflected for a > 0, where the exponential would overflow."""
+    dilogarithm = jax.scipy.special.spence(1 + jnp.exp(-jnp.abs(a)))  # Li2(-exp(-|a|))
+    return jnp.where(a > 0, a**2 / 2 + math.pi**2 / 6 + dilogarithm, -dilogarithm)
+
+
+def _elu_integral(a: Float[Array, "..."]) -> Float[Array, "..."]:
+    below = jnp.minimum(a, 0)
+    return jnp.where(a > 0, a**2 / 2, jnp.expm1(below) - below)
+
+
+def leaky_relu(slope: float) -> tuple[Elementwise, Elementwise]:
+    """max(a, 0) - slope max(-a, 0) and its integral."""
+    return (
+        lambda a: jax.nn.leaky_relu(a, slope),
+        lambda a: jnp.where(a > 0, a**2, slope * a**2) / 2,
+    )
+
+
+# name -> (f, F): LocoProp, Table 2. F sums over nothing: it is elementwise too. ELU has beta = 1.
+TABLE_2: dict[str, tuple[Elementwise, Elementwise]] = {
+    "step": (step, lambda a: jnp.maximum(a, 0)),
+    "identity": (lambda a: a, lambda a: a**2 / 2),
+    "relu": (jax.nn.relu, lambda a: jnp.maximum(a, 0) ** 2 / 2),
+    "leaky_relu": leaky_relu(0.01),
+    "sigmoid": (jax.nn.sigmoid, jax.nn.softplus),
+    "tanh": (jnp.tanh, log_cosh),
+    "arctan": (jnp.arctan, lambda a: a * jnp.arctan(a) - jnp.log1p(a**2) / 2),
+    "softplus": (jax.nn.softplus, _softplus_integral),
+    "elu": (jax.nn.elu, _elu_integral),
+}
+
+# Known by name only, so that tables and errors can say it.
+_OTHERS: dict[str, Elementwise] = {
+    "gelu": jax.nn.gelu,
+    "gelu (exact)": lambda a: jax.nn.gelu(a, approximate=False),
+    "silu": jax.nn.silu,
+    "relu6": jax.nn.relu6,
+    "selu": jax.nn.selu,
+    "celu": jax.nn.celu,
+    "hard_tanh": jax.nn.hard_tanh,
+    "soft_sign": jax.nn.soft_sign,
+    "log_sigmoid": jax.nn.log_sigmoid,
+    "sin": jnp.sin,
+    "mish": lambda a: a * jnp.tanh(jax.nn.softplus(a)),
+    "squared_relu": lambda a: jnp.square(jax.nn.relu(a)),
+}
+
+_KNOWN = {name: f for name, (f, _) in TABLE_2.items()} | _OTHERS
+
+
+def matching_loss(
+    name: str, a: Float[Array, "*shape"], target: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Elementwise matching loss of a transfer function of Table 2 (LocoProp, eqs. 1 and 5).
+
+    The Bregman divergence D_F(a, target) = F(a) - F(target) - f(target) (a - target) of the
+    function's convex integral F: convex in `a`, never negative, with gradient f(a) - f(target).
+
+    Args:
+      name: one of `TABLE_2`.
+      a: pre-activations.
+      target: target pre-activations.
+
+    Returns:
+      The loss of each entry; sum it over a row for the loss of a layer's output.
+
+    Raises:
+      ValueError: for a name that Table 2 lacks.
+    """
+    if name not in TABLE_2:
+        raise ValueError(
+            f"`matching_loss` knows the transfer functions {', '.join(TABLE_2)}; got {name!r}."
+        )
+    f, integral = TABLE_2[name]
+    return integral(a) - integral(target) - f(target) * (a - target)
+
+
+# --- naming --------------------------------------------------------------------------------------
+
+_TAIL = np.geomspace(6.0, 1e4, 40)[1:]
+_GRID = np.concatenate([-_TAIL[::-1], np.linspace(-6.0, 6.0, 241), _TAIL])
+
+
+def _evaluate(function: Elementwise, grid: np.ndarray) -> np.ndarray:
+    """Values on a grid, also when called inside a trace."""
+    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+        return np.asarray(jax.jit(function)(jnp.asarray(grid)), np.float64)
+
+
+@functools.cache
+def _known_values(x64: bool) -> dict[str, np.ndarray]:
+    """The known functions on the grid, compiled together, in the widest precision there is."""
+    del x64  # only the key of the cache
+    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+        values = jax.jit(lambda a: {name: f(a) for name, f in _KNOWN.items()})(jnp.asarray(_GRID))
+        return {name: np.asarray(value, np.float64) for name, value in values.items()}
+
+
+def recognise(function: Elementwise, dtype: Any, note: str = "") -> Transfer:
+    """Name a function by its values, to the precision of `dtype`, the one it was traced in.
+
+    A known function replaces the piece it was recognised from: it takes any shape and computes in
+    its argument's dtype, where the piece of a bfloat16 model would round to bfloat16.
+    """
+    values = _evaluate(function, _GRID)
+    tolerance = 8 * float(jnp.finfo(dtype).eps)
+    errors = {
+        name: float(np.max(np.abs(values - expected) / np.maximum(1.0, np.abs(expected))))
+        for name, expected in _known_values(jax.config.jax_enable_x64).items()
+    }
+    best = min(errors, key=lambda name: errors[name])
+    if errors[best] <= tolerance:
+        return Transfer(best, _KNOWN[best], note)
+    return Transfer("custom", function, note)
+
+
+def given(function: Elementwise) -> Transfer:
+    """A transfer function that the user gives in place of the one found."""
+    found = recognise(function, jnp.float32)
+    return dataclasses.replace(found, function=function, note="given", given=True)
