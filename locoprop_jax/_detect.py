@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from locoprop_jax import _chains, _jaxpr
+from locoprop_jax import _chains, _flow, _jaxpr
 from locoprop_jax._chains import Chain, Shape
 from locoprop_jax._jaxpr import Address, Equation, Program
 
@@ -75,111 +75,13 @@ class Detection:
     reasons: dict[int, str]  # leaf -> reason
     without_gradient: frozenset[int]
     live: tuple[bool, ...]  # by equation
-    terms: dict[int, float]  # see `loss_terms`
-
-
-# --- what a gradient flows through ---------------------------------------------------------------
-
-
-def live_equations(program: Program, loss: int) -> tuple[bool, ...]:
-    """Which equations a gradient of the loss flows through; dead ones exist in any jaxpr."""
-    needed, live = {loss}, [False] * len(program.equations)
-    for i in reversed(range(len(program.equations))):
-        equation = program.equations[i]
-        if equation.primitive in _jaxpr.STOP_GRADIENT:
-            continue
-        if any(v in needed and program.is_inexact(v) for v in equation.outputs):
-            live[i] = True
-            needed.update(v for v in equation.inputs if program.is_inexact(v))
-    return tuple(live)
-
-
-def constants_of(program: Program, varying: Iterable[int]) -> set[int]:
-    """The values that depend on none of `varying`."""
-    reached = set(varying)
-    for equation in program.equations:
-        if reached.intersection(equation.inputs):
-            reached.update(equation.outputs)
-    return set(range(len(program.avals))) - reached
-
-
-def loss_terms(program: Program, loss: int, constants: set[int]) -> dict[int, float]:
-    """The values whose weighted sum is the loss, with the number of terms it averages over.
-
-    The loss is followed back through sums and products with constants. Dividing a sum by how many
-    it sums makes a mean, and that number counts; any other factor weighs the term. The number is
-    NaN below a factor that is not known when tracing (the sum of a mask).
-    """
-    producers = program.producers()
-    terms = {loss: 1.0}
-    pending: list[tuple[int, float]] = [(loss, 1.0)]  # value, divisor met since the last sum
-    while pending:
-        value, divisor = pending.pop()
-        if value not in producers:
-            continue
-        equation, count = program.equations[producers[value]], terms[value]
-        operands, factors = equation.inputs, []
-        if equation.primitive in _jaxpr.MUL | _jaxpr.DIV:
-            factors = [v for v in operands if v in constants]
-            operands = tuple(v for v in operands if v not in constants)
-            if len(operands) != 1 or (equation.primitive in _jaxpr.DIV and factors != [equation.inputs[1]]):
-                continue
-        elif equation.primitive not in _jaxpr.SUMS:
-            continue
-        for factor in factors:
-            scale = _scalar(program, factor)
-            divisor *= scale if equation.primitive in _jaxpr.DIV else 1 / scale if scale else math.nan
-        if equation.primitive in _jaxpr.REDUCE_SUM:
-            shape = program.shape(operands[0])
-            if math.isnan(divisor):
-                count = math.nan
-            elif _is_count(divisor, [shape[i] for i in equation.params["axes"]]):
-                count *= round(divisor)
-            divisor = 1.0
-        for v in operands:
-            if v not in terms and v not in constants:
-                terms[v] = count
-                pending.append((v, divisor))
-    return terms
-
-
-def _is_count(divisor: float, sizes: Sequence[int]) -> bool:
-    """Whether a divisor is the size of some of the summed axes together."""
-    products = {1}
-    for size in sizes:
-        products |= {product * size for product in products}
-    return any(product > 1 and math.isclose(divisor, product, rel_tol=1e-5) for product in products)
-
-
-def _scalar(program: Program, value: int) -> float:
-    """The number that a value is known to be when tracing, else NaN."""
-    try:
-        known = np.asarray(program.constants[value], np.float64)
-    except Exception:  # computed, or a traced value closed over
-        return math.nan
-    return float(known.ravel()[0]) if known.size == 1 else math.nan
-
-
-def averaged_terms(program: Program, detection: Detection, site: Site) -> float:
-    """How many terms the loss averages over, as seen from a layer's output; NaN if not known."""
-    reached = downstream(program, detection.live, site.output)
-    values = {v for i in reached for v in program.equations[i].outputs}
-    producers, terms = program.producers(), detection.terms
-    ends = {
-        count
-        for v, count in terms.items()
-        if v in values
-        and not any(u in terms for u in program.equations[producers[v]].inputs if u in values)
-    }
-    return ends.pop() if len(ends) == 1 else math.nan
+    terms: dict[int, float]  # see `_flow.loss_terms`
 
 
 # --- detection -----------------------------------------------------------------------------------
 
 
-def detect(
-    program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None
-) -> Detection:
+def detect(program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None) -> Detection:
     """Find the layers.
 
     Args:
@@ -188,9 +90,10 @@ def detect(
       batch_axes: for each value, the axes that grow with the batch; None where it is not known.
     """
     loss = program.outputs[0]
-    live = live_equations(program, loss)
+    live = _flow.live_equations(program, loss)
     data = _data(program, n_leaves, batch_axes)
-    terms = loss_terms(program, loss, constants_of(program, {*program.inputs[:n_leaves], *data}))
+    varying = _flow.reached_from(program, {*program.inputs[:n_leaves], *data})
+    terms = _flow.loss_terms(program, loss, set(range(len(program.avals))) - varying)
     reasons: dict[int, str] = {}
     while True:
         sites, found = _label(program, n_leaves, data, batch_axes, live, terms, frozenset(reasons))
@@ -402,7 +305,11 @@ def _attach_bias(
     if chain is None:
         return "it varies along more than the outputs of the layer that it is added to"
     site.bias, site.bias_chain = weight.leaf, chain
-    site.output, site.output_chain, site.tapped = equation.outputs[0], output.chain, position
+    site.output, site.output_chain, site.tapped = (
+        equation.outputs[0],
+        output.chain,
+        position,
+    )
     return output
 
 
@@ -439,76 +346,14 @@ def output_address(program: Program, site: Site) -> Address:
     return Address(program.equations[site.tapped].path, "out", 0)
 
 
-def downstream(program: Program, live: Sequence[bool], value: int) -> set[int]:
-    """The positions of the live equations that a value reaches."""
-    reached, values = set(), {value}
-    for i, equation in enumerate(program.equations):
-        if live[i] and values.intersection(equation.inputs):
-            reached.add(i)
-            values.update(equation.outputs)
-    return reached
-
-
 def output_sites(program: Program, detection: Detection) -> set[int]:
     """The sites whose outputs reach the loss without passing another site."""
     positions = {site.position for site in detection.sites}
     return {
         i
         for i, site in enumerate(detection.sites)
-        if not downstream(program, detection.live, site.output) & positions
+        if not _flow.downstream(program, detection.live, site.output) & positions
     }
-
-
-def transfer_piece(
-    program: Program, live: Sequence[bool], output: int
-) -> tuple[list[Equation], int, str]:
-    """The largest elementwise piece from a layer's output to its first other use.
-
-    Returns:
-      Its equations, the value it ends in, and what comes next in words (for a layer table).
-    """
-    shape = program.shape(output)
-    consumers = {v: [i for i in at if live[i]] for v, at in program.consumers().items()}
-    uniform = {v for v, k in program.constants.items() if _is_known(k) and np.size(k) == 1}
-    inside: dict[int, int] = {}  # value -> position of its equation
-    for i, equation in enumerate(program.equations):
-        if all(v in uniform for v in equation.inputs):
-            spreads = equation.primitive in _jaxpr.BROADCAST | _jaxpr.RESHAPE
-            if spreads or _jaxpr.is_elementwise(equation.eqn):
-                uniform.update(equation.outputs)
-        elif all(v in uniform or v in inside or v == output for v in equation.inputs):
-            same_shape = program.shape(equation.outputs[0]) == shape
-            if live[i] or not program.is_inexact(equation.outputs[0]):
-                if same_shape and _jaxpr.is_elementwise(equation.eqn):
-                    inside.update(dict.fromkeys(equation.outputs, i))
-
-    def ancestors(value: int) -> set[int]:
-        found, pending = {output}, [value]
-        while pending:
-            v = pending.pop()
-            if v in inside and v not in found:
-                found.add(v)
-                pending.extend(program.equations[inside[v]].inputs)
-        return found
-
-    for end in sorted(inside, key=lambda v: inside[v], reverse=True):
-        piece = ancestors(end)
-        positions = {inside[v] for v in piece if v in inside}
-        uses = {i for v in piece - {end} for i in consumers.get(v, ())}
-        if uses <= positions and program.is_inexact(end):
-            return program.slice([output], end)[0], end, ""
-    after = consumers.get(output, [])
-    if len(after) > 1:
-        return [], output, f"its output is used by {len(after)} operations"
-    return [], output, ""
-
-
-def _is_known(constant: Any) -> bool:
-    try:
-        np.asarray(constant)
-    except Exception:  # a traced value: closed over, not known when tracing
-        return False
-    return True
 
 
 def axes_of_rows(

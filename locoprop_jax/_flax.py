@@ -1,4 +1,4 @@
-"""A Flax train state that passes captured arrays on. Imports Flax; the rest of the package does not."""
+"""A Flax train state that passes captured arrays on; no other file imports Flax."""
 
 from __future__ import annotations
 

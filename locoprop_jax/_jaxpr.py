@@ -57,10 +57,63 @@ ELEMENTWISE = (
     | DIV
     | STOP_GRADIENT
     | _primitives(
-        *"abs acos acosh and asin asinh atan atan2 atanh cbrt ceil clamp copy cos cosh digamma "
-        "eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log "
-        "log1p logistic lt max min ne neg nextafter not or pow rem round rsqrt select_n sign sin "
-        "sinh sqrt square sub tan tanh xor".split()
+        *[
+            "abs",
+            "acos",
+            "acosh",
+            "and",
+            "asin",
+            "asinh",
+            "atan",
+            "atan2",
+            "atanh",
+            "cbrt",
+            "ceil",
+            "clamp",
+            "copy",
+            "cos",
+            "cosh",
+            "digamma",
+            "eq",
+            "erf",
+            "erf_inv",
+            "erfc",
+            "exp",
+            "exp2",
+            "expm1",
+            "floor",
+            "ge",
+            "gt",
+            "integer_pow",
+            "is_finite",
+            "le",
+            "lgamma",
+            "log",
+            "log1p",
+            "logistic",
+            "lt",
+            "max",
+            "min",
+            "ne",
+            "neg",
+            "nextafter",
+            "not",
+            "or",
+            "pow",
+            "rem",
+            "round",
+            "rsqrt",
+            "select_n",
+            "sign",
+            "sin",
+            "sinh",
+            "sqrt",
+            "square",
+            "sub",
+            "tan",
+            "tanh",
+            "xor",
+        ]
     )
 )
 
@@ -232,8 +285,7 @@ def is_elementwise(equation: Any) -> bool:
     if equation.primitive not in CUSTOM | CALLS:
         return False
     return all(
-        is_elementwise(inner)
-        or (inner.primitive in BROADCAST and inner.invars[0].aval.size == 1)
+        is_elementwise(inner) or (inner.primitive in BROADCAST and inner.invars[0].aval.size == 1)
         for jaxpr in jex.jaxprs_in_params(equation.params)
         for inner in jaxpr.eqns
     )

@@ -42,9 +42,7 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
 
 def replace_leaves(tree: Any, new: Mapping[str, Any]) -> Any:
     """The tree with the leaves at the paths in `new` replaced."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: new.get(path_name(path), leaf), tree
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(path_name(path), leaf), tree)
 
 
 # --- static --------------------------------------------------------------------------------------
@@ -177,9 +175,7 @@ class Layers(Mapping[str, Layer]):
         """A layer's kernel and bias as one matrix, the bias its last row."""
         return self[name].block(params)
 
-    def unblock(
-        self, block: Float[Array, "d_in_with_bias d_out"], name: str
-    ) -> dict[str, Array]:
+    def unblock(self, block: Float[Array, "d_in_with_bias d_out"], name: str) -> dict[str, Array]:
         """The inverse of `block`: arrays in the parameter tree's layout, by path."""
         return self[name].unblock(block)
 

@@ -152,9 +152,7 @@ class Inner(NamedTuple):
     iterations: int
 
 
-def inner(
-    optimizer: Callable[[Any], optax.GradientTransformation], iterations: int = 10
-) -> Inner:
+def inner(optimizer: Callable[[Any], optax.GradientTransformation], iterations: int = 10) -> Inner:
     """Minimise each local loss by a few steps of an Optax optimizer (LocoProp, Algorithms 1, 2).
 
     Iteration k of T has learning rate eta max(1 - k/T, 1/4), the reference's schedule. The
@@ -188,7 +186,12 @@ def inner(
 
 
 def _solve_inner(
-    solver: Inner, gradient: Callable[[Block], Block], first: Block, weights: Block, eta: Any, state: Any
+    solver: Inner,
+    gradient: Callable[[Block], Block],
+    first: Block,
+    weights: Block,
+    eta: Any,
+    state: Any,
 ) -> tuple[Block, Any]:
     """T iterations from W; returns W_T - W and the optimizer's state."""
 
@@ -200,7 +203,10 @@ def _solve_inner(
 
     start = step(0, jax.tree.map(jnp.zeros_like, first), state, first)
     return jax.lax.fori_loop(
-        1, solver.iterations, lambda k, carry: step(k, *carry, gradient(carry[0])), start
+        1,
+        solver.iterations,
+        lambda k, carry: step(k, *carry, gradient(carry[0])),
+        start,
     )
 
 
@@ -307,9 +313,11 @@ def scale_by_local_loss(
             new.update(_write(layer, _where(ok, delta, jax.tree.map(jnp.zeros_like, delta))))
         plain = jax.tree.map(lambda g: (eta * gamma * g).astype(g.dtype), updates)
         result = jax.tree_util.tree_map_with_path(
-            lambda path, g: (-new[_layers.path_name(path)]).astype(g.dtype)
-            if _layers.path_name(path) in new
-            else g,
+            lambda path, g: (
+                (-new[_layers.path_name(path)]).astype(g.dtype)
+                if _layers.path_name(path) in new
+                else g
+            ),
             plain,
         )
         return result, LocalLossState(optax.safe_increment(state.count), states)

@@ -13,7 +13,12 @@ from locoprop_jax._local_loss import inner, l2, scale_by_local_loss
 
 # TensorFlow's RMSProp with heavy-ball momentum, the optimizer of the paper's experiments.
 RMSPROP = functools.partial(
-    optax.rmsprop, decay=0.9, eps=1e-6, initial_scale=1.0, eps_in_sqrt=True, momentum=0.9
+    optax.rmsprop,
+    decay=0.9,
+    eps=1e-6,
+    initial_scale=1.0,
+    eps_in_sqrt=True,
+    momentum=0.9,
 )
 
 

@@ -11,7 +11,9 @@ from locoprop_jax._layers import Layers, path_name
 
 
 def with_fallback(
-    tx: optax.GradientTransformation, layers: Layers, fallback: optax.GradientTransformation
+    tx: optax.GradientTransformation,
+    layers: Layers,
+    fallback: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
     """Give the parameters in no layer an optimizer of their own.
 
@@ -27,7 +29,8 @@ def with_fallback(
 
     def labels(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: "layers" if path_name(path) in captured else "fallback", params
+            lambda path, _: "layers" if path_name(path) in captured else "fallback",
+            params,
         )
 
     return optax.partition({"layers": tx, "fallback": fallback}, labels)

@@ -42,7 +42,7 @@ class Transfer:
     note: str = dataclasses.field(default="", compare=False)
     given: bool = False
 
-    def __call__(self, a: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(self, a: Float[Array, ...]) -> Float[Array, ...]:
         return self.function(a)
 
     @property
@@ -76,7 +76,7 @@ class TracedPiece:
     def __hash__(self) -> int:
         return hash(self.text)
 
-    def __call__(self, a: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(self, a: Float[Array, ...]) -> Float[Array, ...]:
         run = jex.jaxpr_as_fun(self.closed)
         size = math.prod(self.shape)
         flat = jnp.ravel(a).astype(self.dtype)
@@ -88,23 +88,23 @@ class TracedPiece:
 # --- Table 2 -------------------------------------------------------------------------------------
 
 
-def step(a: Float[Array, "..."]) -> Float[Array, "..."]:
+def step(a: Float[Array, ...]) -> Float[Array, ...]:
     """1/2 (1 + sign(a))."""
     return (1 + jnp.sign(a)) / 2
 
 
-def log_cosh(a: Float[Array, "..."]) -> Float[Array, "..."]:
+def log_cosh(a: Float[Array, ...]) -> Float[Array, ...]:
     """log cosh(a), without overflow."""
     return jnp.abs(a) + jnp.log1p(jnp.exp(-2 * jnp.abs(a))) - math.log(2)
 
 
-def _softplus_integral(a: Float[Array, "..."]) -> Float[Array, "..."]:
+def _softplus_integral(a: Float[Array, ...]) -> Float[Array, ...]:
     """-Li2(-exp a); reflected for a > 0, where the exponential would overflow."""
     dilogarithm = jax.scipy.special.spence(1 + jnp.exp(-jnp.abs(a)))  # Li2(-exp(-|a|))
     return jnp.where(a > 0, a**2 / 2 + math.pi**2 / 6 + dilogarithm, -dilogarithm)
 
 
-def _elu_integral(a: Float[Array, "..."]) -> Float[Array, "..."]:
+def _elu_integral(a: Float[Array, ...]) -> Float[Array, ...]:
     below = jnp.minimum(a, 0)
     return jnp.where(a > 0, a**2 / 2, jnp.expm1(below) - below)
 
@@ -213,6 +213,11 @@ def recognise(function: Elementwise, dtype: Any, note: str = "") -> Transfer:
     if errors[best] <= tolerance:
         return Transfer(best, _KNOWN[best], note)
     return Transfer("custom", function, note)
+
+
+def identity(note: str = "") -> Transfer:
+    """No transfer function, and why."""
+    return Transfer("identity", _KNOWN["identity"], note)
 
 
 def given(function: Elementwise) -> Transfer:

@@ -1,0 +1,174 @@
+"""What depends on what in a traced loss.
+
+Which equations a gradient flows through, of which terms the loss is a sum, and how far the
+elementwise function goes that the model applies to a layer's output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from locoprop_jax import _jaxpr
+from locoprop_jax._jaxpr import Equation, Program
+
+
+def live_equations(program: Program, loss: int) -> tuple[bool, ...]:
+    """Which equations a gradient of the loss flows through; dead ones exist in any jaxpr."""
+    needed, live = {loss}, [False] * len(program.equations)
+    for i in reversed(range(len(program.equations))):
+        equation = program.equations[i]
+        if equation.primitive in _jaxpr.STOP_GRADIENT:
+            continue
+        if any(v in needed and program.is_inexact(v) for v in equation.outputs):
+            live[i] = True
+            needed.update(v for v in equation.inputs if program.is_inexact(v))
+    return tuple(live)
+
+
+def reached_from(program: Program, sources: Iterable[int]) -> set[int]:
+    """The values that depend on one of `sources`, themselves among them."""
+    reached = set(sources)
+    for equation in program.equations:
+        if reached.intersection(equation.inputs):
+            reached.update(equation.outputs)
+    return reached
+
+
+def loss_terms(program: Program, loss: int, constants: set[int]) -> dict[int, float]:
+    """The values whose weighted sum is the loss, with the number of terms it averages over.
+
+    The loss is followed back through sums and products with constants. Dividing a sum by how many
+    it sums makes a mean, and that number counts; any other factor weighs the term. The number is
+    NaN below a factor that is not known when tracing (the sum of a mask).
+    """
+    producers = program.producers()
+    terms = {loss: 1.0}
+    pending: list[tuple[int, float]] = [(loss, 1.0)]  # value, divisor met since the last sum
+    while pending:
+        value, divisor = pending.pop()
+        if value not in producers:
+            continue
+        equation, count = program.equations[producers[value]], terms[value]
+        operands, factors = equation.inputs, []
+        if equation.primitive in _jaxpr.MUL | _jaxpr.DIV:
+            factors = [v for v in operands if v in constants]
+            operands = tuple(v for v in operands if v not in constants)
+            if len(operands) != 1 or (
+                equation.primitive in _jaxpr.DIV and factors != [equation.inputs[1]]
+            ):
+                continue
+        elif equation.primitive not in _jaxpr.SUMS:
+            continue
+        for factor in factors:
+            scale = _scalar(program, factor)
+            divisor *= (
+                scale if equation.primitive in _jaxpr.DIV else 1 / scale if scale else math.nan
+            )
+        if equation.primitive in _jaxpr.REDUCE_SUM:
+            shape = program.shape(operands[0])
+            if math.isnan(divisor):
+                count = math.nan
+            elif _is_count(divisor, [shape[i] for i in equation.params["axes"]]):
+                count *= round(divisor)
+            divisor = 1.0
+        for v in operands:
+            if v not in terms and v not in constants:
+                terms[v] = count
+                pending.append((v, divisor))
+    return terms
+
+
+def _is_count(divisor: float, sizes: Sequence[int]) -> bool:
+    """Whether a divisor is the size of some of the summed axes together."""
+    products = {1}
+    for size in sizes:
+        products |= {product * size for product in products}
+    return any(product > 1 and math.isclose(divisor, product, rel_tol=1e-5) for product in products)
+
+
+def _scalar(program: Program, value: int) -> float:
+    """The number that a constant of one entry is known to be when tracing, else NaN."""
+    known = program.constants.get(value)
+    dtype = getattr(known, "dtype", None)
+    if known is None or isinstance(known, jax.core.Tracer) or np.size(known) != 1:
+        return math.nan
+    if dtype is not None and not jax.dtypes.issubdtype(dtype, np.number):
+        return math.nan
+    return float(np.asarray(known, np.float64).ravel()[0])
+
+
+def averaged_terms(program: Program, terms: Mapping[int, float], output: int) -> float:
+    """How many terms the loss averages over, as seen from a layer's output; NaN if not known.
+
+    Args:
+      program: the loss.
+      terms: from `loss_terms`.
+      output: the layer's output.
+    """
+    moving = reached_from(program, [output])
+    producers = program.producers()
+    ends = {
+        count
+        for v, count in terms.items()
+        if v in moving
+        and not any(u in terms and u in moving for u in program.equations[producers[v]].inputs)
+    }
+    return ends.pop() if len(ends) == 1 else math.nan
+
+
+def downstream(program: Program, live: Sequence[bool], value: int) -> set[int]:
+    """The positions of the live equations that a value reaches."""
+    reached, values = set(), {value}
+    for i, equation in enumerate(program.equations):
+        if live[i] and values.intersection(equation.inputs):
+            reached.add(i)
+            values.update(equation.outputs)
+    return reached
+
+
+def transfer_piece(
+    program: Program, live: Sequence[bool], output: int
+) -> tuple[list[Equation], int, str]:
+    """The largest elementwise piece from a layer's output to its first other use.
+
+    Returns:
+      Its equations, the value it ends in, and what comes next in words (for a layer table).
+    """
+    shape = program.shape(output)
+    consumers = {v: [i for i in at if live[i]] for v, at in program.consumers().items()}
+    uniform = {v for v, k in program.constants.items() if _is_known(k) and np.size(k) == 1}
+    inside: dict[int, int] = {}  # value -> position of its equation
+    for i, equation in enumerate(program.equations):
+        if all(v in uniform for v in equation.inputs):
+            spreads = equation.primitive in _jaxpr.BROADCAST | _jaxpr.RESHAPE
+            if spreads or _jaxpr.is_elementwise(equation.eqn):
+                uniform.update(equation.outputs)
+        elif all(v in uniform or v in inside or v == output for v in equation.inputs):
+            result = equation.outputs[0]
+            counts = live[i] or not program.is_inexact(result)  # comparisons carry no gradient
+            if counts and program.shape(result) == shape and _jaxpr.is_elementwise(equation.eqn):
+                inside.update(dict.fromkeys(equation.outputs, i))
+
+    def ancestors(value: int) -> set[int]:
+        found, pending = {output}, [value]
+        while pending:
+            v = pending.pop()
+            if v in inside and v not in found:
+                found.add(v)
+                pending.extend(program.equations[inside[v]].inputs)
+        return found
+
+    for end in sorted(inside, key=lambda v: inside[v], reverse=True):
+        piece = ancestors(end)
+        positions = {inside[v] for v in piece if v in inside}
+        uses = {i for v in piece - {end} for i in consumers.get(v, ())}
+        if uses <= positions and program.is_inexact(end):
+            return program.slice([output], end)[0], end, ""
+    after = consumers.get(output, [])
+    if len(after) > 1:
+        return [], output, f"its output is used by {len(after)} operations"
+    return [], output, ""

@@ -1,0 +1,139 @@
+"""Trace a loss function and find its batch axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from locoprop_jax import _detect, _jaxpr, _layers
+from locoprop_jax._chains import Shape
+from locoprop_jax._detect import Detection
+from locoprop_jax._jaxpr import Program
+
+
+class Traced(NamedTuple):
+    """A loss function as a flat jaxpr, and how to go back and forth."""
+
+    closed: Any
+    program: Program
+    n_leaves: int  # how many inputs are parameters
+    names: tuple[str, ...]  # of the parameters
+    arguments: list[Any]  # the flat inputs after the parameters
+    rebuild_output: Callable[[Sequence[Any]], Any]
+    batch_axes: list[Shape] | None  # for each value, the axes that grow with the batch
+    detection: Detection
+
+
+def _is_array(leaf: Any) -> bool:
+    """Whether a leaf of the arguments is traced; flags, strings and functions pass through."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def trace(loss_fn: Callable, params: Any, args: tuple, kwargs: dict, has_aux: bool) -> Traced:
+    """Trace a loss, at its own batch size and once more at twice that to find the batch axes."""
+    names = list(_layers.leaves_by_path(params))
+    leaves, params_tree = jax.tree.flatten(params)
+    _check_params(names, leaves)
+    others, others_tree = jax.tree.flatten((args, kwargs))
+    is_traced = [_is_array(leaf) for leaf in others]
+    dynamic = [leaf for leaf, traced in zip(others, is_traced, strict=True) if traced]
+    static_output: list[Any] = []  # set by tracing: the output's tree and its non-array leaves
+
+    def flat(*inputs: Any) -> list[Any]:
+        rest = iter(inputs[len(leaves) :])
+        merged = [next(rest) if t else leaf for leaf, t in zip(others, is_traced, strict=True)]
+        args, kwargs = jax.tree.unflatten(others_tree, merged)
+        output = loss_fn(jax.tree.unflatten(params_tree, inputs[: len(leaves)]), *args, **kwargs)
+        _check_loss(output, has_aux)
+        flat_output, tree = jax.tree.flatten(output)
+        arrays = [_is_array(leaf) for leaf in flat_output]
+        arrays[0] = True
+        static = [None if a else x for x, a in zip(flat_output, arrays, strict=True)]
+        static_output[:] = [tree, static, arrays]
+        return [x for x, a in zip(flat_output, arrays, strict=True) if a]
+
+    closed = jax.make_jaxpr(flat)(*leaves, *dynamic)
+    tree, static, arrays = static_output
+
+    def rebuild_output(values: Sequence[Any]) -> Any:
+        rest = iter(values)
+        merged = [next(rest) if a else x for x, a in zip(static, arrays, strict=True)]
+        return jax.tree.unflatten(tree, merged)
+
+    program = _jaxpr.flatten(closed)
+    batch_axes = _batch_axes(flat, program, leaves, dynamic)
+    return Traced(
+        closed,
+        program,
+        len(leaves),
+        tuple(names),
+        dynamic,
+        rebuild_output,
+        batch_axes,
+        _detect.detect(program, len(leaves), batch_axes),
+    )
+
+
+def _check_params(names: Sequence[str], leaves: Sequence[Any]) -> None:
+    for name, leaf in zip(names, leaves, strict=True):
+        if not _is_array(leaf) and not isinstance(leaf, int | float | complex):
+            raise TypeError(
+                f"The parameter {name!r} is a {type(leaf).__name__}, not an array. Pass only "
+                f"arrays as parameters: with Equinox, `params, static = eqx.partition(model, "
+                f"eqx.is_inexact_array)` and `eqx.combine(params, static)` inside the loss."
+            )
+
+
+def _check_loss(output: Any, has_aux: bool) -> None:
+    if has_aux and not (isinstance(output, tuple) and len(output) == 2):
+        raise TypeError(
+            f"With `has_aux=True` the loss function returns a pair (loss, aux), got {output!r}."
+        )
+    loss = output[0] if has_aux else output
+    if isinstance(loss, tuple | list | dict):
+        raise TypeError(
+            f"The loss function returns a {type(loss).__name__} where a scalar is expected. If it "
+            f"is a pair (loss, aux), say `has_aux=True`."
+        )
+    if jnp.shape(loss) != ():
+        raise TypeError(
+            f"The loss function returns an array of shape {jnp.shape(loss)}; it has to be a "
+            f"scalar, as for `jax.value_and_grad`. Take the mean over the batch."
+        )
+
+
+def _batch_axes(
+    flat: Callable, program: Program, leaves: Sequence[Any], dynamic: Sequence[Any]
+) -> list[Shape] | None:
+    """Which axes of each value grow with the batch, from a second trace at twice the batch.
+
+    The batch is the first axis that a group of arguments has in common. Groups that cannot be
+    doubled (a random key, running statistics) fail to trace; None if all of them do.
+    """
+    abstract = jax.eval_shape(lambda *xs: xs, *leaves, *dynamic)
+    sizes: dict[int, int] = {}
+    for leaf in abstract[len(leaves) :]:
+        if leaf.shape and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            sizes[leaf.shape[0]] = sizes.get(leaf.shape[0], 0) + math.prod(leaf.shape)
+    for size in sorted(sizes, key=lambda size: -sizes[size]):
+        doubled = [
+            jax.ShapeDtypeStruct((2 * size, *leaf.shape[1:]), leaf.dtype)
+            if i >= len(leaves) and leaf.shape[:1] == (size,)
+            else leaf
+            for i, leaf in enumerate(abstract)
+        ]
+        try:
+            other = _jaxpr.flatten(jax.make_jaxpr(flat)(*doubled))
+        except Exception:  # whatever the user's model raises for shapes that do not fit
+            continue
+        same = [e.path for e in other.equations] == [e.path for e in program.equations]
+        if same and len(other.avals) == len(program.avals):
+            return [
+                tuple(i for i, size in enumerate(program.shape(v)) if other.shape(v)[i] != size)
+                for v in range(len(program.avals))
+            ]
+    return None
