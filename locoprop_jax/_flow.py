@@ -140,7 +140,11 @@ def transfer_piece(
     """
     shape = program.shape(output)
     consumers = {v: [i for i in at if live[i]] for v, at in program.consumers().items()}
-    uniform = {v for v, k in program.constants.items() if _is_known(k) and np.size(k) == 1}
+    uniform = {
+        v
+        for v, known in program.constants.items()
+        if not isinstance(known, jax.core.Tracer) and np.size(known) == 1
+    }
     inside: dict[int, int] = {}  # value -> position of its equation
     for i, equation in enumerate(program.equations):
         if all(v in uniform for v in equation.inputs):
