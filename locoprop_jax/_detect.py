@@ -316,7 +316,7 @@ def _attach_bias(
 def _bias_chain(
     program: Program, equation: Equation, site: Site, output: Output, weight: Weight
 ) -> Chain | None:
-    """leaf -> (d_out,) if each row of the output gets each entry of the leaf once, in order.
+    """Leaf -> (d_out,) if each row of the output gets each entry of the leaf once, in order.
 
     Found by following the entries' numbers through the same rearrangements.
     """

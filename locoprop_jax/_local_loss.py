@@ -90,15 +90,14 @@ def l2(weight: float) -> L2:
 # --- the local problem ---------------------------------------------------------------------------
 
 
-def _gradient_function(
-    first: Block,
+def _gradient_gain(
     inputs: Float[Array, "rows d_in"],
     outputs: Float[Array, "rows d_out"],
     residual: Residual | None,
     regularizer: L2 | None,
     iterations: int,
 ) -> Callable[[Block], Block]:
-    """The gradient of the local objective by the displacement W~ - W.
+    """What the gradient of the local objective gains with the displacement W~ - W.
 
     The squared loss needs the inputs only through X'X, which is smaller than X when there are more
     rows than inputs.
@@ -133,13 +132,12 @@ def _gradient_function(
             full = {"kernel": lambda: inputs.T @ slope, "bias": lambda: slope.sum(0)}
             return {part: full[part]() for part in delta}
 
-    def gradient(delta: Block) -> Block:
-        total = jax.tree.map(jnp.add, first, moved(delta))
+    def gain(delta: Block) -> Block:
         if regularizer is None:
-            return total
-        return jax.tree.map(lambda g, d: g + regularizer.weight * d, total, delta)
+            return moved(delta)
+        return jax.tree.map(lambda g, d: g + regularizer.weight * d, moved(delta), delta)
 
-    return gradient
+    return gain
 
 
 # --- solvers -------------------------------------------------------------------------------------
@@ -187,27 +185,35 @@ def inner(optimizer: Callable[[Any], optax.GradientTransformation], iterations: 
 
 def _solve_inner(
     solver: Inner,
-    gradient: Callable[[Block], Block],
     first: Block,
+    gain: Callable[[Block], Block],
     weights: Block,
     eta: Any,
     state: Any,
+    ok: Array,
 ) -> tuple[Block, Any]:
-    """T iterations from W; returns W_T - W and the optimizer's state."""
+    """T iterations from W; returns W_T - W and the optimizer's state.
 
-    def step(k: Any, delta: Block, state: Any, slope: Block) -> tuple[Block, Any]:
+    Without `ok` there are no iterations, which leaves the state as it is at no cost.
+    """
+
+    def body(k: Array, carry: tuple[Block, Any]) -> tuple[Block, Any]:
+        delta, state = carry
+        slope = first
+        if solver.iterations > 1:
+            gained = jax.lax.cond(k > 0, gain, _zeros_like, delta)
+            slope = jax.tree.map(jnp.add, first, gained)
         decay = jnp.maximum(1 - k / solver.iterations, 0.25).astype(jnp.float32)
         at = jax.tree.map(jnp.add, weights, delta)
         updates, state = solver.optimizer(eta * decay).update(slope, state, at)
         return jax.tree.map(lambda d, u: d + u.astype(d.dtype), delta, updates), state
 
-    start = step(0, jax.tree.map(jnp.zeros_like, first), state, first)
-    return jax.lax.fori_loop(
-        1,
-        solver.iterations,
-        lambda k, carry: step(k, *carry, gradient(carry[0])),
-        start,
-    )
+    steps = jnp.where(ok, solver.iterations, 0)
+    return jax.lax.fori_loop(0, steps, body, (_zeros_like(first), state))
+
+
+def _zeros_like(tree: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, tree)
 
 
 # --- the transformation --------------------------------------------------------------------------
@@ -296,21 +302,20 @@ def scale_by_local_loss(
         for name, slope in _blocks(layers, updates).items():
             layer, arrays = layers[name], captured[name]
             dtype = next(iter(slope.values())).dtype
+            inputs, outputs = _rows(arrays.inputs, dtype), _rows(arrays.outputs, dtype)
             first = jax.tree.map(lambda g: gamma * g, slope)
-            gradient = _gradient_function(
+            residual = _residual(divergence, layer, arrays, dtype)
+            gain = _gradient_gain(inputs, outputs, residual, regularizer, solver.iterations)
+            delta, states[name] = _solve_inner(
+                solver,
                 first,
-                _rows(arrays.inputs, dtype),
-                _rows(arrays.outputs, dtype),
-                _residual(divergence, layer, arrays, dtype),
-                regularizer,
-                solver.iterations,
+                gain,
+                weights[name],
+                eta,
+                state.inner[name],
+                ok=_all_finite((first, inputs)),
             )
-            delta, after = _solve_inner(
-                solver, gradient, first, weights[name], eta, state.inner[name]
-            )
-            ok = _all_finite((delta, after))
-            states[name] = _where(ok, after, state.inner[name])
-            new.update(_write(layer, _where(ok, delta, jax.tree.map(jnp.zeros_like, delta))))
+            new.update(_write(layer, delta))
         plain = jax.tree.map(lambda g: (eta * gamma * g).astype(g.dtype), updates)
         result = jax.tree_util.tree_map_with_path(
             lambda path, g: (
@@ -354,12 +359,8 @@ def _write(layer: Layer, block: Block) -> dict[str, Array]:
 
 
 def _all_finite(tree: Any) -> Array:
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.array([jnp.isfinite(x).all() for x in leaves]).all()
-
-
-def _where(condition: Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+    """Whether all entries are finite, by their sums: far quicker to compile than `isfinite`."""
+    return jnp.isfinite(jnp.stack([jnp.sum(x) for x in jax.tree.leaves(tree)])).all()
 
 
 # --- checks --------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def step(a: Float[Array, ...]) -> Float[Array, ...]:
 
 
 def log_cosh(a: Float[Array, ...]) -> Float[Array, ...]:
-    """log cosh(a), without overflow."""
+    """Log cosh(a), without overflow."""
     return jnp.abs(a) + jnp.log1p(jnp.exp(-2 * jnp.abs(a))) - math.log(2)
 
 
