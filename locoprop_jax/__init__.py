@@ -1,7 +1,5 @@
 """Layer-local optimizers for JAX: LocoProp and its relatives as Optax transformations."""
 
-from typing import Any
-
 from locoprop_jax._capture import find_layers as find_layers
 from locoprop_jax._capture import value_grad_and_capture as value_grad_and_capture
 from locoprop_jax._layers import Captured as Captured
@@ -19,7 +17,7 @@ from locoprop_jax._transfer import Transfer as Transfer
 from locoprop_jax._transfer import matching_loss as matching_loss
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "TrainState":  # Flax is imported only by those who use it
         from locoprop_jax._flax import TrainState
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from locoprop_jax import _jaxpr
 from locoprop_jax._jaxpr import Equation, Program
@@ -94,9 +95,9 @@ def _scalar(program: Program, value: int) -> float:
     """The number that a constant of one entry is known to be when tracing, else NaN."""
     known = program.constants.get(value)
     dtype = getattr(known, "dtype", None)
-    if known is None or isinstance(known, jax.core.Tracer) or np.size(known) != 1:
+    if known is None or isinstance(known, Tracer) or np.size(known) != 1:
         return math.nan
-    if dtype is not None and not jax.dtypes.issubdtype(dtype, np.number):
+    if dtype is not None and not jnp.issubdtype(dtype, np.number):
         return math.nan
     return float(np.asarray(known, np.float64).ravel()[0])
 
@@ -143,7 +144,7 @@ def transfer_piece(
     uniform = {
         v
         for v, known in program.constants.items()
-        if not isinstance(known, jax.core.Tracer) and np.size(known) == 1
+        if not isinstance(known, Tracer) and np.size(known) == 1
     }
     inside: dict[int, int] = {}  # value -> position of its equation
     for i, equation in enumerate(program.equations):

@@ -186,7 +186,7 @@ class Program(NamedTuple):
 
     def is_inexact(self, value: int) -> bool:
         dtype = getattr(self.avals[value], "dtype", None)
-        return dtype is not None and jax.dtypes.issubdtype(dtype, np.inexact)
+        return dtype is not None and jax.numpy.issubdtype(dtype, np.inexact)
 
     def consumers(self) -> dict[int, list[int]]:
         """For each value, the positions of the equations that read it."""
@@ -285,7 +285,7 @@ def is_elementwise(equation: Any) -> bool:
     if equation.primitive not in CUSTOM | CALLS:
         return False
     return all(
-        is_elementwise(inner) or (inner.primitive in BROADCAST and inner.invars[0].aval.size == 1)
+        is_elementwise(inner) or (inner.primitive in BROADCAST and np.size(inner.invars[0].aval) == 1)
         for jaxpr in jex.jaxprs_in_params(equation.params)
         for inner in jaxpr.eqns
     )

@@ -135,7 +135,8 @@ def _gradient_gain(
     def gain(delta: Block) -> Block:
         if regularizer is None:
             return moved(delta)
-        return jax.tree.map(lambda g, d: g + regularizer.weight * d, moved(delta), delta)
+        weight = regularizer.weight
+        return jax.tree.map(lambda g, d: g + weight * d, moved(delta), delta)
 
     return gain
 
@@ -282,7 +283,7 @@ def scale_by_local_loss(
 
     def update(
         updates: Any,
-        state: LocalLossState,
+        state: Any,
         params: Any = None,
         *,
         captured: Captured | None = None,
@@ -325,7 +326,7 @@ def scale_by_local_loss(
             ),
             plain,
         )
-        return result, LocalLossState(optax.safe_increment(state.count), states)
+        return result, LocalLossState(jnp.asarray(optax.safe_increment(state.count)), states)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

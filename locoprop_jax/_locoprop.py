@@ -29,7 +29,7 @@ def locoprop_s(
     gamma: float = 100.0,
     iterations: int = 10,
     optimizer: Callable[[Any], optax.GradientTransformation] = RMSPROP,
-    l2_weight: float = 0.0,
+    l2_weight: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LocoProp with local squared losses (LocoProp, eq. 3, Algorithm 1).
 
@@ -43,7 +43,7 @@ def locoprop_s(
         batch of B; the paper's choices for B = 1000 are 10 to 5000.
       iterations: T, how many local steps are taken for each batch.
       optimizer: the local optimizer's constructor, called with the learning rate of each step.
-      l2_weight: of 1/2 |W~ - W|^2, 0 as in the paper's experiments.
+      l2_weight: of 1/2 |W~ - W|^2; left out if None, as in the paper's Algorithms.
 
     Returns:
       A complete optimizer. Its `update` needs `captured`, from `value_grad_and_capture`.
@@ -61,7 +61,7 @@ def locoprop_m(
     gamma: float = 100.0,
     iterations: int = 10,
     optimizer: Callable[[Any], optax.GradientTransformation] = RMSPROP,
-    l2_weight: float = 0.0,
+    l2_weight: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LocoProp with local matching losses (LocoProp, eq. 7, Algorithm 2).
 
@@ -76,7 +76,7 @@ def locoprop_m(
         batch of B; the paper's choices for B = 1000 are 10 to 5000.
       iterations: T, how many local steps are taken for each batch.
       optimizer: the local optimizer's constructor, called with the learning rate of each step.
-      l2_weight: of 1/2 |W~ - W|^2, 0 as in the paper's experiments.
+      l2_weight: of 1/2 |W~ - W|^2; left out if None, as in the paper's Algorithms.
 
     Returns:
       A complete optimizer. Its `update` needs `captured`, from `value_grad_and_capture`.
@@ -94,7 +94,7 @@ def _locoprop(
     gamma: float,
     iterations: int,
     optimizer: Callable[[Any], optax.GradientTransformation],
-    l2_weight: float,
+    l2_weight: float | None,
 ) -> optax.GradientTransformationExtraArgs:
     return optax.chain(
         scale_by_local_loss(
@@ -102,7 +102,7 @@ def _locoprop(
             learning_rate,
             gamma=gamma,
             divergence=divergence,
-            regularizer=l2(l2_weight) if l2_weight else None,
+            regularizer=None if l2_weight is None else l2(l2_weight),
             solver=inner(optimizer, iterations),
         ),
         optax.scale(-1.0),

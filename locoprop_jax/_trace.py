@@ -117,7 +117,7 @@ def _batch_axes(
     abstract = jax.eval_shape(lambda *xs: xs, *leaves, *dynamic)
     sizes: dict[int, int] = {}
     for leaf in abstract[len(leaves) :]:
-        if leaf.shape and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if leaf.shape and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             sizes[leaf.shape[0]] = sizes.get(leaf.shape[0], 0) + math.prod(leaf.shape)
     for size in sorted(sizes, key=lambda size: -sizes[size]):
         doubled = [

@@ -189,9 +189,9 @@ def _evaluate(function: Elementwise, grid: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _known_values(x64: bool) -> dict[str, np.ndarray]:
+def _known_values(dtype: Any) -> dict[str, np.ndarray]:
     """The known functions on the grid, compiled together, in the widest precision there is."""
-    del x64  # only the key of the cache
+    del dtype  # the key of the cache: it changes with jax_enable_x64
     with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
         values = jax.jit(lambda a: {name: f(a) for name, f in _KNOWN.items()})(jnp.asarray(_GRID))
         return {name: np.asarray(value, np.float64) for name, value in values.items()}
@@ -207,7 +207,7 @@ def recognise(function: Elementwise, dtype: Any, note: str = "") -> Transfer:
     tolerance = 8 * float(jnp.finfo(dtype).eps)
     errors = {
         name: float(np.max(np.abs(values - expected) / np.maximum(1.0, np.abs(expected))))
-        for name, expected in _known_values(jax.config.jax_enable_x64).items()
+        for name, expected in _known_values(jnp.result_type(float)).items()
     }
     best = min(errors, key=lambda name: errors[name])
     if errors[best] <= tolerance:

@@ -1,0 +1,1 @@
+"""The papers' experiments: one module per experiment, `python -m benchmarks.<experiment>`."""

@@ -1,0 +1,194 @@
+"""The papers' deep autoencoder, trained with LocoProp and with first-order methods.
+
+    python -m benchmarks.autoencoder
+
+trains the four methods for a few minutes on two CPU cores. The paper's run (locoprop, section 3) is
+
+    python -m benchmarks.autoencoder --epochs 100 --train-images 60000
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from benchmarks import cli, plots, report
+from benchmarks.comparison import compare
+from benchmarks.data import DataError, Dataset
+from benchmarks.methods import Hyperparameters
+from benchmarks.training import Params, Problem, Run, Settings
+from benchmarks.tuned import TUNED, TunedError, load_hyperparameters, write_json
+
+NAME = "autoencoder"
+DEFAULTS = {"epochs": 5, "train_images": 20_000, "batch_size": 1000}
+QUICK = {"epochs": 2, "train_images": 2000, "batch_size": 200}
+RECONSTRUCTED = 12  # test images in the picture
+
+
+class Autoencoder(nn.Module):
+    """The standard deep autoencoder: tanh everywhere but at the code and at the logits."""
+
+    encoder: tuple[int, ...] = (1000, 500, 250)
+    code: int = 30
+    decoder: tuple[int, ...] = (250, 500, 1000)
+    pixels: int = 784
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "batch pixels"]) -> Float[Array, "batch pixels"]:
+        hidden = images
+        for width in self.encoder:
+            hidden = nn.tanh(nn.Dense(width)(hidden))
+        hidden = nn.Dense(self.code)(hidden)
+        for width in self.decoder:
+            hidden = nn.tanh(nn.Dense(width)(hidden))
+        return nn.Dense(self.pixels)(hidden)
+
+
+def make_problem(dataset: Dataset) -> Problem:
+    """Reconstruct the images: cross-entropy summed over pixels, mean over the batch."""
+    network = Autoencoder()
+
+    def loss_fn(params: Params, images: Float[Array, "batch 784"]) -> Float[Array, ""]:
+        logits = network.apply(params, images)
+        return optax.sigmoid_binary_cross_entropy(logits, images).sum(-1).mean()
+
+    return Problem(
+        NAME,
+        init=lambda key: network.init(key, dataset.train[:1]),
+        loss_fn=loss_fn,
+        train=dataset.train,
+        test=dataset.test,
+    )
+
+
+def reconstruct(
+    params: Params, images: Float[np.ndarray, "images 784"]
+) -> Float[np.ndarray, "images 784"]:
+    return np.asarray(nn.sigmoid(Autoencoder().bind(params)(jnp.asarray(images))))
+
+
+def parse_arguments(
+    argv: Sequence[str] | None,
+) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.autoencoder",
+        description="Train the standard deep autoencoder (784-1000-500-250-30-250-500-1000-784, "
+        "tanh) with LocoProp and with first-order methods, from the same start on the same "
+        "batches. Prints a table; writes the curves as JSON and PNG, and reconstructions.",
+        epilog="The paper's run: --epochs 100 --train-images 60000.",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a look in under a minute: "
+        + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
+        + " unless given",
+    )
+    cli.add_training_arguments(parser, DEFAULTS)
+    parser.add_argument(
+        "--hyperparameters",
+        type=Path,
+        default=TUNED,
+        metavar="FILE",
+        help="JSON file of tuned values (default: the committed benchmarks/tuned.json)",
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("out/autoencoder"),
+        metavar="DIR",
+        help="where the results go (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    if args.quick:
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args(argv)
+    cli.check_training_arguments(parser, args)
+    return parser, args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 130 after Ctrl-C, as shells have it."""
+    parser, args = parse_arguments(argv)
+    try:
+        hyperparameters: dict[str, Hyperparameters] = {
+            name: {
+                **load_hyperparameters(NAME, name, args.hyperparameters),
+                **cli.method_options(name, args),
+            }
+            for name in dict.fromkeys(args.methods)
+        }
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        dataset = cli.load_images(args)
+    except (DataError, TunedError) as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"argument --output-dir: cannot make {args.output_dir}: {error.strerror}")
+
+    settings = describe(args, dataset)
+    print(
+        f"{dataset.name} ({dataset.source}): {len(dataset.train):,} training images, "
+        f"{args.epochs} epochs of batches of {args.batch_size}, on {jax.devices()[0].device_kind}."
+    )
+
+    def keep(runs: Sequence[Run]) -> None:
+        write_json(args.output_dir / "results.json", report.results(runs, settings))
+
+    runs, interrupted = compare(
+        make_problem(dataset),
+        hyperparameters,
+        Settings(args.epochs, args.batch_size, args.seed),
+        keep,
+    )
+    if runs:
+        show(runs, dataset, args.output_dir)
+    if interrupted:
+        print(
+            f"Interrupted; {len(runs)} of {len(hyperparameters)} methods have results.",
+            file=sys.stderr,
+        )
+    return 130 if interrupted else 0
+
+
+def describe(args: argparse.Namespace, dataset: Dataset) -> Mapping[str, Any]:
+    return {
+        "experiment": NAME,
+        "dataset": dataset.name,
+        "source": dataset.source,
+        "train_images": args.train_images,
+        "epochs": args.epochs,
+        "batch_size": args.batch_size,
+        "iterations": args.iterations,
+        "seed": args.seed,
+        "train_loss_on": report.evaluated_on(dataset.train),
+        "test_loss_on": report.evaluated_on(dataset.test),
+    }
+
+
+def show(runs: Sequence[Run], dataset: Dataset, directory: Path) -> None:
+    """Print the table and draw the pictures."""
+    print(f"\n{report.table(runs)}\n")
+    print(
+        f"Losses after the last epoch, on {report.evaluated_on(dataset.train)} training images and "
+        f"{report.evaluated_on(dataset.test)} test images."
+    )
+    title = f"Deep autoencoder on {dataset.name}, {len(dataset.train):,} images"
+    plots.plot_losses(runs, title, directory / "loss.png")
+    originals = dataset.test[:RECONSTRUCTED]
+    plots.plot_images(
+        {"original": originals} | {run.label: reconstruct(run.params, originals) for run in runs},
+        directory / "reconstructions.png",
+    )
+    print(f"Wrote results.json, loss.png and reconstructions.png to {directory}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

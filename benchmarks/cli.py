@@ -1,0 +1,101 @@
+"""What the command lines of the experiments have in common."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.data import DATASETS, Dataset, load_dataset, subset
+from benchmarks.methods import METHODS
+
+
+def positive_int(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return value
+
+
+def seed(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from 0 to 2**32 - 1, got {text!r}"
+        )
+    return value
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, int]) -> None:
+    """--methods, --epochs, --train-images, --batch-size, --iterations, --dataset and so on."""
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"which to train, in this order: {', '.join(METHODS)} (default: all)",
+    )
+    for option, what in {
+        "epochs": "passes over the training images",
+        "train_images": "how many of them to use (the first ones; no more test images than these)",
+        "batch_size": "images per step",
+    }.items():
+        parser.add_argument(
+            f"--{option.replace('_', '-')}",
+            type=positive_int,
+            default=defaults[option],
+            metavar="N",
+            help=f"{what} (default: %(default)s)",
+        )
+    parser.add_argument(
+        "--iterations",
+        type=positive_int,
+        default=10,
+        metavar="T",
+        help="local iterations per step of LocoProp (default: %(default)s, as in the paper)",
+    )
+    parser.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        default="auto",
+        help="auto is fashion-mnist, or generated curves where that cannot be had (default: auto)",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the IDX files are (default: the environment variable LOCOPROP_DATA, Debian's "
+        "package dataset-fashion-mnist, or a download)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=seed,
+        default=0,
+        metavar="N",
+        help="of the parameters, the order of the batches and CURVES (default: %(default)s)",
+    )
+
+
+def check_training_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.batch_size > args.train_images:
+        parser.error(
+            f"argument --batch-size: {args.batch_size} is more than --train-images "
+            f"{args.train_images}, which leaves no complete batch"
+        )
+    if args.dataset == "curves" and args.data_dir is not None:
+        parser.error("argument --data-dir: --dataset curves is generated and reads no files")
+
+
+def load_images(args: argparse.Namespace) -> Dataset:
+    return subset(load_dataset(args.dataset, args.data_dir, args.seed), args.train_images)
+
+
+def method_options(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The command line's options that this method's `build` takes beside its hyperparameters."""
+    return {option: getattr(args, option) for option in METHODS[name].options}

@@ -1,0 +1,113 @@
+"""The pictures of a comparison: training loss against epochs and seconds, and reconstructions."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+from benchmarks.methods import METHODS
+from benchmarks.training import WARMUP, Run
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; black and yellow left out.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D")
+TEXT, FAINT = "#333333", "#DDDDDD"
+GAP = 1  # pixels around each image
+LABEL_GAP = 0.055  # least distance of two labels, as a share of the axis
+
+
+def plot_losses(runs: Sequence[Run], title: str, path: Path) -> None:
+    """Training loss at the end of each epoch, against epochs and against seconds of training.
+
+    Epoch 0, where all methods are the same, and the warm-up are left out so that the differences
+    fill the picture.
+    """
+    first = max([1.0, *(WARMUP * run.curve[-1].epoch for run in runs)])
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure.suptitle(title, color=TEXT, fontsize=11, x=0.01, ha="left")
+    by_epoch, by_seconds = figure.subplots(1, 2, sharey=True)
+    for axes, field, label in (
+        (by_epoch, "epoch", "epoch"),
+        (by_seconds, "seconds", "seconds of training, without compilation and evaluation"),
+    ):
+        _style(axes)
+        axes.set_xlabel(label, color=TEXT)
+        ends = {}
+        for run in runs:
+            records = [record for record in run.curve if record.epoch >= first]
+            if not records:
+                continue
+            x = [getattr(record, field) for record in records]
+            y = [record.train_loss for record in records]
+            colour, marker = _look(run.method)
+            every = max(1, len(x) // 10)
+            axes.plot(
+                x, y, color=colour, marker=marker, markevery=every, markersize=4, linewidth=1.8
+            )
+            ends[run.label] = (x[-1], y[-1], colour)
+        _label_ends(axes, ends)
+    by_seconds.set_xlim(left=0)
+    by_epoch.xaxis.get_major_locator().set_params(integer=True)
+    by_epoch.set_ylabel("training loss", color=TEXT)
+    figure.savefig(path, dpi=150)
+
+
+def plot_images(rows: Mapping[str, Float[np.ndarray, "images 784"]], path: Path) -> None:
+    """Rows of images, each row with its name on the left."""
+    # One picture of all, since an axes for each image takes seconds to lay out.
+    tiles = np.stack([images.reshape(-1, 28, 28) for images in rows.values()])
+    padded = np.pad(tiles, ((0, 0), (0, 0), (GAP, GAP), (GAP, GAP)), constant_values=np.nan)
+    count, columns, side, _ = padded.shape
+    mosaic = padded.transpose(0, 2, 1, 3).reshape(count * side, columns * side)
+
+    figure = Figure(figsize=(0.8 * columns + 1.4, 0.8 * count), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(
+        mosaic, cmap=matplotlib.colormaps["gray_r"].with_extremes(bad=FAINT), vmin=0, vmax=1
+    )
+    axes.set(xticks=[], yticks=[(row + 0.5) * side - 0.5 for row in range(count)])
+    axes.set_yticklabels(rows, color=TEXT, fontsize=11)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def _look(method: str) -> tuple[str, str]:
+    """A method keeps its colour and marker whichever others are plotted beside it."""
+    position = list(METHODS).index(method)
+    return COLOURS[position % len(COLOURS)], MARKERS[position % len(MARKERS)]
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(TEXT)
+    axes.tick_params(colors=TEXT)
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
+    """Write each curve's name beside its end, pushed upwards where two would overlap."""
+    axes.margins(x=0.02)
+    low, high = axes.get_ylim()
+    floor = -np.inf
+    for label, (x, y, colour) in sorted(ends.items(), key=lambda item: item[1][1]):
+        height = max((y - low) / (high - low), floor)
+        floor = height + LABEL_GAP
+        axes.annotate(
+            label,
+            (x, low + height * (high - low)),
+            xytext=(7, 0),
+            textcoords="offset points",
+            color=colour,
+            fontsize=10,
+            fontweight="bold",
+            va="center",
+            annotation_clip=False,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+        )

@@ -1,0 +1,30 @@
+"""What every test runs under: float64, no silent promotion or broadcasting, repeatable examples."""
+
+import os
+
+import hypothesis
+import jax
+import pytest
+
+# The oracles compare in float64; a GPU is used only when asked for.
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+if "JAX_PLATFORMS" not in os.environ:
+    jax.config.update("jax_platforms", "cpu")
+
+hypothesis.settings.register_profile(
+    "locoprop_jax", max_examples=25, deadline=None, derandomize="CI" in os.environ
+)
+hypothesis.settings.load_profile("locoprop_jax")
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request):
+    """No silent dtype promotion, except where a test says it cannot do without.
+
+    The front ends keep to this, Optax does not: the bias correction of `optax.adam` and its kin,
+    `1 - decay**count`, mixes a float and an integer array. Such tests carry the marker.
+    """
+    standard = request.node.get_closest_marker("standard_promotion")
+    with jax.numpy_dtype_promotion("standard" if standard else "strict"):
+        yield

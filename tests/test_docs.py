@@ -1,0 +1,38 @@
+"""The examples in the docstrings and in the README run."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import pytest
+
+import locoprop_jax
+
+MODULES = [f"locoprop_jax.{module.name}" for module in pkgutil.iter_modules(locoprop_jax.__path__)]
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    with jax.numpy_rank_promotion("allow"):  # JAX's default, which a user has
+        assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+@pytest.mark.standard_promotion
+def test_the_readmes_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    assert scope["losses"][-1] < scope["losses"][0]
+
+
+def test_every_public_name_is_in_the_readme_and_has_a_docstring():
+    public = [name for name in vars(locoprop_jax) if not name.startswith("_")] + ["TrainState"]
+    names = [name for name in public if not isinstance(getattr(locoprop_jax, name), ModuleType)]
+    assert [name for name in names if not getattr(locoprop_jax, name).__doc__] == []
+    assert [name for name in names if f"`{name}`" not in README.read_text()] == []

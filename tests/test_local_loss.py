@@ -1,0 +1,797 @@
+"""Local losses, against LocoProp's Algorithms 1 and 2 written out layer by layer in NumPy."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import locoprop_jax as lp
+
+# --- the reference: dense networks and the algorithms of the paper -------------------------------
+
+
+def sigmoid(a):
+    return 1 / (1 + np.exp(-a))
+
+
+def softmax(a):
+    e = np.exp(a - a.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+# name -> f for the network, f and f' for the reference
+TRANSFERS = {
+    "identity": (lambda a: a, lambda a: a, np.ones_like),
+    "relu": (jax.nn.relu, lambda a: np.maximum(a, 0), lambda a: (a > 0).astype(float)),
+    "leaky_relu": (
+        jax.nn.leaky_relu,
+        lambda a: np.where(a > 0, a, 0.01 * a),
+        lambda a: np.where(a > 0, 1, 0.01),
+    ),
+    "sigmoid": (jax.nn.sigmoid, sigmoid, lambda a: sigmoid(a) * sigmoid(-a)),
+    "softplus": (jax.nn.softplus, lambda a: np.logaddexp(a, 0), sigmoid),
+    "tanh": (jnp.tanh, np.tanh, lambda a: 1 - np.tanh(a) ** 2),
+    "home-made": (lambda a: a + jnp.arctan(a), lambda a: a + np.arctan(a), lambda a: 1 + 1 / (1 + a**2)),
+}
+
+# name -> the loss of one row, and the f whose matching loss it is: its gradient is f(a) - y
+HEADS = {
+    "squared": (lambda a, y: optax.l2_loss(a, y).sum(-1), lambda a: a),
+    "sigmoid": (lambda a, y: optax.sigmoid_binary_cross_entropy(a, y).sum(-1), sigmoid),
+    "softmax": (optax.softmax_cross_entropy, softmax),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Net:
+    """A dense network with a matching loss, optionally over tokens and with weight decay in it."""
+
+    widths: tuple[int, ...] = (3, 4, 2)
+    transfers: tuple[str, ...] = ("tanh",)
+    biases: tuple[bool, ...] = (True, True)
+    head: str = "sigmoid"
+    batch: int = 5
+    tokens: int | None = None
+    mean_over_tokens: bool = True
+    out_in: bool = False  # kernels are (d_out, d_in)
+    decay: float = 0.0
+
+    @property
+    def names(self):
+        return [f"layer{m}" for m in range(len(self.biases))]
+
+    @property
+    def terms(self):
+        """c: how many terms the loss averages over."""
+        return self.batch * (self.tokens or 1 if self.mean_over_tokens else 1)
+
+    def params(self, seed=0):
+        rng = np.random.default_rng(seed)
+        params = {}
+        for name, d_in, d_out, bias in zip(
+            self.names, self.widths, self.widths[1:], self.biases, strict=False
+        ):
+            shape = (d_out, d_in) if self.out_in else (d_in, d_out)
+            params[name] = {"kernel": jnp.asarray(rng.normal(size=shape))}
+            if bias:
+                params[name]["bias"] = jnp.asarray(rng.normal(size=d_out))
+        return params
+
+    def data(self, seed=1):
+        rng = np.random.default_rng(seed)
+        shape = (self.batch,) if self.tokens is None else (self.batch, self.tokens)
+        y = rng.uniform(size=(*shape, self.widths[-1]))
+        if self.head == "softmax":
+            y /= y.sum(-1, keepdims=True)
+        return jnp.asarray(rng.normal(size=(*shape, self.widths[0]))), jnp.asarray(y)
+
+    def outputs(self, params, x):
+        for name, transfer in zip(self.names, (*self.transfers, "identity"), strict=True):
+            kernel = params[name]["kernel"]
+            x = x @ (kernel.T if self.out_in else kernel)
+            if "bias" in params[name]:
+                x = x + params[name]["bias"].reshape((1,) * (x.ndim - 1) + (-1,))
+            x = TRANSFERS[transfer][0](x)
+        return x
+
+    def loss(self, params, x, y):
+        losses = HEADS[self.head][0](self.outputs(params, x), y)
+        if self.tokens is not None and not self.mean_over_tokens:
+            losses = losses.sum(-1)
+        decay = sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
+        return losses.mean() + self.decay / 2 * decay
+
+    def layers(self, **options):
+        return lp.find_layers(self.loss, self.params(), *self.data(), **options)
+
+    def block(self, params, name):
+        """W: the kernel as (d_in, d_out), with the bias as its last row."""
+        kernel = np.asarray(params[name]["kernel"])
+        kernel = kernel.T if self.out_in else kernel
+        bias = [np.asarray(params[name]["bias"])[None]] if "bias" in params[name] else []
+        return np.concatenate([kernel, *bias])
+
+    def backprop(self, params, x, y):
+        """(X, A, E, f) of each layer: inputs with their one, pre-activations, dL/dA, transfer."""
+        x = np.asarray(x).reshape(-1, self.widths[0])
+        y = np.asarray(y).reshape(-1, self.widths[-1])
+        blocks = [self.block(params, name) for name in self.names]
+        ones = [np.ones((len(x), int(bias))) for bias in self.biases]
+        inputs, outputs = [np.concatenate([x, ones[0]], 1)], [inputs_times(x, ones[0], blocks[0])]
+        for m, transfer in enumerate(self.transfers):
+            x = TRANSFERS[transfer][1](outputs[-1])
+            inputs.append(np.concatenate([x, ones[m + 1]], 1))
+            outputs.append(inputs_times(x, ones[m + 1], blocks[m + 1]))
+        f_head = HEADS[self.head][1]
+        cotangents = [(f_head(outputs[-1]) - y) / self.terms]
+        for m in reversed(range(len(self.transfers))):
+            back = cotangents[0] @ blocks[m + 1][: self.widths[m + 1]].T
+            cotangents.insert(0, back * TRANSFERS[self.transfers[m]][2](outputs[m]))
+        fs = [*(TRANSFERS[transfer][1] for transfer in self.transfers), f_head]
+        return list(zip(inputs, outputs, cotangents, fs, strict=True))
+
+
+def inputs_times(x, ones, block):
+    return np.concatenate([x, ones], 1) @ block
+
+
+class SGD:
+    """w <- w - eta g"""
+
+    def step(self, gradient, eta):
+        return -eta * gradient
+
+
+class RMSProp:
+    """TensorFlow's RMSProp with heavy-ball momentum."""
+
+    decay, momentum, eps = 0.9, 0.9, 1e-6
+
+    def __init__(self):
+        self.mean_square, self.velocity = 1.0, 0.0
+
+    def step(self, gradient, eta):
+        self.mean_square = self.decay * self.mean_square + (1 - self.decay) * gradient**2
+        scaled = eta * gradient / np.sqrt(self.mean_square + self.eps)
+        self.velocity = self.momentum * self.velocity + scaled
+        return -self.velocity
+
+
+def algorithm(net, params, batch, *, matching, eta, gamma, iterations, l2=0.0, optimizers=None):
+    """Algorithm 1 (squared) or 2 (matching) for one batch: the new block of each layer.
+
+    The weight decay in the loss enters the local objectives as gamma <Rg, W~>, and l2/2 |W~ - W|^2
+    is added where the caller asks for it.
+    """
+    new = {}
+    for name, (x, a, e, f) in zip(net.names, net.backprop(params, *batch), strict=True):
+        f = f if matching else lambda a: a
+        target = f(a) - gamma * e
+        start = w = net.block(params, name)
+        optimizer = SGD() if optimizers is None else optimizers[name]
+        for k in range(iterations):
+            gradient = x.T @ (f(x @ w) - target) + gamma * net.decay * start + l2 * (w - start)
+            w = w + optimizer.step(gradient, eta * max(1 - k / iterations, 1 / 4))
+        new[name] = w
+    return new
+
+
+def update_function(net, tx):
+    """(params, state, batch) -> (updates, state), compiled."""
+
+    @jax.jit
+    def update(params, state, *batch):
+        _, grads, captured = lp.value_grad_and_capture(net.loss)(params, *batch)
+        return tx.update(grads, state, params, captured=captured)
+
+    return update
+
+
+def take_step(net, tx, params=None, batch=None):
+    params = net.params() if params is None else params
+    batch = net.data() if batch is None else batch
+    updates, state = update_function(net, tx)(params, tx.init(params), *batch)
+    return optax.apply_updates(params, updates), state
+
+
+def assert_equal_to_rounding(actual, desired, error=1e-10):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
+        scale = max(1.0, np.abs(b).max(initial=0.0))
+        np.testing.assert_allclose(a, b, rtol=error, atol=error * scale)
+
+
+def assert_blocks(net, params, blocks, error=1e-10):
+    assert_equal_to_rounding({name: net.block(params, name) for name in net.names}, blocks, error)
+
+
+@st.composite
+def nets(draw):
+    depth = draw(st.integers(1, 3))
+    return Net(
+        widths=tuple(draw(st.lists(st.integers(1, 6), min_size=depth + 1, max_size=depth + 1))),
+        transfers=tuple(draw(st.sampled_from(list(TRANSFERS))) for _ in range(depth - 1)),
+        biases=tuple(draw(st.booleans()) for _ in range(depth)),
+        head=draw(st.sampled_from(list(HEADS))),
+        batch=draw(st.integers(1, 6)),
+        tokens=draw(st.none() | st.integers(1, 3)),
+        mean_over_tokens=draw(st.booleans()),
+        out_in=draw(st.booleans()),
+        decay=draw(st.sampled_from([0.0, 0.1])),
+    )
+
+
+METHODS = {"locoprop_s": lp.locoprop_s, "locoprop_m": lp.locoprop_m}
+each_method = pytest.mark.parametrize("name", METHODS)
+
+# --- algorithms ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=8)
+@given(net=nets(), seed=st.integers(0, 99), gamma=st.floats(0, 10), eta=st.floats(0, 1))
+def test_one_iteration_of_gradient_descent_is_backprop(net, seed, gamma, eta):
+    layers, params, batch = net.layers(), net.params(seed), net.data(seed)
+    options = {"gamma": gamma, "iterations": 1, "optimizer": optax.sgd}
+    grads = jax.grad(net.loss)(params, *batch)
+    backprop = jax.tree.map(lambda g: -eta * gamma * g, grads)
+
+    @jax.jit
+    def updates(params, *batch):
+        _, grads, captured = lp.value_grad_and_capture(net.loss)(params, *batch)
+        return [
+            tx.update(grads, tx.init(params), params, captured=captured)[0]
+            for method in METHODS.values()
+            for l2_weight in (0.0, 3.0)
+            for tx in [method(layers, eta, l2_weight=l2_weight, **options)]
+        ]
+
+    for result in updates(params, *batch):
+        assert_equal_to_rounding(result, backprop)
+
+
+@settings(max_examples=12)
+@given(
+    net=nets(),
+    matching=st.booleans(),
+    iterations=st.integers(2, 8),
+    rmsprop=st.booleans(),
+    l2=st.sampled_from([0.0, 2.0]),
+    gamma=st.floats(0.1, 3.0),
+    eta=st.floats(1e-3, 3e-2),
+    seed=st.integers(0, 99),
+)
+def test_the_iterates_are_those_of_algorithms_1_and_2_over_two_batches(
+    net, matching, iterations, rmsprop, l2, gamma, eta, seed
+):
+    gamma *= net.terms
+    options = {"gamma": gamma, "iterations": iterations, "l2_weight": l2}
+    if not rmsprop:
+        options["optimizer"] = optax.sgd
+    tx = (lp.locoprop_m if matching else lp.locoprop_s)(net.layers(), eta, **options)
+    update = update_function(net, tx)
+    params = net.params(seed)
+    state = tx.init(params)
+    optimizers = {name: RMSProp() if rmsprop else SGD() for name in net.names}
+    for batch in (net.data(seed), net.data(seed + 1)):  # the optimizer's state goes on
+        expected = algorithm(
+            net,
+            params,
+            batch,
+            matching=matching,
+            eta=eta,
+            gamma=gamma,
+            iterations=iterations,
+            l2=l2,
+            optimizers=optimizers,
+        )
+        updates, state = update(params, state, *batch)
+        params = optax.apply_updates(params, updates)
+        assert_blocks(net, params, expected, error=1e-9)
+
+
+def test_the_solver_that_the_aliases_take_by_default_is_rmsprop_with_momentum_for_ten_steps():
+    net = Net()
+    params, _ = take_step(net, lp.locoprop_m(net.layers(), 1e-2, gamma=7.0))
+    optimizers = {name: RMSProp() for name in net.names}
+    expected = algorithm(
+        net,
+        net.params(),
+        net.data(),
+        matching=True,
+        eta=1e-2,
+        gamma=7.0,
+        iterations=10,
+        optimizers=optimizers,
+    )
+    assert_blocks(net, params, expected)
+
+
+@pytest.mark.parametrize("divergence, alias", [("squared", "locoprop_s"), ("matching", "locoprop_m")])
+def test_scale_by_local_loss_returns_the_displacement_that_its_alias_adds(divergence, alias):
+    net = Net()
+    params, batch, layers = net.params(), net.data(), net.layers()
+    displacement = lp.scale_by_local_loss(
+        layers,
+        0.02,
+        gamma=3.0,
+        divergence=divergence,
+        regularizer=lp.l2(0.5),
+        solver=lp.inner(optax.sgd, 4),
+    )
+    complete = METHODS[alias](
+        layers, 0.02, gamma=3.0, iterations=4, optimizer=optax.sgd, l2_weight=0.5
+    )
+
+    @jax.jit
+    def both(params, *batch):
+        _, grads, captured = lp.value_grad_and_capture(net.loss)(params, *batch)
+        return [
+            tx.update(grads, tx.init(params), params, captured=captured)[0]
+            for tx in (displacement, complete)
+        ]
+
+    scaled, updates = both(params, *batch)
+    assert_equal_to_rounding(jax.tree.map(jnp.negative, scaled), updates)
+
+
+# --- the squared loss ----------------------------------------------------------------------------
+
+
+def numbers_in_loops(jaxpr, inside=False):
+    """The sizes of all axes of all arrays that are computed inside the loops of a jaxpr."""
+    sizes = set()
+    for eqn in jaxpr.eqns:
+        loop = inside or eqn.primitive.name in ("while", "scan")
+        if loop:
+            sizes.update(size for v in eqn.outvars for size in v.aval.shape)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
+                sizes |= numbers_in_loops(getattr(inner, "jaxpr", inner), loop)
+    return sizes
+
+
+def is_jaxpr(x):
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
+@pytest.mark.parametrize("rows, d_in, sees_rows", [(23, 3, False), (4, 11, True)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_iterations_on_the_gram_matrix_are_those_on_the_rows(rows, d_in, sees_rows, bias):
+    net = Net(widths=(d_in, 2), transfers=(), biases=(bias,), batch=rows, decay=0.1)
+    options = {"gamma": 2.0 * rows, "iterations": 6, "l2_weight": 1.0, "optimizer": optax.sgd}
+    tx = lp.locoprop_s(net.layers(), 0.01, **options)
+    params, _ = take_step(net, tx)
+    expected = algorithm(
+        net,
+        net.params(),
+        net.data(),
+        matching=False,
+        eta=0.01,
+        gamma=2.0 * rows,
+        iterations=6,
+        l2=1.0,
+    )
+    assert_blocks(net, params, expected)
+    jaxpr = jax.make_jaxpr(update_function(net, tx))(
+        net.params(), tx.init(net.params()), *net.data()
+    )
+    assert (rows in numbers_in_loops(jaxpr.jaxpr)) is sees_rows
+
+
+@pytest.mark.parametrize("batch", [2, 30])
+def test_locoprop_s_with_l2_converges_to_the_exact_solution(batch):
+    """W - eta' gamma (I + eta' X'X)^-1 G, where the regularizer has weight 1/eta'."""
+    net = Net(batch=batch)
+    gamma, eta_of_regularizer = 3.0, 0.2
+    largest = max(np.linalg.norm(x, 2) ** 2 for x, *_ in net.backprop(net.params(), *net.data()))
+    eta = 1 / (largest + 1 / eta_of_regularizer)  # inside the convergence radius
+    tx = lp.locoprop_s(
+        net.layers(),
+        eta,
+        gamma=gamma,
+        iterations=1500,
+        optimizer=optax.sgd,
+        l2_weight=1 / eta_of_regularizer,
+    )
+    params, _ = take_step(net, tx)
+    exact = {}
+    for name, (x, _, e, _) in zip(
+        net.names, net.backprop(net.params(), *net.data()), strict=True
+    ):
+        system = np.eye(x.shape[1]) + eta_of_regularizer * x.T @ x
+        step = eta_of_regularizer * gamma * np.linalg.solve(system, x.T @ e)
+        exact[name] = net.block(net.params(), name) - step
+    assert_blocks(net, params, exact)
+
+
+# --- the last layer ------------------------------------------------------------------------------
+
+# name -> the loss as a function of the outputs of the last layer, and how many terms it averages
+ANY_HEAD = {
+    "huber": (lambda a, y: optax.huber_loss(a, y).sum(-1).mean(), 5),
+    "half a mean": (lambda a, y: 0.5 * jnp.sum((a - y) ** 2, -1).mean(), 5),
+    "mean of halved sums": (lambda a, y: jnp.mean(0.5 * jnp.sum((a - y) ** 2, -1)), 5),
+    "mean over everything": (lambda a, y: jnp.mean(jnp.log(jnp.cosh(a - y))), 10),
+    "sum": (lambda a, y: optax.sigmoid_binary_cross_entropy(a, y).sum(), 1),
+    "sum over a count": (lambda a, y: jnp.sum(jnp.abs(a - y) ** 3) / len(a), 5),
+    "coupled outputs": (lambda a, y: optax.cosine_distance(a, y).mean(), 5),
+    "weighted mean": (lambda a, y: 0.3 * optax.l2_loss(a, y).sum(-1).mean(), 5),
+    "labels": (
+        lambda a, y: optax.softmax_cross_entropy_with_integer_labels(a, y.argmax(-1)).mean(),
+        5,
+    ),
+}
+
+
+@pytest.mark.parametrize("head", ANY_HEAD)
+def test_at_the_last_layer_of_m_the_loss_itself_is_the_matching_loss(head):
+    """The residual is c (grad L(A~) - grad L(A)) + gamma E, with c the number of terms."""
+    loss_of_outputs, c = ANY_HEAD[head]
+    gamma, eta, iterations = 2.0, 0.05, 5
+    net = Net(widths=(3, 2), transfers=(), biases=(True,))
+    params, (x, y) = net.params(), net.data()
+
+    def loss(params, x, y):
+        return loss_of_outputs(net.outputs(params, x), y)
+
+    layers = lp.find_layers(loss, params, x, y)
+    tx = lp.locoprop_m(layers, eta, gamma=gamma, iterations=iterations, optimizer=optax.sgd)
+
+    @jax.jit
+    def step(params, x, y):
+        _, grads, captured = lp.value_grad_and_capture(loss)(params, x, y)
+        updates, _ = tx.update(grads, tx.init(params), params, captured=captured)
+        return optax.apply_updates(params, updates)
+
+    @jax.jit
+    def reference(w, x, y):
+        gradient = jax.grad(loss_of_outputs)
+        a = x @ w
+        e = gradient(a, y)
+        for k in range(iterations):
+            residual = c * (gradient(x @ w, y) - e) + gamma * e
+            w = w - eta * max(1 - k / iterations, 1 / 4) * x.T @ residual
+        return w
+
+    extended = jnp.concatenate([x, jnp.ones((len(x), 1))], 1)
+    expected = reference(jnp.asarray(net.block(params, "layer0")), extended, y)
+    assert_blocks(net, step(params, x, y), {"layer0": expected})
+
+
+@pytest.mark.parametrize("head", ["softmax", "sigmoid", "squared"])
+@pytest.mark.parametrize("tokens, mean_over_tokens", [(None, True), (3, True), (3, False)])
+def test_proposition_4_at_gamma_equal_to_the_number_of_terms_the_last_local_loss_is_the_loss(
+    head, tokens, mean_over_tokens
+):
+    net = Net(head=head, tokens=tokens, mean_over_tokens=mean_over_tokens)
+    eta, iterations = 0.02, 5
+    tx = lp.locoprop_m(
+        net.layers(), eta, gamma=net.terms, iterations=iterations, optimizer=optax.sgd
+    )
+    params, _ = take_step(net, tx)
+    x, y = net.data()
+    x, _, _, f = net.backprop(net.params(), x, y)[-1]
+    w = net.block(net.params(), "layer1")
+    for k in range(iterations):  # gradient descent on c L over the last layer's weights
+        w = w - eta * max(1 - k / iterations, 1 / 4) * x.T @ (f(x @ w) - np.asarray(y).reshape(-1, 2))
+    assert_equal_to_rounding(net.block(params, "layer1"), w)
+
+
+def test_a_transfer_function_that_is_given_replaces_the_loss_at_the_last_layer():
+    net = Net(widths=(3, 2), transfers=(), biases=(True,), head="squared")
+    layers = net.layers(transfer={"layer0": jax.nn.sigmoid})
+    tx = lp.locoprop_m(layers, 0.05, gamma=2.0, iterations=5, optimizer=optax.sgd)
+    params, _ = take_step(net, tx)
+    ((x, a, e, _),) = net.backprop(net.params(), *net.data())
+    w = net.block(net.params(), "layer0")
+    for k in range(5):
+        residual = sigmoid(x @ w) - sigmoid(a) + 2.0 * e
+        w = w - 0.05 * max(1 - k / 5, 1 / 4) * x.T @ residual
+    assert_blocks(net, params, {"layer0": w})
+
+
+# --- gradients and schedules ---------------------------------------------------------------------
+
+
+@each_method
+def test_what_happened_to_the_gradient_before_is_kept_in_the_local_objective(name):
+    """The objective gains gamma <Rg, W~>, Rg = updates - X'E: here, of a clipped gradient."""
+    net = Net(widths=(3, 2), transfers=(), biases=(True,))
+    gamma, eta, iterations, largest = 2.0, 0.05, 4, 1e-2
+    tx = optax.chain(
+        optax.clip(largest),
+        METHODS[name](
+            net.layers(), eta, gamma=gamma, iterations=iterations, optimizer=optax.sgd
+        ),
+    )
+    params, _ = take_step(net, tx)
+    ((x, a, e, f),) = net.backprop(net.params(), *net.data())
+    f = f if name == "locoprop_m" else lambda a: a
+    start = w = net.block(net.params(), "layer0")
+    rg = np.clip(x.T @ e, -largest, largest) - x.T @ e
+    assert np.abs(rg).max() > 1e-3
+    for k in range(iterations):
+        gradient = x.T @ (f(x @ w) - f(a) + gamma * e) + gamma * rg
+        w = w - eta * max(1 - k / iterations, 1 / 4) * gradient
+    assert np.abs(w - start).max() > 0
+    assert_blocks(net, params, {"layer0": w})
+
+
+def test_a_schedule_is_of_eta_and_counts_batches():
+    net = Net(widths=(3, 2), transfers=(), biases=(True,))
+
+    def schedule(count):
+        return 0.1 / (1.0 + count.astype(float))
+
+    options = {"gamma": 2.0, "iterations": 3, "optimizer": optax.sgd}
+    tx = lp.locoprop_m(net.layers(), schedule, **options)
+    update = update_function(net, tx)
+    params = net.params()
+    state = tx.init(params)
+    for eta in (0.1, 0.05, 0.1 / 3):
+        expected = algorithm(
+            net, params, net.data(), matching=True, eta=eta, gamma=2.0, iterations=3
+        )
+        updates, state = update(params, state, *net.data())
+        params = optax.apply_updates(params, updates)
+        assert_blocks(net, params, expected)
+
+
+def test_parameters_in_no_layer_take_the_step_that_backprop_takes():
+    net = Net(widths=(3, 2), transfers=(), biases=(True,))
+
+    def loss(params, x, y):
+        return net.loss(params["net"], params["scale"] * x, y)
+
+    params, (x, y) = {"net": net.params(), "scale": jnp.ones((5, 3))}, net.data()
+    layers = lp.find_layers(loss, params, x, y, on_uncaptured="pass")
+    tx = lp.locoprop_s(layers, 0.1, gamma=3.0, iterations=2, optimizer=optax.sgd)
+    _, grads, captured = jax.jit(lp.value_grad_and_capture(loss))(params, x, y)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params, captured=captured)
+    assert_equal_to_rounding(updates["scale"], -0.1 * 3.0 * grads["scale"])
+
+
+# --- numerics ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_count(value):
+    net = Net()
+    tx = lp.locoprop_m(net.layers(), 1e-2, gamma=5.0, iterations=3)
+    update = update_function(net, tx)
+    params, (x, y) = net.params(), net.data()
+    _, state = update(params, tx.init(params), x, y)
+    updates, after = update(params, state, x.at[0, 0].set(value), y)
+    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+    assert int(optax.tree.get(after, "count")) == 2
+    for name in net.names:
+        before, now = (optax.tree.get(s, "inner")[name] for s in (state, after))
+        jax.tree.map(np.testing.assert_array_equal, now, before)
+
+
+def test_a_batch_that_is_not_finite_gives_a_finite_update_for_parameters_in_no_layer():
+    net = Net(widths=(3, 2), transfers=(), biases=(True,))
+
+    def loss(params, x, y):
+        return net.loss(params["net"], params["scale"] * x, y)
+
+    params, (x, y) = {"net": net.params(), "scale": jnp.ones((5, 3))}, net.data()
+    layers = lp.find_layers(loss, params, x, y, on_uncaptured="pass")
+    tx = lp.locoprop_s(layers, 0.1, gamma=3.0, iterations=2, optimizer=optax.sgd)
+    x = x.at[0, 0].set(np.nan)
+    _, grads, captured = jax.jit(lp.value_grad_and_capture(loss))(params, x, y)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params, captured=captured)
+    assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@each_method
+def test_zero_inputs_constant_rows_and_single_rows_give_a_finite_update(name, batch):
+    net = Net(batch=batch)
+    tx = METHODS[name](net.layers(), 1e-2, gamma=5.0 * batch, iterations=3, l2_weight=0.1)
+    update = update_function(net, tx)
+    params, (x, y) = net.params(), net.data()
+    for inputs in (jnp.zeros_like(x), jnp.ones_like(x), 1e6 * x):
+        updates, state = update(params, tx.init(params), inputs, y)
+        assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves((updates, state)))
+        assert any(np.any(u != 0) for u in jax.tree.leaves(updates))
+
+
+@each_method
+def test_updates_of_half_precision_parameters_keep_their_dtype_and_the_state_is_single(name):
+    net = Net(widths=(3, 4, 2), transfers=("home-made",), head="softmax")
+    params, batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (net.params(), net.data()))
+    layers = lp.find_layers(net.loss, params, *batch)
+    tx = METHODS[name](layers, 1e-2, gamma=5.0, iterations=3)
+    state = tx.init(params)
+    updates, after = update_function(net, tx)(params, state, *batch)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert all(u.dtype == jnp.bfloat16 for u in jax.tree.leaves(updates))
+    for s in (state, after):
+        assert {x.dtype for x in jax.tree.leaves(s)} == {np.dtype("float32"), np.dtype("int32")}
+    exact = algorithm(
+        net,
+        jax.tree.map(lambda x: x.astype(float), params),
+        jax.tree.map(lambda x: x.astype(float), batch),
+        matching=name == "locoprop_m",
+        eta=1e-2,
+        gamma=5.0,
+        iterations=3,
+        optimizers={layer: RMSProp() for layer in net.names},
+    )
+    for layer in net.names:
+        moved = net.block(jax.tree.map(lambda x: x.astype(float), updates), layer)
+        wanted = exact[layer] - net.block(jax.tree.map(lambda x: x.astype(float), params), layer)
+        np.testing.assert_allclose(moved, wanted, rtol=0.1, atol=0.05 * np.abs(wanted).max())
+
+
+# --- masks ---------------------------------------------------------------------------------------
+
+
+@each_method
+@pytest.mark.parametrize("moving, rows", [("kernel", slice(0, 3)), ("bias", slice(3, 4))])
+def test_the_masked_part_of_a_layer_is_held_fixed(name, moving, rows):
+    net = Net(widths=(3, 2), transfers=(), biases=(True,))
+    gamma, eta, iterations = 2.0, 0.05, 4
+    method = METHODS[name](
+        net.layers(), eta, gamma=gamma, iterations=iterations, optimizer=optax.sgd
+    )
+    mask = {"layer0": {"kernel": moving == "kernel", "bias": moving == "bias"}}
+    tx = optax.partition(
+        {True: method, False: optax.set_to_zero()}, mask
+    )
+    params, _ = take_step(net, tx)
+    ((x, a, e, f),) = net.backprop(net.params(), *net.data())
+    f = f if name == "locoprop_m" else lambda a: a
+    w = net.block(net.params(), "layer0").copy()
+    for k in range(iterations):
+        gradient = x.T @ (f(x @ w) - f(a) + gamma * e)
+        w[rows] -= eta * max(1 - k / iterations, 1 / 4) * gradient[rows]
+    assert_blocks(net, params, {"layer0": w})
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def capture(net, params=None):
+    params = net.params() if params is None else params
+    return lp.value_grad_and_capture(net.loss)(params, *net.data())
+
+
+@each_method
+def test_captured_arrays_that_are_missing_are_asked_for(name):
+    net = Net()
+    params = net.params()
+    tx = METHODS[name](net.layers(), 1e-2)
+    with pytest.raises(TypeError, match=r"needs .* `captured`, got\s+nothing.*captured=captured"):
+        tx.update(params, tx.init(params), params)
+    with pytest.raises(TypeError, match="got a dict"):
+        tx.update(params, tx.init(params), params, captured={})
+
+
+def test_captured_arrays_of_another_model_are_refused_by_the_layers_that_differ():
+    net, other = Net(widths=(3, 4, 2)), Net(widths=(3, 4, 5))
+    params = net.params()
+    tx = lp.locoprop_s(net.layers(), 1e-2)
+
+    def update(params):
+        _, _, captured = capture(other)
+        return tx.update(params, tx.init(params), params, captured=captured)
+
+    with pytest.raises(ValueError, match=r"does not belong to.*: layer1 differs"):
+        jax.eval_shape(update, params)
+
+
+def test_captured_arrays_that_lack_a_layer_are_refused_by_its_name():
+    net, other = Net(), Net(widths=(3, 4), transfers=(), biases=(True,))
+    params = net.params()
+    tx = lp.locoprop_s(net.layers(), 1e-2)
+
+    def update(params):
+        _, _, captured = capture(other)
+        return tx.update(params, tx.init(params), params, captured=captured)
+
+    with pytest.raises(ValueError, match=r"layer1 differs \(`captured` holds layer0\)"):
+        jax.eval_shape(update, params)
+
+
+@each_method
+def test_parameters_that_are_missing_are_asked_for(name):
+    net = Net()
+    tx = METHODS[name](net.layers(), 1e-2)
+
+    def update(params):
+        _, grads, captured = capture(net, params)
+        return tx.update(grads, tx.init(params), captured=captured)
+
+    with pytest.raises(ValueError, match="needs the parameters"):
+        jax.eval_shape(update, net.params())
+
+
+@pytest.mark.parametrize("f", [jax.nn.gelu, jax.nn.silu, jnp.sin], ids=["gelu", "silu", "sin"])
+def test_locoprop_m_refuses_transfer_functions_that_decrease_and_says_where_and_what_to_do(f):
+    def loss(params, x):
+        hidden = f(jnp.tanh(x @ params["first"]) @ params["second"])
+        return jnp.mean(f(hidden @ params["third"]) ** 2)
+
+    params = {name: jnp.ones((2, 2)) for name in ("first", "second", "third")}
+    x = jnp.ones((3, 2))
+    layers = lp.find_layers(loss, params, x)
+    name = layers["second"].transfer.name
+    assert name.startswith(f.__name__)
+    with pytest.raises(ValueError, match=rf"non-decreasing.*: second \({name}.*Use LocoProp-S"):
+        lp.locoprop_m(layers, 1e-2)
+    lp.locoprop_s(layers, 1e-2)
+    lp.locoprop_m(lp.find_layers(loss, params, x, transfer={"second": jax.nn.relu}), 1e-2)
+    with pytest.raises(ValueError, match="third"):
+        lp.locoprop_m(lp.find_layers(loss, params, x, transfer={"third": f}), 1e-2)
+
+
+def test_divergences_and_targets_are_checked():
+    layers = Net().layers()
+    build = functools.partial(
+        lp.scale_by_local_loss, layers, 1e-2, gamma=1.0, solver=lp.inner(optax.sgd)
+    )
+    build(divergence="squared", target="gd")
+    build(divergence="matching", target="md")
+    with pytest.raises(ValueError, match="'squared', 'matching'.*got 'cubed'"):
+        build(divergence="cubed")
+    for divergence, target in (("squared", "md"), ("matching", "gd"), ("squared", "sgd")):
+        with pytest.raises(ValueError, match=f"{divergence} divergence.*got '{target}'"):
+            build(divergence=divergence, target=target)
+
+
+@each_method
+def test_negative_step_sizes_and_weights_are_refused(name):
+    layers, method = Net().layers(), METHODS[name]
+    with pytest.raises(ValueError, match="`gamma` must not be negative, got -1"):
+        method(layers, 1e-2, gamma=-1)
+    with pytest.raises(ValueError, match=r"`learning_rate` must not be negative, got -0\.1"):
+        method(layers, -0.1)
+    with pytest.raises(ValueError, match="`l2` takes a weight that is not negative, got -2"):
+        method(layers, 1e-2, l2_weight=-2)
+
+
+@each_method
+def test_iterations_are_a_static_int_of_at_least_one(name):
+    layers, method = Net().layers(), METHODS[name]
+    with pytest.raises(ValueError, match="`iterations` has to be at least 1, got 0"):
+        method(layers, 1e-2, iterations=0)
+    with pytest.raises(TypeError, match=r"`iterations` has to be a static int, got 2\.5"):
+        method(layers, 1e-2, iterations=2.5)
+
+
+@each_method
+def test_iterations_that_inject_hyperparams_traces_are_refused_with_the_remedy(name):
+    net = Net()
+    tx = optax.inject_hyperparams(METHODS[name], static_args="optimizer")(net.layers(), 1e-2)
+    with pytest.raises(TypeError, match=r"`iterations` has to be a static int.*static_args"):
+        jax.eval_shape(tx.init, net.params())
+
+
+@each_method
+def test_an_optimizer_in_place_of_its_constructor_is_refused(name):
+    with pytest.raises(TypeError, match="takes the constructor of an optimizer"):
+        METHODS[name](Net().layers(), 1e-2, optimizer=optax.sgd(0.1))
+
+
+@each_method
+@pytest.mark.parametrize("layers", [None, {}, "layer0"])
+def test_layers_are_asked_for(name, layers):
+    with pytest.raises(ValueError, match="needs the layers of the model.*find_layers"):
+        METHODS[name](layers, 1e-2)
+
+
+def test_regularizers_and_solvers_of_other_types_are_refused():
+    layers = Net().layers()
+    with pytest.raises(TypeError, match=r"`regularizer` is None or `l2\(weight\)`, got 0\.1"):
+        lp.scale_by_local_loss(
+            layers, 1e-2, gamma=1.0, regularizer=0.1, solver=lp.inner(optax.sgd)
+        )
+    with pytest.raises(TypeError, match="`solver` is `inner"):
+        lp.scale_by_local_loss(layers, 1e-2, gamma=1.0, solver=optax.sgd)
