@@ -24,7 +24,8 @@ from benchmarks import cli, plots, report
 from benchmarks.comparison import compare
 from benchmarks.data import DataError, Dataset
 from benchmarks.methods import Hyperparameters
-from benchmarks.training import Params, Problem, Run, Settings
+from benchmarks.steps import Params
+from benchmarks.training import Problem, Run, Settings
 from benchmarks.tuned import TUNED, TunedError, load_hyperparameters, write_json
 
 NAME = "autoencoder"

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.methods import METHODS, Hyperparameters
 from benchmarks.report import progress
-from benchmarks.training import INTERRUPTED, Problem, Run, Settings, count_examples, train
+from benchmarks.steps import count_examples
+from benchmarks.training import INTERRUPTED, Problem, Run, Settings, train
 
 
 def compare(
@@ -38,6 +39,6 @@ def compare(
                 return runs, True
             if run.stopped:
                 print(f"{method.label} stopped: {run.stopped}.", file=sys.stderr)
-    except KeyboardInterrupt:  # while compiling: that method has nothing to show yet
+    except KeyboardInterrupt:  # before the first step: that method has nothing to show yet
         return runs, True
     return runs, False

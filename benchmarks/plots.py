@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from benchmarks.methods import METHODS
-from benchmarks.training import WARMUP, Run
+from benchmarks.steps import WARMUP
+from benchmarks.training import Run
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; black and yellow left out.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from benchmarks.training import EVALUATION_EXAMPLES, Batch, Run, count_examples
+from benchmarks.steps import Batch, count_examples
+from benchmarks.training import EVALUATION_EXAMPLES, Run
 
 
 @contextlib.contextmanager

@@ -18,14 +18,8 @@ from benchmarks import autoencoder, cli
 from benchmarks.data import DataError, Dataset
 from benchmarks.methods import METHODS, Choice, Hyperparameters, SearchSpace
 from benchmarks.report import progress
-from benchmarks.training import (
-    INTERRUPTED,
-    EpochRecord,
-    Problem,
-    Settings,
-    count_examples,
-    train,
-)
+from benchmarks.steps import count_examples
+from benchmarks.training import INTERRUPTED, EpochRecord, Problem, Settings, train
 from benchmarks.trials import (
     COMPLETE,
     DIVERGED,

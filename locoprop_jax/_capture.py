@@ -176,13 +176,16 @@ def find_layers(
 
     Example:
       >>> import jax.numpy as jnp, locoprop_jax as lp
-      >>> params = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
+      >>> params = {"code": jnp.ones((3, 2)), "bias": jnp.zeros(2), "out": jnp.ones((2, 3))}
       >>> def loss_fn(params, x):
-      ...     layer = params["dense"]
-      ...     return jnp.mean(jnp.tanh(x @ layer["kernel"] + layer["bias"]) ** 2)
-      >>> layers = lp.find_layers(loss_fn, params, jnp.ones((4, 3)))
-      >>> layers["dense"].transfer.name
-      'tanh'
+      ...     code = jnp.tanh(x @ params["code"] + params["bias"])
+      ...     return jnp.mean((code @ params["out"] - x) ** 2)
+      >>> print(lp.find_layers(loss_fn, params, jnp.ones((4, 3))))
+      layer  kind   shape   bias  rows  transfer  parameters
+      ------------------------------------------------------
+      code   dense  3 -> 2  yes      1  tanh               8
+      out    dense  2 -> 3  no       1  (loss)             6
+      2 layers, 14 parameters
     """
     if on_uncaptured not in ("error", "pass"):
         raise ValueError(f"`on_uncaptured` is 'error' or 'pass', got {on_uncaptured!r}.")

@@ -212,10 +212,10 @@ class Layers(Mapping[str, Layer]):
 
 
 def _describe(layer: Layer) -> str:
-    name = layer.transfer.name
     if layer.uses_head:
-        return "(loss)" if layer.transfer.is_identity else f"{name} (loss)"
-    return f"{name}: {layer.transfer.note}" if layer.transfer.note else name
+        return "(loss)"
+    name, note = layer.transfer.name, layer.transfer.note
+    return f"{name}: {note}" if note else name
 
 
 def _table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:

@@ -12,8 +12,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
 
+# No shrinking: it compiles hundreds of networks, minutes for a failure, and ours are small anyway.
 hypothesis.settings.register_profile(
-    "locoprop_jax", max_examples=25, deadline=None, derandomize="CI" in os.environ
+    "locoprop_jax",
+    max_examples=25,
+    deadline=None,
+    derandomize="CI" in os.environ,
+    phases=set(hypothesis.Phase) - {hypothesis.Phase.shrink, hypothesis.Phase.explain},
 )
 hypothesis.settings.load_profile("locoprop_jax")
 
@@ -22,8 +27,9 @@ hypothesis.settings.load_profile("locoprop_jax")
 def strict_promotion(request):
     """No silent dtype promotion, except where a test says it cannot do without.
 
-    The front ends keep to this, Optax does not: the bias correction of `optax.adam` and its kin,
-    `1 - decay**count`, mixes a float and an integer array. Such tests carry the marker.
+    Dense, convolution and attention layers of the front ends keep to this. The bias correction of
+    `optax.adam` and its kin does not (`1 - decay**count`: a float and an integer array), nor do
+    Flax's normalisation layers (float32 at least). Tests of these carry the marker.
     """
     standard = request.node.get_closest_marker("standard_promotion")
     with jax.numpy_dtype_promotion("standard" if standard else "strict"):

@@ -4,6 +4,7 @@ import csv
 import functools
 import gzip
 import json
+import signal
 import struct
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -23,6 +24,7 @@ from benchmarks.data import DataError, load_dataset, subset
 from benchmarks.idx import read_idx_images
 from benchmarks.methods import FIRST_ORDER_SPACE, METHODS, Method
 from benchmarks.report import table
+from benchmarks.steps import interrupt_deferred, warmup_linear_decay
 from benchmarks.training import (
     INTERRUPTED,
     EpochRecord,
@@ -31,7 +33,6 @@ from benchmarks.training import (
     Settings,
     epoch_batches,
     train,
-    warmup_linear_decay,
 )
 from benchmarks.trials import COMPLETE, PRUNED, Trial, TrialsError, append_trial, read_trials
 from benchmarks.tuned import TunedError, in_search_space, load_hyperparameters, save_tuned
@@ -269,6 +270,14 @@ def test_ctrl_c_ends_the_comparison_with_what_is_there(monkeypatch: pytest.Monke
 
     runs, interrupted = compare(tiny_problem(), HYPERPARAMETERS, SETTINGS, on_run=stop)
     assert interrupted and [run.method for run in runs] == ["locoprop_m"]
+
+
+def test_ctrl_c_waits_for_the_compilation() -> None:
+    done = False
+    with pytest.raises(KeyboardInterrupt), interrupt_deferred():
+        signal.raise_signal(signal.SIGINT)
+        done = True
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # Tuned values and the search
