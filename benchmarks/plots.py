@@ -19,7 +19,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D")
 TEXT, FAINT = "#333333", "#DDDDDD"
 GAP = 1  # pixels around each image
-LABEL_GAP = 0.055  # least distance of two labels, as a share of the axis
+LABEL_WIDTH, LABEL_GAP = 0.25, 0.055  # what a label takes up, as shares of the axes
 
 
 def plot_losses(runs: Sequence[Run], title: str, path: Path) -> None:
@@ -95,11 +95,15 @@ def _style(axes: Axes) -> None:
 def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
     """Write each curve's name beside its end, pushed upwards where two would overlap."""
     axes.margins(x=0.02)
+    left, right = axes.get_xlim()
     low, high = axes.get_ylim()
-    floor = -np.inf
+    placed: list[tuple[float, float]] = []
     for label, (x, y, colour) in sorted(ends.items(), key=lambda item: item[1][1]):
-        height = max((y - low) / (high - low), floor)
-        floor = height + LABEL_GAP
+        floors = [
+            at + LABEL_GAP for place, at in placed if abs(x - place) < LABEL_WIDTH * (right - left)
+        ]
+        height = max([(y - low) / (high - low), *floors])
+        placed.append((x, height))
         axes.annotate(
             label,
             (x, low + height * (high - low)),

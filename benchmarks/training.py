@@ -139,7 +139,7 @@ def run_epoch(
     def read_oldest() -> None:
         loss = float(pending.popleft())
         if not math.isfinite(loss):
-            raise NonFiniteLoss
+            raise NonFiniteLoss("the loss is not finite")
         on_loss(loss)
 
     for indices in batches:
@@ -185,7 +185,7 @@ def train(
     def record(epoch: int, seconds: float, params: Params) -> EpochRecord:
         losses = [evaluate(params, split) for split in evaluated]
         if not all(map(math.isfinite, losses)):
-            raise NonFiniteLoss
+            raise NonFiniteLoss("the loss is not finite")
         return EpochRecord(epoch, epoch * steps_per_epoch, seconds, *losses)
 
     def keep_loss(loss: float) -> None:

@@ -27,9 +27,9 @@ hypothesis.settings.load_profile("locoprop_jax")
 def strict_promotion(request):
     """No silent dtype promotion, except where a test says it cannot do without.
 
-    Dense, convolution and attention layers of the front ends keep to this. The bias correction of
-    `optax.adam` and its kin does not (`1 - decay**count`: a float and an integer array), nor do
-    Flax's normalisation layers (float32 at least). Tests of these carry the marker.
+    The front ends' dense, convolution and attention layers keep to this. `optax.adam` and its kin
+    do not (`1 - decay**count`: a float and an integer array), nor `optax.MultiSteps`, nor Flax's
+    normalisation layers (float32 at least). Tests of these carry the marker.
     """
     standard = request.node.get_closest_marker("standard_promotion")
     with jax.numpy_dtype_promotion("standard" if standard else "strict"):

@@ -751,7 +751,7 @@ def test_divergences_and_targets_are_checked():
     )
     build(divergence="squared", target="gd")
     build(divergence="matching", target="md")
-    with pytest.raises(ValueError, match="'squared', 'matching'.*got 'cubed'"):
+    with pytest.raises(ValueError, match=r"'squared', 'matching'.*got 'cubed'"):
         build(divergence="cubed")
     for divergence, target in (("squared", "md"), ("matching", "gd"), ("squared", "sgd")):
         with pytest.raises(ValueError, match=f"{divergence} divergence.*got '{target}'"):
@@ -795,7 +795,7 @@ def test_an_optimizer_in_place_of_its_constructor_is_refused(name):
 @each_method
 @pytest.mark.parametrize("layers", [None, {}, "layer0"])
 def test_layers_are_asked_for(name, layers):
-    with pytest.raises(ValueError, match="needs the layers of the model.*find_layers"):
+    with pytest.raises(ValueError, match=r"needs the layers of the model.*find_layers"):
         METHODS[name](layers, 1e-2)
 
 
