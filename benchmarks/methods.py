@@ -47,6 +47,7 @@ class Method(NamedTuple):
       needs_capture: whether its step captures the layers' inputs and cotangents. A baseline must
         not pay for capture, and a method that needs it must.
       options: the experiment's options, of the same name, that `build` takes as well.
+      starts: where a search begins, after the values tuned so far: what a person would try.
     """
 
     label: str
@@ -54,6 +55,7 @@ class Method(NamedTuple):
     space: SearchSpace
     needs_capture: bool = True
     options: tuple[str, ...] = ()
+    starts: tuple[Hyperparameters, ...] = ()
 
 
 def tensorflow_rmsprop(
@@ -115,19 +117,63 @@ def _locoprop(
     )
 
 
+def _values(
+    learning_rate: float,
+    one_minus_beta1: float,
+    one_minus_beta2: float,
+    eps: float,
+    **others: float,
+) -> Hyperparameters:
+    return {
+        "learning_rate": learning_rate,
+        "one_minus_beta1": one_minus_beta1,
+        "one_minus_beta2": one_minus_beta2,
+        "eps": eps,
+        **others,
+    }
+
+
+LOCOPROP_STARTS = (
+    _values(1e-4, 0.1, 0.1, 1e-6, gamma=100.0),
+    _values(1e-4, 0.05, 0.1, 1e-6, gamma=1000.0),
+    _values(3e-4, 0.1, 0.01, 1e-6, gamma=100.0),
+)
+
 METHODS: Mapping[str, Method] = {
     "locoprop_m": Method(
         "LocoProp-M",
         functools.partial(_locoprop, lp.locoprop_m),
         LOCOPROP_SPACE,
         options=("iterations",),
+        starts=LOCOPROP_STARTS,
     ),
     "locoprop_s": Method(
         "LocoProp-S",
         functools.partial(_locoprop, lp.locoprop_s),
         LOCOPROP_SPACE,
         options=("iterations",),
+        starts=LOCOPROP_STARTS,
     ),
-    "rmsprop": Method("RMSProp", _rmsprop, FIRST_ORDER_SPACE, needs_capture=False),
-    "adam": Method("Adam", _adam, FIRST_ORDER_SPACE, needs_capture=False),
+    "rmsprop": Method(
+        "RMSProp",
+        _rmsprop,
+        FIRST_ORDER_SPACE,
+        needs_capture=False,
+        starts=(
+            _values(1e-4, 0.1, 0.1, 1e-6),
+            _values(3e-4, 0.1, 0.02, 1e-6),
+            _values(6e-4, 0.1, 0.1, 1e-8),
+        ),
+    ),
+    "adam": Method(
+        "Adam",
+        _adam,
+        FIRST_ORDER_SPACE,
+        needs_capture=False,
+        starts=(
+            _values(2e-3, 0.1, 0.01, 1e-8),
+            _values(1e-3, 0.1, 0.01, 1e-8),
+            _values(2e-3, 0.1, 0.001, 1e-6),
+        ),
+    ),
 }

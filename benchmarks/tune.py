@@ -34,7 +34,7 @@ from benchmarks.trials import (
 from benchmarks.tuned import TUNED, TunedError, in_search_space, load_hyperparameters, save_tuned
 
 RESULTS = Path(__file__).with_name("results")
-STARTUP_TRIALS = 8  # random and never pruned, before TPE and the median have anything to go by
+STARTUP_TRIALS = 4  # random and never pruned, before TPE and the median have anything to go by
 PRUNED_FROM_EPOCH = 2  # the first epoch has the warm-up in it
 OPTUNA_STATES = {
     COMPLETE: optuna.trial.TrialState.COMPLETE,
@@ -54,9 +54,9 @@ def distributions(space: SearchSpace) -> dict[str, optuna.distributions.BaseDist
 
 
 def make_study(
-    space: SearchSpace, past: Sequence[Trial], first: Hyperparameters | None, seed: int
+    space: SearchSpace, past: Sequence[Trial], starts: Sequence[Hyperparameters], seed: int
 ) -> optuna.Study:
-    """A study that knows the past trials; a fresh one begins with the values `first`."""
+    """A study that knows the past trials; it begins with the values `starts`."""
     study = optuna.create_study(
         # Another seed after each trial: a search that is resumed must not draw the same again.
         sampler=optuna.samplers.TPESampler(
@@ -76,8 +76,8 @@ def make_study(
                 intermediate_values=dict(enumerate(trial.losses, start=1)),
             )
         )
-    if first is not None and not past:
-        study.enqueue_trial(dict(first))
+    for start in starts[len(past) :]:
+        study.enqueue_trial(dict(start))
     return study
 
 
@@ -128,12 +128,12 @@ def tune(
     settings: Settings,
     described: SearchSettings,
     path: Path,
-    first: Hyperparameters | None,
+    starts: Sequence[Hyperparameters],
 ) -> None:
     """Search until the file holds `trials` trials of these settings, past ones included."""
     method = METHODS[name]
     past = read_trials(path, method.space, described)
-    study = make_study(method.space, past, first, settings.seed)
+    study = make_study(method.space, past, starts, settings.seed)
     for number in range(len(past) + 1, trials + 1):
         label = f"{method.label} {number}/{trials}"
         trial = run_trial(study, problem, name, options, settings, label)
@@ -232,9 +232,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = cli.method_options(name, args)
             described = describe(dataset, settings, options)
             path = args.results_dir / f"tuning_{name}.csv"
-            first = current_values(problem.name, name, args.tuned)
+            tuned = current_values(problem.name, name, args.tuned)
+            starts = [*([tuned] if tuned else []), *METHODS[name].starts]
             try:
-                tune(problem, name, args.trials, options, settings, described, path, first)
+                tune(problem, name, args.trials, options, settings, described, path, starts)
             finally:
                 save_best(problem.name, name, described, path, args.tuned)
     except KeyboardInterrupt:

@@ -285,7 +285,8 @@ def is_elementwise(equation: Any) -> bool:
     if equation.primitive not in CUSTOM | CALLS:
         return False
     return all(
-        is_elementwise(inner) or (inner.primitive in BROADCAST and np.size(inner.invars[0].aval) == 1)
+        is_elementwise(inner)
+        or (inner.primitive in BROADCAST and np.size(inner.invars[0].aval) == 1)
         for jaxpr in jex.jaxprs_in_params(equation.params)
         for inner in jaxpr.eqns
     )

@@ -136,7 +136,7 @@ def _gradient_gain(
         if regularizer is None:
             return moved(delta)
         weight = regularizer.weight
-        return jax.tree.map(lambda g, d: g + weight * d, moved(delta), delta)
+        return jax.tree.map(lambda g, d: g + jnp.asarray(weight, d.dtype) * d, moved(delta), delta)
 
     return gain
 
@@ -189,7 +189,7 @@ def _solve_inner(
     first: Block,
     gain: Callable[[Block], Block],
     weights: Block,
-    eta: Any,
+    eta: Array,
     state: Any,
     ok: Array,
 ) -> tuple[Block, Any]:
@@ -204,7 +204,7 @@ def _solve_inner(
         if solver.iterations > 1:
             gained = jax.lax.cond(k > 0, gain, _zeros_like, delta)
             slope = jax.tree.map(jnp.add, first, gained)
-        decay = jnp.maximum(1 - k / solver.iterations, 0.25).astype(jnp.float32)
+        decay = jnp.maximum(1 - k.astype(eta.dtype) / solver.iterations, 0.25)
         at = jax.tree.map(jnp.add, weights, delta)
         updates, state = solver.optimizer(eta * decay).update(slope, state, at)
         return jax.tree.map(lambda d, u: d + u.astype(d.dtype), delta, updates), state
@@ -304,7 +304,8 @@ def scale_by_local_loss(
             layer, arrays = layers[name], captured[name]
             dtype = next(iter(slope.values())).dtype
             inputs, outputs = _rows(arrays.inputs, dtype), _rows(arrays.outputs, dtype)
-            first = jax.tree.map(lambda g: gamma * g, slope)
+            scale = jnp.asarray(gamma, dtype)
+            first = {part: scale * g for part, g in slope.items()}
             residual = _residual(divergence, layer, arrays, dtype)
             gain = _gradient_gain(inputs, outputs, residual, regularizer, solver.iterations)
             delta, states[name] = _solve_inner(
@@ -312,44 +313,39 @@ def scale_by_local_loss(
                 first,
                 gain,
                 weights[name],
-                eta,
+                jnp.asarray(eta, dtype),
                 state.inner[name],
                 ok=_all_finite((first, inputs)),
             )
             new.update(_write(layer, delta))
-        plain = jax.tree.map(lambda g: (eta * gamma * g).astype(g.dtype), updates)
-        result = jax.tree_util.tree_map_with_path(
-            lambda path, g: (
-                (-new[_layers.path_name(path)]).astype(g.dtype)
-                if _layers.path_name(path) in new
-                else g
-            ),
-            plain,
-        )
+
+        def displacement(path: Any, g: Array) -> Array:
+            name = _layers.path_name(path)
+            if name in new:
+                return -new[name].astype(g.dtype)
+            return jnp.asarray(eta, g.dtype) * jnp.asarray(gamma, g.dtype) * g
+
+        result = jax.tree_util.tree_map_with_path(displacement, updates)
         return result, LocalLossState(jnp.asarray(optax.safe_increment(state.count)), states)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _blocks(layers: Layers, tree: Any) -> dict[str, Block]:
-    """The kernels and biases of a tree by layer, at least in float32; masked leaves are left out.
-
-    Raises:
-      ValueError: none of the layers' parameters is in the tree.
-    """
+    """The kernels and biases in a tree by layer, in float32 or float64; masked ones are left out."""
     leaves = _layers.leaves_by_path(tree)
     blocks = {}
     for name, layer in layers.items():
         parts = {"kernel": layer.kernel} | ({"bias": layer.bias} if layer.bias else {})
-        block = {
-            part: parameter.read(leaves[parameter.path]).astype(
-                jnp.promote_types(leaves[parameter.path].dtype, jnp.float32)
-            )
+        found = {
+            part: parameter.read(leaves[parameter.path])
             for part, parameter in parts.items()
             if parameter.path in leaves
         }
-        if block:
-            blocks[name] = block
+        if found:
+            wide = any(leaf.dtype == jnp.float64 for leaf in found.values())
+            dtype = jnp.float64 if wide else jnp.float32
+            blocks[name] = {part: leaf.astype(dtype) for part, leaf in found.items()}
     return blocks
 
 
