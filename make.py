@@ -72,7 +72,7 @@ def environment(extra: str, oldest: bool = False) -> Path:
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if oldest:
         pip += ["--constraint", OLDEST]
-    if call(*pip, "--editable", f"{ROOT}[{extra}]"):
+    if call(*pip, "--editable", f".[{extra}]"):
         fail(
             "pip could not install the dependencies, see above. Is the network up, and does jaxlib "
             f"exist for Python {VERSION} on this system? Then run this again."

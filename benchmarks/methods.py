@@ -134,9 +134,9 @@ def _values(
 
 
 LOCOPROP_STARTS = (
-    _values(1e-4, 0.1, 0.1, 1e-6, gamma=100.0),
-    _values(1e-4, 0.05, 0.1, 1e-6, gamma=1000.0),
-    _values(3e-4, 0.1, 0.01, 1e-6, gamma=100.0),
+    _values(1e-4, 0.1, 0.1, 1e-8, gamma=100.0),
+    _values(2e-4, 0.1, 0.1, 1e-8, gamma=500.0),
+    _values(2e-4, 0.1, 0.01, 1e-8, gamma=100.0),
 )
 
 METHODS: Mapping[str, Method] = {

@@ -22,21 +22,65 @@ from hypothesis import strategies as st
 
 import locoprop_jax as lp
 
+
+def np_sigmoid(a):
+    return 1 / (1 + np.exp(-a))
+
+
+def np_softmax(a):
+    e = np.exp(a - a.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+class Function(NamedTuple):
+    """A transfer function for the network; for the reference itself and its derivative."""
+
+    jax: Callable
+    numpy: Callable
+    derivative: Callable
+
+
 TRANSFERS = {
-    "identity": lambda a: a,
-    "relu": jax.nn.relu,
-    "leaky_relu": jax.nn.leaky_relu,
-    "sigmoid": jax.nn.sigmoid,
-    "softplus": jax.nn.softplus,
-    "tanh": jnp.tanh,
+    "identity": Function(lambda a: a, lambda a: a, np.ones_like),
+    "relu": Function(jax.nn.relu, lambda a: np.maximum(a, 0), lambda a: (a > 0).astype(float)),
+    "leaky_relu": Function(
+        jax.nn.leaky_relu,
+        lambda a: np.where(a > 0, a, 0.01 * a),
+        lambda a: np.where(a > 0, 1, 0.01),
+    ),
+    "sigmoid": Function(jax.nn.sigmoid, np_sigmoid, lambda a: np_sigmoid(a) * np_sigmoid(-a)),
+    "softplus": Function(jax.nn.softplus, lambda a: np.logaddexp(a, 0), np_sigmoid),
+    "tanh": Function(jnp.tanh, np.tanh, lambda a: 1 - np.tanh(a) ** 2),
 }
 
-# The loss of one row.
+
+class RowLoss(NamedTuple):
+    """The loss of each row; for the reference the loss of all rows and the gradient of one."""
+
+    jax: Callable
+    numpy: Callable
+    gradient: Callable
+
+
+# Targets come from `Network.data`: any number, a number in (0, 1), a distribution.
 HEADS = {
-    "squared": lambda a, y: optax.l2_loss(a, y).sum(-1),
-    "sigmoid": lambda a, y: optax.sigmoid_binary_cross_entropy(a, jax.nn.sigmoid(y)).sum(-1),
-    "softmax": lambda a, y: optax.softmax_cross_entropy(a, jax.nn.softmax(y)),
+    "squared": RowLoss(
+        lambda a, y: optax.l2_loss(a, y).sum(-1),
+        lambda a, y: ((a - y) ** 2).sum() / 2,
+        lambda a, y: a - y,
+    ),
+    "sigmoid": RowLoss(
+        lambda a, y: optax.sigmoid_binary_cross_entropy(a, y).sum(-1),
+        lambda a, y: (np.logaddexp(a, 0) - a * y).sum(),
+        lambda a, y: np_sigmoid(a) - y,
+    ),
+    "softmax": RowLoss(
+        optax.softmax_cross_entropy,
+        lambda a, y: -(y * np.log(np_softmax(a))).sum(),
+        lambda a, y: np_softmax(a) - y,
+    ),
 }
+TARGETS = {"squared": lambda y: y, "sigmoid": np_sigmoid, "softmax": np_softmax}
 
 WRAPPERS = {
     "nothing": lambda f: f,
@@ -101,45 +145,51 @@ class Network:
     def data(self, seed: int = 1, dtype: Any = float) -> tuple[jax.Array, jax.Array]:
         rng = np.random.default_rng(seed)
         rows = (self.batch,) if self.tokens is None else (self.batch, self.tokens)
-        return tuple(
-            jnp.asarray(rng.normal(size=(*rows, d)), dtype)
-            for d in (self.widths[0], self.widths[-1])
-        )
+        x = rng.normal(size=(*rows, self.widths[0]))
+        y = TARGETS[self.head](rng.normal(size=(*rows, self.widths[-1])))
+        return jnp.asarray(x, dtype), jnp.asarray(y, dtype)
 
     def apply(self, params: Any, x: jax.Array) -> jax.Array:
         return self._model[1](params, x)
 
     def loss(self, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        data_loss = HEADS[self.head](self.apply(params, x), y).mean()
+        data_loss = HEADS[self.head].jax(self.apply(params, x), y).mean()
         if not self.decay:
             return data_loss
         return data_loss + self.decay / 2 * sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
 
 
-class Reference(NamedTuple):
-    """X (without the ones of the bias), A and E of one layer, each (batch, shared, d)."""
+class Arrays(NamedTuple):
+    """What one layer sees: X (extended by ones if it has a bias), A and E, one row per line."""
 
-    inputs: jax.Array
-    outputs: jax.Array
-    cotangents: jax.Array
+    inputs: np.ndarray
+    outputs: np.ndarray
+    cotangents: np.ndarray
 
 
-def reference(network: Network, blocks: list, x: jax.Array, y: jax.Array) -> list[Reference]:
-    """The network by hand: A = X W, x = f(A), and E by a perturbation of every A."""
-    rows = (network.batch, network.tokens or 1)
+def reference(network: Network, blocks: list, x: Any, y: Any) -> tuple[float, list[Arrays]]:
+    """Backpropagation by hand, W = [kernel; bias]: the loss (without decay) and each layer's arrays.
 
-    def forward(perturbations):
-        h, arrays = x.reshape(*rows, -1), []
-        for block, name, z in zip(blocks, network.transfers, perturbations, strict=True):
-            ones = jnp.ones((*rows, int(network.bias)), h.dtype)
-            a = jnp.concatenate([h, ones], -1) @ block + z
-            arrays.append((h, a))
-            h = TRANSFERS[name](a)
-        return HEADS[network.head](h, y.reshape(*rows, -1)).mean(), arrays
+    A = X W, the next x = f(A); E = dL/dA of the mean over rows, the E below = E W' * f'(A).
+    """
+    blocks = [np.asarray(block) for block in blocks]
+    fs = [TRANSFERS[name] for name in network.transfers]
+    head, y = HEADS[network.head], np.asarray(y).reshape(-1, network.widths[-1])
+    h, inputs, outputs = np.asarray(x).reshape(len(y), -1), [], []
+    for block, f in zip(blocks, fs, strict=True):
+        inputs.append(np.hstack([h, np.ones((len(h), int(network.bias)))]))
+        outputs.append(inputs[-1] @ block)
+        h = f.numpy(outputs[-1])
+    cotangents = [head.gradient(h, y) / len(y)]
+    for block, f, a in list(zip(blocks[1:], fs, outputs, strict=False))[::-1]:
+        kernel = block[: a.shape[1]]
+        cotangents.insert(0, cotangents[0] @ kernel.T * f.derivative(a))
+    arrays = [Arrays(*xae) for xae in zip(inputs, outputs, cotangents, strict=True)]
+    return head.numpy(h, y) / len(y), arrays
 
-    zeros = [jnp.zeros((*rows, d_out), x.dtype) for _, d_out in network.sizes]
-    cotangents, arrays = jax.grad(forward, has_aux=True)(zeros)
-    return [Reference(h, a, e) for (h, a), e in zip(arrays, cotangents, strict=True)]
+
+# Half the time to compile, for tests that compare to a tolerance.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def block_gradient(arrays: lp.LayerArrays, has_bias: bool) -> jax.Array:
@@ -178,7 +228,7 @@ def _functional(kernel_shape: Callable, multiply: Callable) -> Callable:
 
         def apply(params, x):
             for name, transfer in zip(shapes, network.transfers, strict=True):
-                x = layer(TRANSFERS[transfer])(params[name], x)
+                x = layer(TRANSFERS[transfer].jax)(params[name], x)
             return x
 
         return shapes, apply
@@ -210,7 +260,7 @@ def _equinox(network: Network):
 
     def row(model, z):
         for layer, name in zip(model.layers, network.transfers, strict=True):
-            z = WRAPPERS[network.wrapper](lambda m, z, f=TRANSFERS[name]: f(m(z)))(layer, z)
+            z = WRAPPERS[network.wrapper](lambda m, z, f=TRANSFERS[name].jax: f(m(z)))(layer, z)
         return z
 
     def apply(model, x):
@@ -226,7 +276,7 @@ def _linen(network: Network):
         def __call__(self, x):
             for (_, d_out), name in zip(network.sizes, network.transfers, strict=True):
                 x = nn.Dense(d_out, use_bias=network.bias, param_dtype=float)(x)
-                x = TRANSFERS[name](x)
+                x = TRANSFERS[name].jax(x)
             return x
 
     model = Model()
@@ -244,7 +294,7 @@ def _nnx(network: Network):
 
         def __call__(self, x):
             for layer, name in zip(self.layers, network.transfers, strict=True):
-                x = TRANSFERS[name](layer(x))
+                x = TRANSFERS[name].jax(layer(x))
             return x
 
     graph, params = nnx.split(nnx.eval_shape(lambda: Model(nnx.Rngs(0))))
@@ -254,7 +304,7 @@ def _nnx(network: Network):
 def _haiku(network: Network):
     def model(x):
         for (_, d_out), name in zip(network.sizes, network.transfers, strict=True):
-            x = TRANSFERS[name](hk.Linear(d_out, with_bias=network.bias)(x))
+            x = TRANSFERS[name].jax(hk.Linear(d_out, with_bias=network.bias)(x))
         return x
 
     init, apply = hk.without_apply_rng(hk.transform(model))

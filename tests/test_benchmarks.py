@@ -344,7 +344,7 @@ def test_the_search_begins_at_the_tuned_values_and_resumes(tmp_path: Path) -> No
     described = {"dataset": "tiny", **SETTINGS._asdict()}
 
     def search(trials: int) -> list[Trial]:
-        tune.tune(tiny_problem(), "adam", trials, {}, SETTINGS, described, path, RMSPROP)
+        tune.tune(tiny_problem(), "adam", trials, {}, SETTINGS, described, path, [RMSPROP])
         return read_trials(path, RMSPROP, described)
 
     begun = search(1)
@@ -361,7 +361,7 @@ def test_the_search_begins_at_the_tuned_values_and_resumes(tmp_path: Path) -> No
 def test_a_hopeless_trial_is_pruned() -> None:
     settings = Settings(epochs=4, batch_size=10, seed=0)
     good = [Trial(RMSPROP, [0.0] * 4, COMPLETE, 1.0)] * tune.STARTUP_TRIALS
-    study = tune.make_study(FIRST_ORDER_SPACE, good, None, seed=0)
+    study = tune.make_study(FIRST_ORDER_SPACE, good, [], seed=0)
     trial = tune.run_trial(study, tiny_problem(), "adam", {}, settings, "Adam")
     assert trial.state == PRUNED and len(trial.losses) == tune.PRUNED_FROM_EPOCH
 
