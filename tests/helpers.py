@@ -168,9 +168,10 @@ class Arrays(NamedTuple):
 
 
 def reference(network: Network, blocks: list, x: Any, y: Any) -> tuple[float, list[Arrays]]:
-    """Backpropagation by hand, W = [kernel; bias]: the loss (without decay) and each layer's arrays.
+    """Backpropagation by hand: the loss without decay, and each layer's arrays.
 
-    A = X W, the next x = f(A); E = dL/dA of the mean over rows, the E below = E W' * f'(A).
+    A = X W, W = [kernel; bias], and the next x = f(A); the last E is the head's gradient over the
+    number of rows, the E below is E W' * f'(A).
     """
     blocks = [np.asarray(block) for block in blocks]
     fs = [TRANSFERS[name] for name in network.transfers]

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from jax.ad_checkpoint import checkpoint_name
 
 import locoprop_jax as lp
@@ -109,6 +109,7 @@ def rows(x):
 # --- the oracle ----------------------------------------------------------------------------------
 
 
+@settings(max_examples=20)
 @given(problems())
 def test_capture_finds_the_inputs_outputs_and_cotangents_of_every_layer(problem):
     network, loss_fn = problem.network, problem.loss_fn
@@ -765,7 +766,7 @@ def test_captured_arrays_of_the_next_batch_do_not_retrace_an_update():
 
 
 @pytest.mark.xfail(reason="heads are compared by a text that lacks their constants")
-@pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray, lambda y: float(y[0, 0])])
+@pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray, lambda y: y[0, 0]])
 def test_an_update_sees_the_labels_that_the_loss_closed_over(as_array):
     @jax.jit
     def update(captured):

@@ -369,9 +369,11 @@ def is_jaxpr(x):
     return hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
 
-@pytest.mark.parametrize("rows, d_in, sees_rows", [(23, 3, False), (4, 11, True)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_iterations_on_the_gram_matrix_are_those_on_the_rows(rows, d_in, sees_rows, bias):
+@pytest.mark.parametrize(
+    "rows, d_in, bias, sees_rows",
+    [(23, 3, True, False), (23, 3, False, False), (4, 11, True, True)],
+)
+def test_iterations_on_the_gram_matrix_are_those_on_the_rows(rows, d_in, bias, sees_rows):
     net = Net(widths=(d_in, 2), biases=(bias,), batch=rows, decay=0.1)
     options = {"gamma": 2.0 * rows, "iterations": 6, "l2_weight": 1.0, "optimizer": optax.sgd}
     tx = lp.locoprop_s(net.layers(), 0.01, **options)
@@ -428,7 +430,6 @@ ANY_HEAD = {
     "sum": (lambda a, y: optax.sigmoid_binary_cross_entropy(a, y).sum(), 1),
     "sum over a count": (lambda a, y: jnp.sum(jnp.abs(a - y) ** 3) / len(a), 5),
     "coupled outputs": (lambda a, y: optax.cosine_distance(a, y).mean(), 5),
-    "weighted mean": (lambda a, y: 0.3 * optax.l2_loss(a, y).sum(-1).mean(), 5),
     "mean over a mask": (  # the divisor is not known when tracing: c is the number of rows
         lambda a, y: optax.l2_loss(a, y).sum(-1).mean(where=y[:, 0] > 0.3),
         5,
@@ -475,7 +476,6 @@ def test_at_the_last_layer_of_m_the_loss_itself_is_the_matching_loss(head):
     [
         ("softmax", None, True),
         ("sigmoid", None, True),
-        ("squared", None, True),
         ("softmax", 3, True),
         ("sigmoid", 3, False),
     ],
@@ -638,8 +638,7 @@ def test_a_batch_that_is_not_finite_does_not_move_parameters_in_no_layer():
     assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@each_method
+@pytest.mark.parametrize("name, batch", [("locoprop_s", 1), ("locoprop_m", 1), ("locoprop_m", 4)])
 def test_zero_inputs_constant_rows_and_single_rows_give_a_finite_update(name, batch):
     net = Net(batch=batch)
     tx = METHODS[name](net.layers(), 1e-2, gamma=5.0 * batch, iterations=3, l2_weight=0.1)

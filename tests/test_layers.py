@@ -1,0 +1,518 @@
+"""What `find_layers` says of a model: layers, and the parameters in none with the reason."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import locoprop_jax as lp
+from tests.helpers import Network, block_gradient, networks, quick_jit
+
+# --- a network whose middle is replaced, case by case --------------------------------------------
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+X, Y = normal(0, 5, 3), normal(1, 5, 2)
+WORDS = jnp.asarray([0, 2, 1, 2, 0])
+
+
+def dense(params, x):
+    bias = params["bias"].reshape((1,) * (x.ndim - 1) + (-1,))
+    return x @ params["kernel"] + bias
+
+
+def outer_layers():
+    return {
+        "first": {"kernel": normal(2, 3, 4), "bias": normal(3, 4)},
+        "last": {"kernel": normal(4, 4, 2), "bias": normal(5, 2)},
+    }
+
+
+def with_middle(middle):
+    """first -> tanh -> middle(params, h) -> tanh -> last; the middle's parameters are its own."""
+
+    def loss(params, x, y):
+        h = jnp.tanh(dense(params["first"], x))
+        outputs = dense(params["last"], jnp.tanh(middle(params["middle"], h)))
+        return optax.l2_loss(outputs, y).sum(-1).mean()
+
+    return loss
+
+
+@jax.custom_vjp
+def with_own_derivative(w, h):
+    return h @ w
+
+
+with_own_derivative.defvjp(
+    lambda w, h: (h @ w, (w, h)), lambda saved, g: (2 * saved[1].T @ g, g @ saved[0].T)
+)
+
+
+def layer_norm(p, h):
+    h = (h - h.mean(-1, keepdims=True)) * jax.lax.rsqrt(h.var(-1, keepdims=True) + 1e-5)
+    return h * p["scale"][None] + p["bias"][None]
+
+
+def convolution(p, h):
+    return jax.lax.conv_general_dilated(h[:, None], p["w"], (1,), "SAME")[:, 0]
+
+
+def scanned(p, h):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, p["w"])[0]
+
+
+def recurrent(p, h):
+    return jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ p["w"]), h)
+
+
+def conditional(p, h):
+    return jax.lax.cond(h.sum() > 0, lambda h: h @ p["w"], lambda h: h, h)
+
+
+def weight_norm(p, h):
+    return h @ (p["g"][None] * p["v"] / jnp.linalg.norm(p["v"], axis=0, keepdims=True))
+
+
+MASK = (np.arange(16).reshape(4, 4) % 2).astype(float)
+SQUARE = {"w": (4, 4)}
+
+# name: (the middle, its parameters' shapes, reasons by parameter)
+NOT_UNDERSTOOD = {
+    "masked kernel": (lambda p, h: h @ (p["w"] * MASK), SQUARE, {"w": "`mul` changes it before"}),
+    "weight norm": (
+        weight_norm,
+        {"g": (4,), "v": (4, 4)},
+        {"g": "`div` changes it", "v": "`div` changes it"},
+    ),
+    "product of kernels": (
+        lambda p, h: h @ (p["a"] @ p["b"]),
+        {"a": (4, 2), "b": (2, 4)},
+        {"a": "`dot_general` changes it", "b": "`dot_general` changes it"},
+    ),
+    "tied kernels": (
+        lambda p, h: jnp.tanh(h @ p["w"]) @ p["w"].T,
+        SQUARE,
+        {"w": r"used 2 times \(kernel, kernel\)"},
+    ),
+    "shared bias": (
+        lambda p, h: jnp.tanh(h + p["b"][None]) + p["b"][None],
+        {"b": (4,)},
+        {"b": "added to data that is not a layer's output"},
+    ),
+    "slices of a stack": (
+        lambda p, h: jnp.tanh(h @ p["w"][0]) @ p["w"][1],
+        {"w": (2, 4, 4)},
+        {"w": "changes it before it meets the data"},
+    ),
+    "concatenated kernels": (
+        lambda p, h: h @ jnp.concatenate([p["a"], p["b"]], axis=1),
+        {"a": (4, 1), "b": (4, 3)},
+        {"a": "`concatenate` changes it", "b": "`concatenate` changes it"},
+    ),
+    "stack of layers": (
+        lambda p, h: jax.vmap(jnp.dot)(jnp.stack([h, -h]), p["w"]).sum(0),
+        {"w": (2, 4, 4)},
+        {"w": "batch dimensions"},
+    ),
+    "convolution": (convolution, {"w": (1, 1, 3)}, {"w": "`conv_general_dilated` of data"}),
+    "embedding": (lambda p, h: h + p["e"][WORDS], {"e": (3, 4)}, {"e": "`gather` of data"}),
+    "scan over layers": (scanned, {"w": (2, 4, 4)}, {"w": "`scan` of data"}),
+    "recurrence": (recurrent, SQUARE, {"w": "`scan` of data"}),
+    "cond": (conditional, SQUARE, {"w": "`cond` of data"}),
+    "custom_vjp": (
+        lambda p, h: with_own_derivative(p["w"], h),
+        SQUARE,
+        {"w": r"function with its own derivative \(`custom_vjp_call`\)"},
+    ),
+    "layer norm": (
+        layer_norm,
+        {"scale": (4,), "bias": (4,)},
+        {"scale": "`mul` of data", "bias": "added to data that is not a layer's output"},
+    ),
+    "bias by subtraction": (lambda p, h: h - p["b"][None], {"b": (4,)}, {"b": "`sub` of data"}),
+    "temperature": (lambda p, h: h * p["t"], {"t": ()}, {"t": "`mul` of data"}),
+}
+
+
+@pytest.mark.parametrize("case", NOT_UNDERSTOOD)
+def test_a_parameter_that_is_not_understood_is_named_and_passed_over_on_request(case):
+    middle, shapes, reasons = NOT_UNDERSTOOD[case]
+    loss = with_middle(middle)
+    own = {name: normal(6 + i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    params = outer_layers() | {"middle": own}
+    for name, reason in reasons.items():
+        with pytest.raises(ValueError, match=rf"middle/{name} \[.*\]: .*{reason}"):
+            lp.find_layers(loss, params, X, Y)
+
+    layers = lp.find_layers(loss, params, X, Y, on_uncaptured="pass")
+    assert list(layers) == ["first", "last"]
+    assert {u.path for u in layers.uncaptured} == {f"middle/{name}" for name in reasons}
+    assert all(u.has_gradient for u in layers.uncaptured)
+
+    @quick_jit
+    def everything(params):
+        loss_and_grads = lp.value_grad_and_capture(loss)(params, X, Y)
+        return loss_and_grads, jax.value_and_grad(loss)(params, X, Y)
+
+    (value, grads, captured), expected = everything(params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), (value, grads), expected
+    )
+    for name in layers:
+        found = block_gradient(captured[name], True)
+        np.testing.assert_allclose(found, layers.block(grads, name), rtol=1e-10, atol=1e-12)
+
+
+def test_learned_positions_are_no_bias():
+    def loss(params, x, y):
+        h = x @ params["first"]["kernel"] + params["positions"][None]
+        return optax.l2_loss(dense(params["last"], jnp.tanh(h)), y).sum(-1).mean()
+
+    params = outer_layers() | {"positions": normal(6, 7, 4)}
+    del params["first"]["bias"]
+    x, y = normal(7, 5, 7, 3), normal(8, 5, 7, 2)
+    with pytest.raises(ValueError, match=r"positions \[7, 4\]: it varies along more than"):
+        lp.find_layers(loss, params, x, y)
+    layers = lp.find_layers(loss, params, x, y, on_uncaptured="pass")
+    assert {name: layer.bias is not None for name, layer in layers.items()} == {
+        "first": False,
+        "last": True,
+    }
+
+
+@pytest.mark.xfail(reason="the reason names the last rearrangement, not what changed the kernel")
+@pytest.mark.parametrize(
+    "kernel, shape, operation",
+    [
+        (lambda w: jnp.exp(w).T.reshape(4, 4), (4, 4), "exp"),
+        (lambda w: w[0], (2, 4, 4), "(slice|dynamic_slice|gather)"),
+    ],
+    ids=["exp", "slice"],
+)
+def test_the_reason_names_the_operation_that_changes_a_kernel(kernel, shape, operation):
+    loss = with_middle(lambda p, h: h @ kernel(p["w"]))
+    params = outer_layers() | {"middle": {"w": normal(6, *shape)}}
+    with pytest.raises(ValueError, match=rf"middle/w \[.*\]: `{operation}` changes it before"):
+        lp.find_layers(loss, params, X, Y)
+
+
+# --- parameters beside the layers ----------------------------------------------------------------
+
+
+def identity_middle(_, h):
+    return h
+
+
+def l2_of_all(p):
+    return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(p))
+
+
+REGULARIZERS = {
+    "squares": l2_of_all,
+    "norm": optax.tree.norm,
+    "absolute values": lambda p: sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(p)),
+    "distance from the start": lambda p: l2_of_all(
+        jax.tree.map(lambda a, b: a - b, p, outer_layers())
+    ),
+    "orthogonality": lambda p: jnp.sum(
+        (p["first"]["kernel"].T @ p["first"]["kernel"] - jnp.eye(4)) ** 2
+    ),
+    "product of kernels": lambda p: jnp.sum((p["first"]["kernel"] @ p["last"]["kernel"]) ** 2),
+}
+
+
+@pytest.mark.parametrize("name", REGULARIZERS)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_regularizer_is_no_use_of_a_layer(name, first):
+    def loss(params, x, y):
+        outputs = dense(params["last"], jnp.tanh(dense(params["first"], x)))
+        data, penalty = optax.l2_loss(outputs, y).sum(-1).mean(), 0.1 * REGULARIZERS[name](params)
+        return penalty + data if first else data + penalty
+
+    layers = lp.find_layers(loss, outer_layers(), X, Y)
+    assert list(layers) == ["first", "last"] and not layers.uncaptured
+
+
+def test_gradients_less_what_never_touches_data_are_x_times_e():
+    def loss(params, x, y):
+        outputs = dense(params["last"], jnp.tanh(dense(params["first"], x)))
+        return optax.l2_loss(outputs, y).sum(-1).mean() + 0.1 * REGULARIZERS["norm"](params)
+
+    params = outer_layers()
+    layers = lp.find_layers(loss, params, X, Y)
+    _, grads, captured = quick_jit(lp.value_grad_and_capture(loss))(params, X, Y)
+    never_touches_data = jax.grad(lambda p: 0.1 * REGULARIZERS["norm"](p))(params)
+    for name in layers:
+        expected = layers.block(grads, name) - layers.block(never_touches_data, name)
+        np.testing.assert_allclose(block_gradient(captured[name], True), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "use, reason, has_gradient",
+    [
+        (lambda w: 0.0, "the loss does not depend on it", False),
+        (lambda w: jax.lax.stop_gradient(w).sum(), "the loss does not depend on it", False),
+        (lambda w: (w > 0).astype(float).sum(), "the loss does not depend on it", False),
+        (lambda w: jnp.sum(w**2), "it never meets the data: only a regularizer uses it", True),
+    ],
+    ids=["unused", "stop_gradient", "comparison", "regularizer"],
+)
+def test_a_parameter_that_never_meets_the_data_is_listed_with_the_reason(use, reason, has_gradient):
+    def loss(params, x, y):
+        return with_middle(identity_middle)(params, x, y) + use(params["middle"])
+
+    params = outer_layers() | {"middle": normal(6, 4)}
+    if has_gradient:
+        with pytest.raises(ValueError, match=rf"middle \[4\]: {reason}"):
+            lp.find_layers(loss, params, X, Y)
+    layers = lp.find_layers(loss, params, X, Y, on_uncaptured="pass" if has_gradient else "error")
+    assert list(layers) == ["first", "last"]
+    (other,) = layers.uncaptured
+    assert (other.path, other.shape, other.has_gradient) == ("middle", (4,), has_gradient)
+    assert other.reason.startswith(reason)
+
+
+# --- what Layers are -----------------------------------------------------------------------------
+
+
+@settings(max_examples=10)
+@given(networks(), st.integers(1, 6))
+def test_layers_do_not_depend_on_the_batch_size(network, batch):
+    other = dataclasses.replace(network, batch=batch)
+    layers, others = (lp.find_layers(n.loss, n.params(), *n.data()) for n in (network, other))
+    assert layers == others and hash(layers) == hash(others)
+
+
+def test_layers_of_another_shape_transfer_or_bias_differ():
+    layers = [
+        lp.find_layers(n.loss, n.params(), *n.data())
+        for n in (
+            Network(),
+            Network(widths=(3, 5, 2)),
+            Network(transfer="relu"),
+            Network(bias=False),
+            Network(front_end="transposed"),
+        )
+    ]
+    assert len(set(layers)) == len(layers)
+
+
+def find_with(transfer):
+    def loss(params, x, y):
+        outputs = dense(params["last"], transfer(dense(params["first"], x)))
+        return optax.l2_loss(outputs, y).sum(-1).mean()
+
+    return lp.find_layers(loss, outer_layers(), X, Y)
+
+
+def test_layers_differ_where_a_home_made_transfer_function_does():
+    assert find_with(lambda a: jnp.where(a > 0, a, 0.2 * a)) != find_with(
+        lambda a: jnp.where(a > 0, a, 0.5 * a)
+    )
+
+
+@pytest.mark.xfail(reason="pieces are compared by a text that lacks their constants")
+@pytest.mark.parametrize("as_array", [jnp.asarray, lambda s: np.full((1, 1), s)])
+def test_layers_differ_where_a_constant_of_a_transfer_function_does(as_array):
+    slopes = [as_array(0.2), as_array(0.5)]
+    mild, steep = (find_with(lambda a, s=s: jnp.where(a > 0, a, s * a)) for s in slopes)
+    assert mild != steep
+
+
+def test_layers_are_static_arguments_of_jit():
+    traces = []
+
+    def norm(layers, params):
+        traces.append(layers)
+        return sum(jnp.sum(layers.block(params, name) ** 2) for name in layers)
+
+    norm = jax.jit(norm, static_argnums=0)
+    network = Network()
+    for batch in (3, 4):
+        layers = lp.find_layers(network.loss, network.params(), *network.data())
+        norm(layers, network.params())
+        network = dataclasses.replace(network, batch=batch)
+    assert len(traces) == 1
+
+
+def reachable(value):
+    """Everything a static value is made of, functions aside."""
+    yield value
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    elif hasattr(value, "__dict__") and not callable(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        value = list(value.items())
+    if isinstance(value, tuple | list):
+        for part in value:
+            yield from reachable(part)
+
+
+def test_layers_hold_no_arrays_and_no_equations():
+    layers = lp.find_layers(Network().loss, Network().params(), *Network().data())
+    kinds = {type(part).__name__ for part in reachable(layers)}
+    assert {"Layers", "Layer", "Parameter", "Transfer", "str", "int"} <= kinds
+    assert not [kind for kind in kinds if "Array" in kind or "Jaxpr" in kind or "ndarray" in kind]
+
+
+def test_layers_and_captured_are_read_only_mappings():
+    network = Network()
+    params, batch = network.params(), network.data()
+    layers = lp.find_layers(network.loss, params, *batch)
+    captured = jax.eval_shape(lp.value_grad_and_capture(network.loss), params, *batch)[2]
+    assert repr(layers) == "<Layers: layer0, layer1>"
+    assert repr(captured) == "<Captured: layer0, layer1>"
+    for mapping in (layers, captured):
+        assert list(mapping) == ["layer0", "layer1"] and len(mapping) == 2
+        assert "layer0" in mapping and "layer2" not in mapping
+        with pytest.raises(TypeError):
+            mapping["layer2"] = None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layers["layer0"].d_in = 1
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def model_with_everything(params, x, y):
+    h = jax.nn.relu(dense(params["encoder"]["in"], x))
+    a = dense(params["encoder"]["gate"], h)
+    h = (jax.nn.sigmoid(a) + a.mean(-1, keepdims=True)) @ params["decoder"]
+    outputs = dense(params["out"], jnp.tanh(h) * params["scale"][None, None])
+    return optax.sigmoid_binary_cross_entropy(outputs, y).sum(-1).mean()
+
+
+TABLE = """\
+layer         kind   shape     bias  rows  transfer                                      parameters
+---------------------------------------------------------------------------------------------------
+encoder/in    dense  3 -> 40   yes      7  relu                                                 160
+encoder/gate  dense  40 -> 40  yes      7  identity: its output is used by 2 operations       1,640
+decoder       dense  40 -> 4   no       7  tanh                                                 160
+out           dense  4 -> 2    yes      7  (loss)                                                10
+4 layers, 1,970 parameters
+
+Not in a layer (their gradient passes unchanged):
+  scale [4]: capture knows no layer that is a `mul` of data and a parameter
+
+Without a gradient:
+  unused [5, 5]: the loss does not depend on it (unused, or behind a stop_gradient)"""
+
+
+def test_printed_layers_are_a_table_of_what_was_understood():
+    params = {
+        "encoder": {
+            "in": {"kernel": normal(0, 3, 40), "bias": normal(0, 40)},
+            "gate": {"kernel": normal(0, 40, 40), "bias": normal(0, 40)},
+        },
+        "decoder": normal(0, 40, 4),
+        "scale": normal(0, 4),
+        "out": {"kernel": normal(0, 4, 2), "bias": normal(0, 2)},
+        "unused": normal(0, 5, 5),
+    }
+    x, y = normal(1, 5, 7, 3), normal(2, 5, 7, 2)
+    layers = lp.find_layers(model_with_everything, params, x, y, on_uncaptured="pass")
+    assert str(layers) == TABLE
+
+
+def test_the_table_says_where_the_rows_of_an_example_are_not_known():
+    table = str(
+        lp.find_layers(
+            lambda p: with_middle(identity_middle)(p, X, Y), outer_layers() | {"middle": {}}
+        )
+    )
+    assert table.splitlines()[2].split()[:7] == ["first", "dense", "3", "->", "4", "yes", "?"]
+
+
+def test_a_layer_has_a_name_also_where_the_parameter_is_all_there_is():
+    layers = lp.find_layers(lambda w, x, y: jnp.mean((x @ w - y) ** 2), normal(0, 3, 2), X, Y)
+    (layer,) = layers.values()
+    assert (layer.d_in, layer.d_out) == (3, 2)
+
+
+# --- blocks --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15)
+@given(networks())
+def test_unblock_is_the_inverse_of_block(network):
+    params = network.params()
+    layers = lp.find_layers(network.loss, params, *network.data())
+    leaves = {}
+    for name, (d_in, d_out) in zip(layers, network.sizes, strict=True):
+        block = layers.block(params, name)
+        assert block.shape == (d_in + network.bias, d_out)
+        leaves |= layers.unblock(block, name)
+    paths = [p.path for layer in layers.values() for p in layer.parameters]
+    assert sorted(leaves) == sorted(paths) and len(paths) == len(jax.tree.leaves(params))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        sorted(leaves.values(), key=lambda x: (x.shape, x.ravel()[0])),
+        sorted(jax.tree.leaves(params), key=lambda x: (x.shape, x.ravel()[0])),
+    )
+
+
+def test_a_block_is_the_kernel_as_inputs_by_outputs_with_the_bias_as_last_row():
+    params = {"kernel": normal(0, 2, 2, 3), "bias": normal(1, 2, 2)}
+
+    def loss(p, x):
+        return jnp.sum(jnp.einsum("bi,hoi->bho", x, p["kernel"]) + p["bias"][None])
+
+    layers = lp.find_layers(loss, params, X)
+    (name,) = layers
+    expected = np.vstack([params["kernel"].reshape(4, 3).T, params["bias"].reshape(1, 4)])
+    np.testing.assert_array_equal(layers.block(params, name), expected)
+    again = layers.unblock(layers.block(params, name), name)
+    np.testing.assert_array_equal(again["kernel"], params["kernel"])
+    np.testing.assert_array_equal(again["bias"], params["bias"])
+
+
+# --- captured arrays of the right model ----------------------------------------------------------
+
+
+def update_with(network, captured):
+    params = network.params()
+    layers = lp.find_layers(network.loss, params, *network.data())
+    tx = lp.locoprop_s(layers, 0.1)
+    return tx.update(params, tx.init(params), params, captured=captured)
+
+
+def test_missing_captured_is_an_error_with_the_remedy():
+    with pytest.raises(TypeError, match=r"`captured`, got nothing(.|\n)*value_grad_and_capture"):
+        update_with(Network(), None)
+    with pytest.raises(TypeError, match="`captured`, got a dict"):
+        update_with(Network(), {})
+
+
+@pytest.mark.parametrize(
+    "other, different",
+    [
+        (Network(widths=(3, 5, 2)), "layer0, layer1 differ"),
+        (Network(widths=(3, 4, 1)), "layer1 differs"),
+        (Network(front_end="transposed"), "layer0, layer1 differ"),
+        (Network(bias=False), "layer0, layer1 differ"),
+        (Network(front_end="linen"), r"differ \(`captured` holds params/Dense_0"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value.front_end,
+)
+def test_captured_of_another_model_is_an_error_that_names_the_layers(other, different):
+    captured = jax.eval_shape(lp.value_grad_and_capture(other.loss), other.params(), *other.data())[
+        2
+    ]
+    with pytest.raises(ValueError, match=f"does not belong to the layers .*{different}"):
+        update_with(Network(), captured)
+
+
+def test_captured_of_another_batch_size_belongs_to_the_same_model():
+    other = Network(batch=7)
+    captured = jax.eval_shape(lp.value_grad_and_capture(other.loss), other.params(), *other.data())
+    jax.eval_shape(lambda c: update_with(Network(), c), captured[2])
