@@ -1,5 +1,7 @@
 """Layer-local optimizers for JAX: LocoProp and its relatives as Optax transformations."""
 
+from typing import TYPE_CHECKING
+
 from locoprop_jax._capture import find_layers as find_layers
 from locoprop_jax._capture import value_grad_and_capture as value_grad_and_capture
 from locoprop_jax._layers import Captured as Captured
@@ -15,6 +17,9 @@ from locoprop_jax._locoprop import locoprop_s as locoprop_s
 from locoprop_jax._training import with_fallback as with_fallback
 from locoprop_jax._transfer import Transfer as Transfer
 from locoprop_jax._transfer import matching_loss as matching_loss
+
+if TYPE_CHECKING:
+    from locoprop_jax._flax import TrainState as TrainState
 
 
 def __getattr__(name: str) -> object:

@@ -125,14 +125,15 @@ def _struct(aval: Any) -> jax.ShapeDtypeStruct:
 def _transfer_of(traced: Traced, site: Site) -> Transfer:
     """Find what the network applies to a layer's outputs."""
     program = traced.program
-    equations, end, note = _flow.transfer_piece(program, traced.detection.live, site.output)
+    live = traced.detection.live
+    begin, equations, end, note = _flow.transfer_piece(program, live, site.output)
     if not equations:
         return _transfer.identity(note)
 
     def piece(a: Any) -> Any:
-        return program.call(equations, {site.output: a}, end)
+        return program.call(equations, {begin: a}, end)
 
-    aval = program.avals[site.output]
+    aval = program.avals[begin]
     closed = jax.make_jaxpr(piece)(_struct(aval))
     function = _transfer.TracedPiece(closed, tuple(aval.shape), aval.dtype)
     return _transfer.recognise(function, aval.dtype, note)
@@ -301,9 +302,9 @@ def value_grad_and_capture(
         given = [*jax.tree.leaves(params), *traced.arguments]
         known = dict(zip(program.inputs, given, strict=True))
         known |= {v: recorded[address] for v, address in fixed.items()}
-        captured = {}
-        for i, (site, name) in enumerate(zip(sites, _names(traced), strict=True)):
-            captured[name] = LayerArrays(
+        known |= program.constants
+        arrays = tuple(
+            LayerArrays(
                 raw_inputs=recorded[inputs[i]],
                 raw_outputs=recorded[outputs[i]],
                 raw_cotangents=cotangents[outputs[i].path],
@@ -311,7 +312,10 @@ def value_grad_and_capture(
                 signature=tuple(_weights(traced, site).values()),
                 layout=_layout(traced, site),
             )
-        return traced.rebuild_output([loss, *rest]), grads, Captured(captured)
+            for i, site in enumerate(sites)
+        )
+        captured = Captured(tuple(_names(traced)), arrays)
+        return traced.rebuild_output([loss, *rest]), grads, captured
 
     return wrapped
 

@@ -92,8 +92,9 @@ def detect(program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None) 
     loss = program.outputs[0]
     live = _flow.live_equations(program, loss)
     data = _data(program, n_leaves, batch_axes)
-    varying = _flow.reached_from(program, {*program.inputs[:n_leaves], *data})
-    terms = _flow.loss_terms(program, loss, set(range(len(program.avals))) - varying)
+    of_params = _flow.reached_from(program, program.inputs[:n_leaves])
+    constants = set(range(len(program.avals))) - of_params - _flow.reached_from(program, data)
+    terms = _flow.loss_terms(program, loss, constants, of_params)
     reasons: dict[int, str] = {}
     while True:
         sites, found = _label(program, n_leaves, data, batch_axes, live, terms, frozenset(reasons))
@@ -160,7 +161,8 @@ def _label(
         leaves = frozenset().union(*map(_leaves, special))
         label: Label = DATA if meets_data else CONSTANT
         if not (special and meets_data):
-            derived = Derived(leaves, str(equation.primitive)) if special else label
+            how = [k.how for k in special if isinstance(k, Derived)] or [str(equation.primitive)]
+            derived = Derived(leaves, how[0]) if special else label
             label = _rearranged(program, equation, kinds) or derived
         elif live[position] and not leaves & excluded:
             found = site_label(position, kinds)

@@ -6,6 +6,7 @@ elementwise function goes that the model applies to a layer's output.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -39,56 +40,76 @@ def reached_from(program: Program, sources: Iterable[int]) -> set[int]:
     return reached
 
 
-def loss_terms(program: Program, loss: int, constants: set[int]) -> dict[int, float]:
+def loss_terms(
+    program: Program, loss: int, constants: set[int], of_params: set[int]
+) -> dict[int, float]:
     """The values whose weighted sum is the loss, with the number of terms it averages over.
 
-    The loss is followed back through sums and products with constants. Dividing a sum by how many
-    it sums makes a mean, and that number counts; any other factor weighs the term. The number is
-    NaN below a factor that is not known when tracing (the sum of a mask).
+    The loss is followed back through sums, products with constants and quotients by what no
+    parameter moves. Dividing a sum by how many it sums makes a mean, and that number counts; any
+    other factor weighs the terms. The number is NaN below a divisor that is not known when tracing
+    (the sum of a mask).
     """
     producers = program.producers()
     terms = {loss: 1.0}
-    pending: list[tuple[int, float]] = [(loss, 1.0)]  # value, divisor met since the last sum
+    pending: list[tuple[int, tuple[float, ...]]] = [(loss, ())]  # value, divisors since a sum
     while pending:
-        value, divisor = pending.pop()
+        value, divisors = pending.pop()
         if value not in producers:
             continue
         equation, count = program.equations[producers[value]], terms[value]
-        operands, factors = equation.inputs, []
-        if equation.primitive in _jaxpr.MUL | _jaxpr.DIV:
+        operands = equation.inputs
+        if equation.primitive in _jaxpr.DIV:
+            if operands[1] in of_params:
+                continue
+            divisors = (*divisors, _scalar(program, operands[1]))
+            operands = operands[:1]
+        elif equation.primitive in _jaxpr.MUL:
             factors = [v for v in operands if v in constants]
             operands = tuple(v for v in operands if v not in constants)
-            if len(operands) != 1 or (
-                equation.primitive in _jaxpr.DIV and factors != [equation.inputs[1]]
-            ):
+            if len(factors) != 1:
                 continue
+            factor = _scalar(program, factors[0])
+            # One half is no mean of two but the half of a square; no other number hides a mean.
+            if factor not in (0.0, 0.5) and not math.isnan(factor):
+                divisors = (*divisors, 1 / factor)
+        elif equation.primitive in _jaxpr.REDUCE_SUM:
+            shape = program.shape(operands[0])
+            count *= _averaged(divisors, [shape[i] for i in equation.params["axes"]])
+            divisors = ()
         elif equation.primitive not in _jaxpr.SUMS:
             continue
-        for factor in factors:
-            scale = _scalar(program, factor)
-            divisor *= (
-                scale if equation.primitive in _jaxpr.DIV else 1 / scale if scale else math.nan
-            )
-        if equation.primitive in _jaxpr.REDUCE_SUM:
-            shape = program.shape(operands[0])
-            if math.isnan(divisor):
-                count = math.nan
-            elif _is_count(divisor, [shape[i] for i in equation.params["axes"]]):
-                count *= round(divisor)
-            divisor = 1.0
         for v in operands:
             if v not in terms and v not in constants:
                 terms[v] = count
-                pending.append((v, divisor))
+                pending.append((v, divisors))
     return terms
 
 
-def _is_count(divisor: float, sizes: Sequence[int]) -> bool:
-    """Whether a divisor is the size of some of the summed axes together."""
-    products = {1}
-    for size in sizes:
-        products |= {product * size for product in products}
-    return any(product > 1 and math.isclose(divisor, product, rel_tol=1e-5) for product in products)
+def _averaged(divisors: Sequence[float], sizes: Sequence[int]) -> float:
+    """Over how many a sum along axes of these sizes is averaged by these divisors.
+
+    The divisor nearest to the sum is looked at first; each axis counts once. Twice a size, as in
+    sum / (2 n), is the mean of halves.
+    """
+    if any(map(math.isnan, divisors)):
+        return math.nan
+    count, left = 1.0, list(sizes)
+    for divisor in reversed(divisors):
+        for chosen in _subsets(left):
+            size = math.prod(chosen)
+            if size > 1 and any(math.isclose(divisor, n * size, rel_tol=1e-5) for n in (1, 2)):
+                count *= size
+                for axis in chosen:
+                    left.remove(axis)
+                break
+    return count
+
+
+def _subsets(sizes: Sequence[int]) -> Iterable[tuple[int, ...]]:
+    """All choices among a few sizes, the largest choices first."""
+    lengths = range(len(sizes), 0, -1)
+    return itertools.chain.from_iterable(itertools.combinations(sizes, n) for n in lengths)
 
 
 def _scalar(program: Program, value: int) -> float:
@@ -118,7 +139,7 @@ def averaged_terms(program: Program, terms: Mapping[int, float], output: int) ->
         if v in moving
         and not any(u in terms and u in moving for u in program.equations[producers[v]].inputs)
     }
-    return ends.pop() if len(ends) == 1 else math.nan
+    return ends.pop() if len(ends) == 1 else math.nan  # a NaN among others makes two
 
 
 def downstream(program: Program, live: Sequence[bool], value: int) -> set[int]:
@@ -133,14 +154,20 @@ def downstream(program: Program, live: Sequence[bool], value: int) -> set[int]:
 
 def transfer_piece(
     program: Program, live: Sequence[bool], output: int
-) -> tuple[list[Equation], int, str]:
+) -> tuple[int, list[Equation], int, str]:
     """The largest elementwise piece from a layer's output to its first other use.
 
     Returns:
-      Its equations, the value it ends in, and what comes next in words (for a layer table).
+      The value it begins with (the output, perhaps rearranged), its equations, the value it ends
+      in, and where there are none why (for a layer table).
     """
-    shape = program.shape(output)
     consumers = {v: [i for i in at if live[i]] for v, at in program.consumers().items()}
+    while len(uses := consumers.get(output, [])) == 1:
+        after = program.equations[uses[0]]
+        if after.primitive not in _jaxpr.TRANSPOSE | _jaxpr.RESHAPE:
+            break
+        output = after.outputs[0]
+    shape = program.shape(output)
     uniform = {
         v
         for v, known in program.constants.items()
@@ -172,8 +199,11 @@ def transfer_piece(
         positions = {inside[v] for v in piece if v in inside}
         uses = {i for v in piece - {end} for i in consumers.get(v, ())}
         if uses <= positions and program.is_inexact(end):
-            return program.slice([output], end)[0], end, ""
+            return output, program.slice([output], end)[0], end, ""
     after = consumers.get(output, [])
     if len(after) > 1:
-        return [], output, f"its output is used by {len(after)} operations"
-    return [], output, ""
+        return output, [], output, f"its output is used by {len(after)} operations"
+    following = [program.equations[i].primitive for i in after]
+    if not following or following[0] in _jaxpr.DOT_GENERAL:
+        return output, [], output, ""
+    return output, [], output, f"then `{following[0]}`"

@@ -180,6 +180,7 @@ class Program(NamedTuple):
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     constants: Mapping[int, Any]  # values known when tracing: literals and closed-over arrays
+    literals: frozenset[int]
 
     def shape(self, value: int) -> tuple[int, ...]:
         return tuple(getattr(self.avals[value], "shape", ()))
@@ -203,7 +204,7 @@ class Program(NamedTuple):
     def slice(self, sources: Iterable[int], target: int) -> tuple[list[Equation], list[int]]:
         """The equations that compute `target`, cut at `sources`, and the values they start from.
 
-        The values returned are program inputs or `sources`; constants are not among them.
+        The values returned are program inputs, `sources` or closed-over arrays.
         """
         producers, cut = self.producers(), set(sources)
         needed: set[int] = set()
@@ -211,7 +212,7 @@ class Program(NamedTuple):
         pending = [target]
         while pending:
             value = pending.pop()
-            if value in self.constants:
+            if value in self.literals:
                 continue
             if value in cut or value not in producers:
                 free[value] = None
@@ -239,6 +240,7 @@ def flatten(closed: Any) -> Program:
     equations: list[Equation] = []
     avals: list[Any] = []
     constants: dict[int, Any] = {}
+    literals: set[int] = set()
     fresh = itertools.count()
 
     def new(aval: Any) -> int:
@@ -256,7 +258,11 @@ def flatten(closed: Any) -> Program:
             env[var] = constant(var.aval, value)
 
         def read(atom: Any) -> int:
-            return constant(atom.aval, atom.val) if isinstance(atom, jex.Literal) else env[atom]
+            if not isinstance(atom, jex.Literal):
+                return env[atom]
+            number = constant(atom.aval, atom.val)
+            literals.add(number)
+            return number
 
         for i, eqn in enumerate(jaxpr.eqns):
             inputs = [read(v) for v in eqn.invars]
@@ -272,7 +278,14 @@ def flatten(closed: Any) -> Program:
     opened, consts = open_jaxpr(closed)
     inputs = [new(v.aval) for v in opened.invars]
     outputs = walk(opened, consts, inputs, ())
-    return Program(tuple(equations), tuple(avals), tuple(inputs), tuple(outputs), constants)
+    return Program(
+        tuple(equations),
+        tuple(avals),
+        tuple(inputs),
+        tuple(outputs),
+        constants,
+        frozenset(literals),
+    )
 
 
 def is_elementwise(equation: Any) -> bool:

@@ -333,21 +333,26 @@ class LayerArrays:
         return _chains.apply(self.layout.outputs, self.raw_cotangents)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["_arrays"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["_arrays"], meta_fields=["_names"]
+)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Captured(Mapping[str, LayerArrays]):
     """The arrays of every layer by its name: a pytree, so it crosses `jit`, `scan` and `vmap`."""
 
-    _arrays: dict[str, LayerArrays]
+    _names: tuple[str, ...]  # in the order the data meets the layers, which a dict would lose
+    _arrays: tuple[LayerArrays, ...]
 
     def __getitem__(self, name: str) -> LayerArrays:
-        return self._arrays[name]
+        if name not in self._names:
+            raise KeyError(name)
+        return self._arrays[self._names.index(name)]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._arrays)
+        return len(self._names)
 
     def __repr__(self) -> str:
         return f"<Captured: {', '.join(self)}>"

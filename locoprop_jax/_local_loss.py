@@ -278,6 +278,8 @@ def scale_by_local_loss(
 
     def init(params: Any) -> LocalLossState:
         blocks = _blocks(layers, params)
+        if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
+            blocks = dict.fromkeys(layers, params)
         state = {name: solver.optimizer(0.0).init(block) for name, block in blocks.items()}
         return LocalLossState(jnp.zeros([], jnp.int32), state)
 
@@ -298,24 +300,27 @@ def scale_by_local_loss(
                 "`tx.update(grads, opt_state, params, captured=captured)`."
             )
         eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        weights, slopes = _blocks(layers, params), _blocks(layers, updates)
+        inputs = {
+            name: _rows(captured[name].inputs, next(iter(slope.values())).dtype)
+            for name, slope in slopes.items()
+        }
+        # A batch that is not finite leaves everything as it is, in all layers.
+        ok = _all_finite((updates, inputs))
         new, states = {}, {}
-        weights = _blocks(layers, params)
-        for name, slope in _blocks(layers, updates).items():
-            layer, arrays = layers[name], captured[name]
-            dtype = next(iter(slope.values())).dtype
-            inputs, outputs = _rows(arrays.inputs, dtype), _rows(arrays.outputs, dtype)
-            scale = jnp.asarray(gamma, dtype)
-            first = {part: scale * g for part, g in slope.items()}
-            residual = _residual(divergence, layer, arrays, dtype)
-            gain = _gradient_gain(inputs, outputs, residual, regularizer, solver.iterations)
+        for name, slope in slopes.items():
+            layer, arrays, x = layers[name], captured[name], inputs[name]
+            a = _rows(arrays.outputs, x.dtype)
+            scale = jnp.asarray(gamma, x.dtype)
+            residual = _residual(divergence, layer, arrays, x.dtype)
             delta, states[name] = _solve_inner(
                 solver,
-                first,
-                gain,
+                {part: scale * g for part, g in slope.items()},
+                _gradient_gain(x, a, residual, regularizer, solver.iterations),
                 weights[name],
-                jnp.asarray(eta, dtype),
+                jnp.asarray(eta, x.dtype),
                 state.inner[name],
-                ok=_all_finite((first, inputs)),
+                ok,
             )
             new.update(_write(layer, delta))
 
@@ -323,7 +328,8 @@ def scale_by_local_loss(
             name = _layers.path_name(path)
             if name in new:
                 return -new[name].astype(g.dtype)
-            return jnp.asarray(eta, g.dtype) * jnp.asarray(gamma, g.dtype) * g
+            step = jnp.asarray(eta, g.dtype) * jnp.asarray(gamma, g.dtype) * g
+            return jnp.where(ok, step, jnp.zeros_like(step))
 
         result = jax.tree_util.tree_map_with_path(displacement, updates)
         return result, LocalLossState(jnp.asarray(optax.safe_increment(state.count)), states)
@@ -332,7 +338,7 @@ def scale_by_local_loss(
 
 
 def _blocks(layers: Layers, tree: Any) -> dict[str, Block]:
-    """The kernels and biases in a tree by layer, in float32 or float64; masked ones are left out."""
+    """The kernels and biases in a tree by layer, in float32 or float64, without masked ones."""
     leaves = _layers.leaves_by_path(tree)
     blocks = {}
     for name, layer in layers.items():
@@ -357,7 +363,8 @@ def _write(layer: Layer, block: Block) -> dict[str, Array]:
 
 def _all_finite(tree: Any) -> Array:
     """Whether all entries are finite, by their sums: far quicker to compile than `isfinite`."""
-    return jnp.isfinite(jnp.stack([jnp.sum(x) for x in jax.tree.leaves(tree)])).all()
+    sums = [jnp.isfinite(jnp.sum(x)) for x in jax.tree.leaves(tree)]
+    return jnp.stack(sums).all()
 
 
 # --- checks --------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -86,6 +85,13 @@ def _check_params(names: Sequence[str], leaves: Sequence[Any]) -> None:
                 f"arrays as parameters: with Equinox, `params, static = eqx.partition(model, "
                 f"eqx.is_inexact_array)` and `eqx.combine(params, static)` inside the loss."
             )
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"The parameter {name!r} has dtype {dtype}, and a loss has no gradient by it. Pass "
+                f"counters, keys and flags beside the parameters, as arguments of the loss: with "
+                f"NNX, `graph, params, rest = nnx.split(model, nnx.Param, ...)`."
+            )
 
 
 def _check_loss(output: Any, has_aux: bool) -> None:
@@ -111,29 +117,34 @@ def _batch_axes(
 ) -> list[Shape] | None:
     """Which axes of each value grow with the batch, from a second trace at twice the batch.
 
-    The batch is the first axis that a group of arguments has in common. Groups that cannot be
-    doubled (a random key, running statistics) fail to trace; None if all of them do.
+    The batch is the first axis that some arguments have in common. Arguments that cannot be
+    doubled (a random key, running statistics) make the trace fail; of several sizes that can, the
+    one that most values grow with is the batch. None if there is no such size.
     """
     abstract = jax.eval_shape(lambda *xs: xs, *leaves, *dynamic)
-    sizes: dict[int, int] = {}
-    for leaf in abstract[len(leaves) :]:
-        if leaf.shape and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            sizes[leaf.shape[0]] = sizes.get(leaf.shape[0], 0) + math.prod(leaf.shape)
-    for size in sorted(sizes, key=lambda size: -sizes[size]):
+    best: list[Shape] | None = None
+    for size in sorted({leaf.shape[0] for leaf in abstract[len(leaves) :] if _may_grow(leaf)}):
         doubled = [
             jax.ShapeDtypeStruct((2 * size, *leaf.shape[1:]), leaf.dtype)
-            if i >= len(leaves) and leaf.shape[:1] == (size,)
+            if i >= len(leaves) and _may_grow(leaf) and leaf.shape[0] == size
             else leaf
             for i, leaf in enumerate(abstract)
         ]
         try:
             other = _jaxpr.flatten(jax.make_jaxpr(flat)(*doubled))
-        except Exception:  # whatever the user's model raises for shapes that do not fit
+        except Exception:
             continue
         same = [e.path for e in other.equations] == [e.path for e in program.equations]
         if same and len(other.avals) == len(program.avals):
-            return [
-                tuple(i for i, size in enumerate(program.shape(v)) if other.shape(v)[i] != size)
-                for v in range(len(program.avals))
-            ]
-    return None
+            grown = [_growing(program.shape(v), other.shape(v)) for v in range(len(other.avals))]
+            if best is None or sum(map(bool, grown)) > sum(map(bool, best)):
+                best = grown
+    return best
+
+
+def _may_grow(leaf: jax.ShapeDtypeStruct) -> bool:
+    return bool(leaf.shape) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _growing(shape: Shape, doubled: Shape) -> Shape:
+    return tuple(i for i, (a, b) in enumerate(zip(shape, doubled, strict=True)) if a != b)

@@ -9,6 +9,8 @@ import pytest
 # The oracles compare in float64; a GPU is used only when asked for.
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiling dominates the time of these tests, and nothing in them is large enough to optimize.
+jax.config.update("jax_disable_most_optimizations", True)
 if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
 

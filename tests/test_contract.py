@@ -372,7 +372,7 @@ def test_multi_steps_averages_gradients_but_only_the_last_micro_batch_is_capture
 @each_method
 def test_apply_if_finite_passes_finite_updates_and_drops_others(name):
     grads, _ = gradients()
-    tx = optax.apply_if_finite(transformation(name), max_consecutive_errors=3)
+    tx: Any = optax.apply_if_finite(transformation(name), max_consecutive_errors=3)
     params = init_params()
     update = jax.jit(lambda g, s, p, captured: tx.update(g, s, p, captured=captured))
     updates, state = update(grads, tx.init(params), params, gradients()[1])
@@ -392,7 +392,8 @@ def test_a_scan_over_steps_equals_the_loop(name):
     tx, params = transformation(name), init_params()
 
     def body(carry, x):
-        params, state, loss = step(tx, *carry, x)
+        params, state = carry
+        params, state, loss = step(tx, params, state, x)
         return (params, state), loss
 
     batches = jnp.stack([batch(seed) for seed in range(3)])
@@ -426,4 +427,8 @@ def test_training_goes_on_bit_for_bit_from_an_orbax_checkpoint(name, tmp_path):
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "checkpoint", shapes((params, state)))
     assert_identical(restored, (params, state))
-    assert_identical(train(name, *restored, range(2, 4)), train(name, params, state, range(2, 4)))
+    restored_params, restored_state = restored
+    assert_identical(
+        train(name, restored_params, restored_state, range(2, 4)),
+        train(name, params, state, range(2, 4)),
+    )

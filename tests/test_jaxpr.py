@@ -75,7 +75,7 @@ def test_a_flat_program_computes_the_function(f):
     program = _jaxpr.flatten(jax.make_jaxpr(f)(X))
     (x,), (output,) = program.inputs, program.outputs
     equations, free = program.slice([], output)
-    assert free == [x]
+    assert free[0] == x and program.constants.keys() >= set(free[1:])
     np.testing.assert_allclose(program.call(equations, {x: X}, output), f(X), rtol=1e-14)
 
 

@@ -140,7 +140,8 @@ def test_with_fallback_trains_layers_by_locoprop_and_all_other_parameters_by_ada
     def step(params, state, layered_state, adam_state, x):
         loss, grads, captured = lp.value_grad_and_capture(loss_fn)(params, x)
         updates, state = tx.update(grads, state, params, captured=captured)
-        of_layers, layered_state = layered.update(grads, layered_state, params, captured=captured)
+        result: Any = layered.update(grads, layered_state, params, captured=captured)
+        of_layers, layered_state = result
         of_adam, adam_state = adam.update(grads["scale"], adam_state)
         expected = {"net": of_layers["net"], "scale": of_adam}
         params = optax.apply_updates(params, updates)
