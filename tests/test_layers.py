@@ -177,8 +177,9 @@ def test_learned_positions_are_no_bias():
         h = x @ params["first"]["kernel"] + params["positions"][None]
         return optax.l2_loss(dense(params["last"], jnp.tanh(h)), y).sum(-1).mean()
 
-    params = outer_layers() | {"positions": normal(6, 7, 4)}
+    params = outer_layers()
     del params["first"]["bias"]
+    params |= {"positions": normal(6, 7, 4)}
     x, y = normal(7, 5, 7, 3), normal(8, 5, 7, 2)
     with pytest.raises(ValueError, match=r"positions \[7, 4\]: it varies along more than"):
         lp.find_layers(loss, params, x, y)
@@ -374,9 +375,9 @@ def test_layers_and_captured_are_read_only_mappings():
         assert list(mapping) == ["layer0", "layer1"] and len(mapping) == 2
         assert "layer0" in mapping and "layer2" not in mapping
         with pytest.raises(TypeError):
-            mapping["layer2"] = None
+            mapping["layer2"] = None  # pyright: ignore
     with pytest.raises(dataclasses.FrozenInstanceError):
-        layers["layer0"].d_in = 1
+        layers["layer0"].d_in = 1  # pyright: ignore
 
 
 # --- the table -----------------------------------------------------------------------------------
