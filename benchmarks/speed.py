@@ -131,7 +131,7 @@ def bytes_of(tree: Any) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What capture and LocoProp cost on the autoencoder.")
+    parser = argparse.ArgumentParser(description="What capture and LocoProp cost, as ratios.")
     parser.add_argument("--rounds", type=positive_int, default=7, help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive_int, default=1000, help="default: 1000")
     parser.add_argument(
@@ -210,7 +210,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "batch_size": rows,
         "iterations": iterations,
         "rounds": args.rounds,
-        "ratios": {k: dict(zip(("median", "min", "max"), v, strict=True)) for k, v in ratios.items()},
+        "ratios": {
+            name: dict(zip(("median", "min", "max"), values, strict=True))
+            for name, values in ratios.items()
+        },
         "median_seconds": {name: median(s[name] for s, _ in rounds) for name in parts},
         "compile_seconds": {name: part.seconds for name, part in parts.items()},
         "temporary_MB": {name: part.temporary / 1e6 for name, part in parts.items()},

@@ -1,6 +1,6 @@
 """Layer-local optimizers for JAX: LocoProp and its relatives as Optax transformations."""
 
-from typing import TYPE_CHECKING
+import typing as _typing
 
 from locoprop_jax._capture import find_layers as find_layers
 from locoprop_jax._capture import value_grad_and_capture as value_grad_and_capture
@@ -18,7 +18,7 @@ from locoprop_jax._training import with_fallback as with_fallback
 from locoprop_jax._transfer import Transfer as Transfer
 from locoprop_jax._transfer import matching_loss as matching_loss
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from locoprop_jax._flax import TrainState as TrainState
 
 

@@ -299,7 +299,7 @@ def is_elementwise(equation: Any) -> bool:
         return False
     return all(
         is_elementwise(inner)
-        or (inner.primitive in BROADCAST and np.size(inner.invars[0].aval) == 1)
+        or (inner.primitive in BROADCAST and getattr(inner.invars[0].aval, "size", 0) == 1)
         for jaxpr in jex.jaxprs_in_params(equation.params)
         for inner in jaxpr.eqns
     )

@@ -277,7 +277,7 @@ def scale_by_local_loss(
     _check_arguments(layers, learning_rate, gamma, divergence, target, regularizer, solver)
 
     def init(params: Any) -> LocalLossState:
-        blocks = _blocks(layers, params)
+        blocks: dict[str, Any] = dict(_blocks(layers, params))
         if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
             blocks = dict.fromkeys(layers, params)
         state = {name: solver.optimizer(0.0).init(block) for name, block in blocks.items()}

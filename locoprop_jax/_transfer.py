@@ -102,16 +102,19 @@ def log_cosh(a: Float[Array, ...]) -> Float[Array, ...]:
 
 
 @jax.custom_jvp
-def _softplus_integral(a: Float[Array, ...]) -> Float[Array, ...]:
+def _softplus_integral(a: Float[Array, "..."]) -> Float[Array, "..."]:
     """-Li2(-exp a); reflected for a > 0, where the exponential would overflow."""
-    dilogarithm = jax.scipy.special.spence(1 + jnp.exp(-jnp.abs(a)))  # Li2(-exp(-|a|))
+    power = jnp.exp(-jnp.abs(a))
+    small = -jnp.minimum(power, 0.25)  # by its series, where 1 + power would round power away
+    series = jnp.zeros_like(small)
+    for k in range(25, 0, -1):
+        series = small * (series + 1 / k**2)
+    dilogarithm = jnp.where(power < 0.25, series, jax.scipy.special.spence(1 + power))
     return jnp.where(a > 0, a**2 / 2 + math.pi**2 / 6 + dilogarithm, -dilogarithm)
 
 
-@_softplus_integral.defjvp
-def _softplus_integral_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    # By its definition; JAX's derivative of spence is NaN where the exponential vanishes.
-    return _softplus_integral(*primals), jax.nn.softplus(*primals) * tangents[0]
+# By definition; the derivative of spence is NaN where the exponential vanishes.
+_softplus_integral.defjvps(lambda tangent, _, a: jax.nn.softplus(a) * tangent)
 
 
 def _elu_integral(a: Float[Array, ...]) -> Float[Array, ...]:

@@ -829,6 +829,12 @@ def test_an_equinox_model_that_is_not_partitioned_is_an_error_with_the_remedy():
         lp.find_layers(lambda m, x: jax.vmap(m)(x).sum(), model, X.astype(jnp.float32))
 
 
+def test_a_parameter_without_derivatives_is_an_error():
+    params = mlp_params() | {"step": jnp.asarray(0)}
+    with pytest.raises(TypeError, match="'step' has dtype int"):
+        lp.find_layers(mlp_loss, params, X, Y)
+
+
 def test_a_transfer_function_for_an_unknown_layer_is_an_error():
     with pytest.raises(ValueError, match=r"`transfer` names third, .* found are first, second"):
         lp.find_layers(mlp_loss, mlp_params(), X, Y, transfer={"third": jnp.tanh})
