@@ -258,9 +258,10 @@ def value_grad_and_capture(
     Returns:
       A function of the same arguments that returns `(loss, gradients, captured)`, or
       `((loss, aux), gradients, captured)`. The gradients are those of `jax.value_and_grad`, under
-      `jax.jit` bit for bit unless arrays that leave the jit change what XLA fuses; `captured` is a `Captured`, the arrays of each layer by name:
-      inputs (batch, shared, d_in), outputs and cotangents (batch, shared, d_out). It costs what
-      `jax.value_and_grad` costs; what is not used of it is not kept.
+      `jax.jit` bit for bit unless arrays that leave the jit change what XLA fuses; `captured` is a
+      `Captured`, the arrays of each layer by name: inputs (batch, shared, d_in), outputs and
+      cotangents (batch, shared, d_out). It costs what `jax.value_and_grad` costs; what is not used
+      of it is not kept.
 
     Raises:
       TypeError: the loss is not a scalar, or a parameter is not an array.
