@@ -363,7 +363,9 @@ def _write(layer: Layer, block: Block) -> dict[str, Array]:
 
 def _all_finite(tree: Any) -> Array:
     """Whether all entries are finite, by their sums: far quicker to compile than `isfinite`."""
-    sums = [jnp.isfinite(jnp.sum(x)) for x in jax.tree.leaves(tree)]
+    leaves = jax.tree.leaves(tree)
+    wide = [jnp.float64 if x.dtype == jnp.float64 else jnp.float32 for x in leaves]
+    sums = [jnp.isfinite(jnp.sum(x, dtype=t)) for x, t in zip(leaves, wide, strict=True)]
     return jnp.stack(sums).all()
 
 
