@@ -29,6 +29,7 @@ from benchmarks.autoencoder import make_problem
 from benchmarks.cli import positive_int
 from benchmarks.data import Dataset
 from benchmarks.tuned import write_json
+from locoprop_jax._local_loss import gram_is_cheaper
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -74,7 +75,7 @@ def local_products(
     for layer in layers.values():
         d_in, d_out, more = layer.d_in, layer.d_out, iterations - 1
         linear = not matching or (layer.transfer.is_identity and not layer.uses_head)
-        if linear and 2 * d_in * (rows + more * d_out) < 4 * rows * d_out * more:
+        if linear and gram_is_cheaper(rows, d_in, d_out, iterations):
             products[Product((rows, d_in), (rows, d_in), True)] += 1
             products[Product((d_in, d_in), (d_in, d_out), False)] += more
         else:

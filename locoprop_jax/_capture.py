@@ -304,14 +304,15 @@ def value_grad_and_capture(
         known = dict(zip(program.inputs, given, strict=True))
         known |= {v: recorded[address] for v, address in fixed.items()}
         known |= program.constants
+        layouts = [_layout(traced, site) for site in sites]
         arrays = tuple(
             LayerArrays(
                 raw_inputs=recorded[inputs[i]],
                 raw_outputs=recorded[outputs[i]],
                 raw_cotangents=cotangents[outputs[i].path],
-                head=_head(traced, site, heads[i], known) if i in heads else None,
+                head=_head(traced, site, heads[i], layouts[i], known) if i in heads else None,
                 signature=tuple(_weights(traced, site).values()),
-                layout=_layout(traced, site),
+                layout=layouts[i],
             )
             for i, site in enumerate(sites)
         )
@@ -321,14 +322,16 @@ def value_grad_and_capture(
     return wrapped
 
 
-def _head(traced: Traced, site: Site, plan: HeadPlan, known: Mapping[int, Any]) -> Head:
+def _head(
+    traced: Traced, site: Site, plan: HeadPlan, layout: Layout, known: Mapping[int, Any]
+) -> Head:
     program = traced.program
     terms = _flow.averaged_terms(program, traced.detection.terms, site.output)
     rows = math.prod(program.shape(site.output)) // site.d_out
     return Head(
         free=tuple(known[v] for v in plan.free),
         function=StaticJaxpr(plan.closed),
-        layout=_layout(traced, site),
+        layout=layout,
         dtype=program.avals[site.output].dtype,
         terms=float(rows) if math.isnan(terms) else terms,
     )

@@ -40,11 +40,6 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def replace_leaves(tree: Any, new: Mapping[str, Any]) -> Any:
-    """The tree with the leaves at the paths in `new` replaced."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(path_name(path), leaf), tree)
-
-
 # --- static --------------------------------------------------------------------------------------
 
 
