@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from locoprop_jax import _chains, _detect, _flow, _jaxpr, _layers, _transfer
 from locoprop_jax._chains import Chain
 from locoprop_jax._detect import Site
+from locoprop_jax._flow import Piece
 from locoprop_jax._jaxpr import Address, Program
 from locoprop_jax._layers import (
     Captured,
@@ -62,7 +63,7 @@ def _weights(traced: Traced, site: Site) -> dict[str, Any]:
     }
 
 
-def _layout(traced: Traced, site: Site) -> Layout:
+def _layout(traced: Traced, site: Site, piece: Piece | None) -> Layout:
     """How to read a site's arrays as (batch, shared, d)."""
     program = traced.program
     equation = program.equations[site.position]
@@ -75,6 +76,11 @@ def _layout(traced: Traced, site: Site) -> Layout:
         inputs=_chains.group((), data_shape, inputs),
         outputs=to_rows,
         outputs_back=_chains.inverse(to_rows, program.shape(site.output)),
+        transferred=(
+            None
+            if piece is None
+            else (*_chains.inverse(piece.chain, program.shape(site.output)), *to_rows)
+        ),
     )
 
 
@@ -84,6 +90,12 @@ def _rows_per_example(traced: Traced, site: Site) -> int | None:
     (_, shared, _), _ = _detect.axes_of_rows(traced.program, site, traced.batch_axes)
     data = traced.program.equations[site.position].inputs[site.operand]
     return math.prod(traced.program.shape(data)[i] for i in shared)
+
+
+def _piece(traced: Traced, site: Site) -> Piece | None:
+    """What the network applies to a layer's outputs; None where that is the identity."""
+    piece = _flow.transfer_piece(traced.program, traced.detection.live, site.output)
+    return piece if piece.equations else None
 
 
 class HeadPlan(NamedTuple):
@@ -125,18 +137,17 @@ def _struct(aval: Any) -> jax.ShapeDtypeStruct:
 def _transfer_of(traced: Traced, site: Site) -> Transfer:
     """Find what the network applies to a layer's outputs."""
     program = traced.program
-    live = traced.detection.live
-    begin, equations, end, note = _flow.transfer_piece(program, live, site.output)
-    if not equations:
-        return _transfer.identity(note)
+    piece = _flow.transfer_piece(program, traced.detection.live, site.output)
+    if not piece.equations:
+        return _transfer.identity(piece.note)
 
-    def piece(a: Any) -> Any:
-        return program.call(equations, {begin: a}, end)
+    def function(a: Any) -> Any:
+        return program.call(piece.equations, {piece.begin: a}, piece.end)
 
-    aval = program.avals[begin]
-    closed = jax.make_jaxpr(piece)(_struct(aval))
-    function = _transfer.TracedPiece(closed, tuple(aval.shape), aval.dtype)
-    return _transfer.recognise(function, aval.dtype, note)
+    aval = program.avals[piece.begin]
+    closed = jax.make_jaxpr(function)(_struct(aval))
+    traced_piece = _transfer.TracedPiece(closed, tuple(aval.shape), aval.dtype)
+    return _transfer.recognise(traced_piece, aval.dtype, piece.note)
 
 
 # --- public --------------------------------------------------------------------------------------
@@ -247,13 +258,15 @@ def _check_found(layers: Layers, on_uncaptured: str) -> None:
 
 
 def value_grad_and_capture(
-    loss_fn: Callable[..., Any], has_aux: bool = False
+    loss_fn: Callable[..., Any], has_aux: bool = False, *, transferred: bool = False
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` that also returns what each layer saw.
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)` with a scalar loss, or a pair (loss, aux).
       has_aux: whether it returns a pair.
+      transferred: whether to capture the cotangents after the transfer functions too, which the
+        post-activation methods (`pocoprop_s`, `pocoprop_m`) need.
 
     Returns:
       A function of the same arguments that returns `(loss, gradients, captured)`, or
@@ -282,8 +295,13 @@ def value_grad_and_capture(
         program, sites = traced.program, traced.detection.sites
         ends = sorted(_detect.output_sites(program, traced.detection))
         heads = {i: _head_plan(traced, sites[i]) for i in ends}
+        pieces = [
+            _piece(traced, site) if transferred and i not in ends else None
+            for i, site in enumerate(sites)
+        ]
         inputs = [_detect.input_address(program, site) for site in sites]
         outputs = [_detect.output_address(program, site) for site in sites]
+        piece_ends = _addresses(program, [piece.end for piece in pieces if piece])
         fixed = _addresses(program, [v for plan in heads.values() for v in plan.free])
         record = frozenset([*inputs, *outputs, *fixed.values()])
 
@@ -292,10 +310,9 @@ def value_grad_and_capture(
             results, recorded = _jaxpr.evaluate(traced.closed, flat, record, perturbations)
             return results[0], (results[1:], recorded)
 
-        zeros = {
-            address.path: jnp.zeros_like(program.avals[site.output])
-            for site, address in zip(sites, outputs, strict=True)
-        }
+        tapped = {a.path: s.output for s, a in zip(sites, outputs, strict=True)}
+        tapped |= {address.path: value for value, address in piece_ends.items()}
+        zeros = {path: jnp.zeros_like(program.avals[value]) for path, value in tapped.items()}
         (loss, (rest, recorded)), (grads, cotangents) = jax.value_and_grad(
             forward, argnums=(0, 1), has_aux=True
         )(params, zeros)
@@ -304,17 +321,23 @@ def value_grad_and_capture(
         known = dict(zip(program.inputs, given, strict=True))
         known |= {v: recorded[address] for v, address in fixed.items()}
         known |= program.constants
-        layouts = [_layout(traced, site) for site in sites]
+        layouts = [
+            _layout(traced, site, piece) for site, piece in zip(sites, pieces, strict=True)
+        ]
         arrays = tuple(
             LayerArrays(
                 raw_inputs=recorded[inputs[i]],
                 raw_outputs=recorded[outputs[i]],
                 raw_cotangents=cotangents[outputs[i].path],
+                raw_transferred_cotangents=(
+                    None if piece is None else cotangents[piece_ends[piece.end].path]
+                ),
                 head=_head(traced, site, heads[i], layouts[i], known) if i in heads else None,
                 signature=tuple(_weights(traced, site).values()),
                 layout=layouts[i],
+                has_transferred=transferred,
             )
-            for i, site in enumerate(sites)
+            for i, (site, piece) in enumerate(zip(sites, pieces, strict=True))
         )
         captured = Captured(tuple(_names(traced)), arrays)
         return traced.rebuild_output([loss, *rest]), grads, captured
@@ -339,7 +362,7 @@ def _head(
 
 def _addresses(program: Program, values: Sequence[int]) -> dict[int, Address]:
     """Where the running program computes these values; those that are inputs are known already."""
-    producers = program.producers()
+    producers = program.producers
     found = {}
     for value in values:
         if value in producers:

@@ -137,7 +137,7 @@ def _label(
         v: DATA if v in data else CONSTANT for v in (*program.inputs, *program.constants)
     }
     labels.update((v, Weight(i, ())) for i, v in enumerate(program.inputs[:n_leaves]))
-    consumers = {v: [i for i in at if live[i]] for v, at in program.consumers().items()}
+    consumers = {v: [i for i in at if live[i]] for v, at in program.consumers.items()}
     sites: list[Site] = []
     reasons: dict[int, str] = {}
 

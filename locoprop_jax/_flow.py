@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from locoprop_jax import _jaxpr
+from locoprop_jax import _chains, _jaxpr
+from locoprop_jax._chains import Chain
 from locoprop_jax._jaxpr import Equation, Program
 
 
@@ -50,7 +52,7 @@ def loss_terms(
     other factor weighs the terms. The number is NaN below a divisor that is not known when tracing
     (the sum of a mask).
     """
-    producers = program.producers()
+    producers = program.producers
     terms = {loss: 1.0}
     pending: list[tuple[int, tuple[float, ...]]] = [(loss, ())]  # value, divisors since a sum
     while pending:
@@ -132,7 +134,7 @@ def averaged_terms(program: Program, terms: Mapping[int, float], output: int) ->
       output: the layer's output.
     """
     moving = reached_from(program, [output])
-    producers = program.producers()
+    producers = program.producers
     ends = {
         count
         for v, count in terms.items()
@@ -152,20 +154,37 @@ def downstream(program: Program, live: Sequence[bool], value: int) -> set[int]:
     return reached
 
 
-def transfer_piece(
-    program: Program, live: Sequence[bool], output: int
-) -> tuple[int, list[Equation], int, str]:
-    """The largest elementwise piece from a layer's output to its first other use.
+class Piece(NamedTuple):
+    """An elementwise piece of a program that starts at a layer's output.
 
-    Returns:
-      The value it begins with (the output, perhaps rearranged), its equations, the value it ends
-      in, and where there are none why (for a layer table).
+    Attributes:
+      begin: the value it begins with: the output, perhaps rearranged.
+      chain: how: output -> `begin`.
+      equations: its equations, none for the identity.
+      end: the value it ends in, of the shape of `begin`.
+      note: why there are no equations, for a layer table.
     """
-    consumers = {v: [i for i in at if live[i]] for v, at in program.consumers().items()}
+
+    begin: int
+    chain: Chain
+    equations: list[Equation]
+    end: int
+    note: str = ""
+
+
+def transfer_piece(program: Program, live: Sequence[bool], output: int) -> Piece:
+    """The largest elementwise piece from a layer's output to its first other use."""
+    chain: Chain = ()
+    consumers = {v: [i for i in at if live[i]] for v, at in program.consumers.items()}
     while len(uses := consumers.get(output, [])) == 1:
         after = program.equations[uses[0]]
         if after.primitive not in _jaxpr.TRANSPOSE | _jaxpr.RESHAPE:
             break
+        turned = after.primitive in _jaxpr.TRANSPOSE
+        result = program.shape(after.outputs[0])
+        step = tuple(after.params["permutation"]) if turned else result
+        kind = "transpose" if turned else "reshape"
+        chain = _chains.extend(chain, program.shape(output), kind, step)
         output = after.outputs[0]
     shape = program.shape(output)
     uniform = {
@@ -198,12 +217,13 @@ def transfer_piece(
         piece = ancestors(end)
         positions = {inside[v] for v in piece if v in inside}
         uses = {i for v in piece - {end} for i in consumers.get(v, ())}
-        if uses <= positions and program.is_inexact(end):
-            return output, program.slice([output], end)[0], end, ""
+        is_first = program.equations[inside[end]].outputs[0] == end  # the result that is tapped
+        if is_first and uses <= positions and program.is_inexact(end):
+            return Piece(output, chain, program.slice([output], end)[0], end)
     after = consumers.get(output, [])
     if len(after) > 1:
-        return output, [], output, f"its output is used by {len(after)} operations"
+        return Piece(output, chain, [], output, f"its output is used by {len(after)} operations")
     following = [program.equations[i].primitive for i in after]
     if not following or following[0] in _jaxpr.DOT_GENERAL:
-        return output, [], output, ""
-    return output, [], output, f"then `{following[0]}`"
+        return Piece(output, chain, [], output)
+    return Piece(output, chain, [], output, f"then `{following[0]}`")

@@ -15,6 +15,8 @@ JAX shares equation objects between calls of one function, so the objects themse
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -172,7 +174,8 @@ class Equation(NamedTuple):
         return self.eqn.params
 
 
-class Program(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Program:
     """A traced function, calls inlined. A value is a number below `len(avals)`."""
 
     equations: tuple[Equation, ...]
@@ -189,6 +192,7 @@ class Program(NamedTuple):
         dtype = getattr(self.avals[value], "dtype", None)
         return dtype is not None and jax.numpy.issubdtype(dtype, np.inexact)
 
+    @functools.cached_property
     def consumers(self) -> dict[int, list[int]]:
         """For each value, the positions of the equations that read it."""
         table: dict[int, list[int]] = {}
@@ -197,6 +201,7 @@ class Program(NamedTuple):
                 table.setdefault(value, []).append(position)
         return table
 
+    @functools.cached_property
     def producers(self) -> dict[int, int]:
         """For each computed value, the position of the equation that writes it."""
         return {v: i for i, eq in enumerate(self.equations) for v in eq.outputs}
@@ -206,7 +211,7 @@ class Program(NamedTuple):
 
         The values returned are program inputs, `sources` or closed-over arrays.
         """
-        producers, cut = self.producers(), set(sources)
+        producers, cut = self.producers, set(sources)
         needed: set[int] = set()
         free: dict[int, None] = {}
         pending = [target]

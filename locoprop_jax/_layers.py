@@ -235,6 +235,7 @@ class Layout:
     inputs: Chain
     outputs: Chain
     outputs_back: Chain
+    transferred: Chain | None  # of what the transfer function makes of the outputs
 
 
 class StaticJaxpr:
@@ -292,8 +293,14 @@ class Head:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["raw_inputs", "raw_outputs", "raw_cotangents", "head"],
-    meta_fields=["signature", "layout"],
+    data_fields=[
+        "raw_inputs",
+        "raw_outputs",
+        "raw_cotangents",
+        "raw_transferred_cotangents",
+        "head",
+    ],
+    meta_fields=["signature", "layout", "has_transferred"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerArrays:
@@ -303,17 +310,22 @@ class LayerArrays:
       raw_inputs: what the layer's matrix product read, as the model laid it out.
       raw_outputs: its result with the bias.
       raw_cotangents: the derivative of the loss by it.
+      raw_transferred_cotangents: the derivative of the loss by what the transfer function makes
+        of it; None at an output layer, and where there is no transfer function.
       head: the loss as a function of the outputs; None unless this is an output layer.
       signature: of the layer these arrays belong to.
       layout: how to read the raw arrays.
+      has_transferred: whether `transferred_cotangents` were captured.
     """
 
     raw_inputs: Array
     raw_outputs: Array
     raw_cotangents: Array
+    raw_transferred_cotangents: Array | None
     head: Head | None
     signature: tuple
     layout: Layout
+    has_transferred: bool = False
 
     @property
     def inputs(self) -> Float[Array, "batch shared d_in"]:
@@ -326,6 +338,23 @@ class LayerArrays:
     @property
     def cotangents(self) -> Float[Array, "batch shared d_out"]:
         return _chains.apply(self.layout.outputs, self.raw_cotangents)
+
+    @property
+    def transferred_cotangents(self) -> Float[Array, "batch shared d_out"]:
+        """dL/df(A), the cotangents after the transfer function: E itself without one.
+
+        Raises:
+          ValueError: they were not captured.
+        """
+        if not self.has_transferred:
+            raise ValueError(
+                "The cotangents after the transfer functions were not captured: ask for them by "
+                "`value_grad_and_capture(loss_fn, transferred=True)`."
+            )
+        if self.raw_transferred_cotangents is None:
+            return self.cotangents
+        assert self.layout.transferred is not None
+        return _chains.apply(self.layout.transferred, self.raw_transferred_cotangents)
 
 
 @functools.partial(
