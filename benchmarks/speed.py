@@ -29,7 +29,7 @@ from benchmarks.autoencoder import make_problem
 from benchmarks.cli import positive_int
 from benchmarks.data import Dataset
 from benchmarks.tuned import write_json
-from locoprop_jax._local_loss import gram_is_cheaper
+from locoprop_jax._local_problem import path_flops
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -75,7 +75,8 @@ def local_products(
     for layer in layers.values():
         d_in, d_out, more = layer.d_in, layer.d_out, iterations - 1
         linear = not matching or (layer.transfer.is_identity and not layer.uses_head)
-        if linear and gram_is_cheaper(rows, d_in, d_out, iterations):
+        costs = path_flops(rows, d_in, d_out, iterations)
+        if linear and costs["gram"] < costs["direct"]:
             products[Product((rows, d_in), (rows, d_in), True)] += 1
             products[Product((d_in, d_in), (d_in, d_out), False)] += more
         else:

@@ -4,18 +4,38 @@ import typing as _typing
 
 from locoprop_jax._capture import find_layers as find_layers
 from locoprop_jax._capture import value_grad_and_capture as value_grad_and_capture
+from locoprop_jax._divergences import Divergence as Divergence
+from locoprop_jax._divergences import Target as Target
+from locoprop_jax._divergences import natural as natural
+from locoprop_jax._divergences import oracle as oracle
 from locoprop_jax._layers import Captured as Captured
 from locoprop_jax._layers import Layer as Layer
 from locoprop_jax._layers import LayerArrays as LayerArrays
 from locoprop_jax._layers import Layers as Layers
 from locoprop_jax._local_loss import LocalLossState as LocalLossState
-from locoprop_jax._local_loss import inner as inner
-from locoprop_jax._local_loss import l2 as l2
 from locoprop_jax._local_loss import scale_by_local_loss as scale_by_local_loss
+from locoprop_jax._local_problem import LocalProblem as LocalProblem
+from locoprop_jax._local_problem import Penalty as Penalty
+from locoprop_jax._locoprop import locoprop_kfac as locoprop_kfac
 from locoprop_jax._locoprop import locoprop_m as locoprop_m
 from locoprop_jax._locoprop import locoprop_s as locoprop_s
+from locoprop_jax._locoprop import pocoprop_m as pocoprop_m
+from locoprop_jax._locoprop import pocoprop_s as pocoprop_s
+from locoprop_jax._locoprop import proxprop as proxprop
+from locoprop_jax._regularizers import Regularizer as Regularizer
+from locoprop_jax._regularizers import l1 as l1
+from locoprop_jax._regularizers import l2 as l2
+from locoprop_jax._regularizers import mahalanobis as mahalanobis
+from locoprop_jax._solvers import Solver as Solver
+from locoprop_jax._solvers import anderson as anderson
+from locoprop_jax._solvers import conjugate_gradient as conjugate_gradient
+from locoprop_jax._solvers import exact as exact
+from locoprop_jax._solvers import fixed_point as fixed_point
+from locoprop_jax._solvers import inner as inner
+from locoprop_jax._solvers import newton as newton
 from locoprop_jax._training import with_fallback as with_fallback
 from locoprop_jax._transfer import Transfer as Transfer
+from locoprop_jax._transfer import TransferFunction as TransferFunction
 from locoprop_jax._transfer import matching_loss as matching_loss
 
 if _typing.TYPE_CHECKING:

@@ -321,9 +321,7 @@ def value_grad_and_capture(
         known = dict(zip(program.inputs, given, strict=True))
         known |= {v: recorded[address] for v, address in fixed.items()}
         known |= program.constants
-        layouts = [
-            _layout(traced, site, piece) for site, piece in zip(sites, pieces, strict=True)
-        ]
+        layouts = [_layout(traced, site, piece) for site, piece in zip(sites, pieces, strict=True)]
         arrays = tuple(
             LayerArrays(
                 raw_inputs=recorded[inputs[i]],

@@ -381,6 +381,12 @@ class Captured(Mapping[str, LayerArrays]):
     def __repr__(self) -> str:
         return f"<Captured: {', '.join(self)}>"
 
+    @property
+    def terms(self) -> float:
+        """How many terms the loss averages over; the batch where output layers disagree on it."""
+        counts = {arrays.head.terms for arrays in self._arrays if arrays.head is not None}
+        return counts.pop() if len(counts) == 1 else float(self._arrays[0].inputs.shape[0])
+
 
 def check_captured(layers: Layers, captured: Any, method: str) -> None:
     """Refuse missing captured arrays, and those of another model.

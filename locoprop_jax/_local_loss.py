@@ -4,224 +4,28 @@ With its input X held fixed, each layer minimises over its own weights W~
 
     D(X W~, target) + gamma <Rg, W~> + R(W~, W)
 
-where D is a divergence, the target is where the loss wants the layer's output to go, Rg is the
-part of the gradient that never touched data (weight decay in the loss) and R keeps W~ near W.
-Every divergence here starts at the gradient of the loss, so with G the incoming updates
-
-    gradient of the local objective = gamma G + X' (residual(A~) - residual(A)) + dR/dW~
-
-and one plain gradient step is BackProp. In this form the target needs no arithmetic of its own and
-the first iteration no matrix product.
+where D is a divergence, the target is where the loss wants the layer's output to go
+(`_divergences`), Rg is the part of the gradient that never touched data (weight decay in the loss)
+and R keeps W~ near W (`_regularizers`). A solver (`_solvers`) sees one layer's `LocalProblem`.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from locoprop_jax import _layers
+from locoprop_jax._divergences import DIVERGENCES, Divergence, Target
 from locoprop_jax._layers import Captured, Layer, LayerArrays, Layers
-
-Block = dict[str, Array]  # {"kernel": (d_in, d_out), "bias": (d_out,)}, or one of the two
-Residual = Callable[[Float[Array, "rows d_out"]], Float[Array, "rows d_out"]]
-
-# --- divergences ---------------------------------------------------------------------------------
-
-# The target that starts each divergence at the gradient (mathematics: only these pairs do).
-TARGET_OF = {"squared": "gd", "matching": "md"}
-
-
-def _residual(divergence: str, layer: Layer, arrays: LayerArrays, dtype: Any) -> Residual | None:
-    """What the divergence's gradient by A~ gains as the outputs move away from A.
-
-    None stands for A~ - A, the residual of the squared loss, which is linear.
-    """
-    if divergence == "squared" or (layer.transfer.is_identity and not layer.uses_head):
-        return None
-    outputs = arrays.outputs
-    if not layer.uses_head:
-        f = layer.transfer
-        start = f(_rows(outputs, dtype))
-        return lambda moved: f(moved) - start
-    # At the last layer the loss itself takes the place of the matching loss, times the number of
-    # terms it averages over: Proposition 4 then holds at gamma = that number.
-    head = arrays.head
-    assert head is not None
-    start = _rows(arrays.cotangents, dtype)
-
-    def of_head(moved: Float[Array, "rows d_out"]) -> Float[Array, "rows d_out"]:
-        gradient = head.gradient(moved.reshape(outputs.shape))
-        return head.terms * (_rows(gradient, dtype) - start)
-
-    return of_head
-
-
-def _rows(x: Float[Array, "batch shared d"], dtype: Any) -> Float[Array, "rows d"]:
-    return x.reshape(-1, x.shape[-1]).astype(dtype)
-
-
-# --- regularizers --------------------------------------------------------------------------------
-
-
-class L2(NamedTuple):
-    """weight/2 |W~ - W|^2: see `l2`."""
-
-    weight: float | Array
-
-
-def l2(weight: float) -> L2:
-    """Keep the new weights near the old ones: weight/2 |W~ - W|^2 (LocoProp, eq. 3).
-
-    The paper's objective has weight 1/eta, with eta the learning rate; its Algorithms 1 and 2 as
-    printed leave the term out, and so do the defaults here. The review's "fixed" variant is
-    `l2(1 / learning_rate)`.
-    """
-    if _is_number(weight) and weight < 0:
-        raise ValueError(f"`l2` takes a weight that is not negative, got {weight}.")
-    return L2(weight)
-
-
-# --- the local problem ---------------------------------------------------------------------------
-
-
-def gram_is_cheaper(rows: int, d_in: int, d_out: int, iterations: int) -> bool:
-    """Whether a squared loss takes fewer flops by X'X than by X, from the second iteration on."""
-    direct = 4 * rows * d_in * d_out * (iterations - 1)
-    return 2 * d_in**2 * (rows + d_out * (iterations - 1)) < direct
-
-
-def _gradient_gain(
-    inputs: Float[Array, "rows d_in"],
-    outputs: Float[Array, "rows d_out"],
-    residual: Residual | None,
-    regularizer: L2 | None,
-    iterations: int,
-) -> Callable[[Block], Block]:
-    """What the gradient of the local objective gains with the displacement W~ - W.
-
-    The squared loss needs the inputs only through X'X, which is smaller than X when there are more
-    rows than inputs.
-    """
-    rows, d_in = inputs.shape
-    d_out = outputs.shape[1]
-    if residual is None and gram_is_cheaper(rows, d_in, d_out, iterations):
-        gram, total = inputs.T @ inputs, inputs.sum(0)
-
-        def moved(delta: Block) -> Block:
-            kernel, bias = delta.get("kernel"), delta.get("bias")
-            result = {}
-            if kernel is not None:
-                result["kernel"] = gram @ kernel
-                if bias is not None:
-                    result["kernel"] += total[:, None] * bias[None]
-            if bias is not None:
-                result["bias"] = rows * bias
-                if kernel is not None:
-                    result["bias"] += total @ kernel
-            return result
-
-    else:
-
-        def moved(delta: Block) -> Block:
-            change = inputs @ delta["kernel"] if "kernel" in delta else jnp.zeros_like(outputs)
-            if "bias" in delta:
-                change += delta["bias"][None]
-            slope = change if residual is None else residual(outputs + change)
-            full = {"kernel": lambda: inputs.T @ slope, "bias": lambda: slope.sum(0)}
-            return {part: full[part]() for part in delta}
-
-    def gain(delta: Block) -> Block:
-        if regularizer is None:
-            return moved(delta)
-        weight = regularizer.weight
-        return jax.tree.map(lambda g, d: g + jnp.asarray(weight, d.dtype) * d, moved(delta), delta)
-
-    return gain
-
-
-# --- solvers -------------------------------------------------------------------------------------
-
-
-class Inner(NamedTuple):
-    """Iterations of an Optax optimizer: see `inner`."""
-
-    optimizer: Callable[[Any], optax.GradientTransformation]
-    iterations: int
-
-
-def inner(optimizer: Callable[[Any], optax.GradientTransformation], iterations: int = 10) -> Inner:
-    """Minimise each local loss by a few steps of an Optax optimizer (LocoProp, Algorithms 1, 2).
-
-    Iteration k of T has learning rate eta max(1 - k/T, 1/4), the reference's schedule. The
-    optimizer's state persists across batches.
-
-    Args:
-      optimizer: the optimizer's constructor, called with the learning rate:
-        `functools.partial(optax.rmsprop, momentum=0.9)`.
-      iterations: T, at least 1.
-
-    Raises:
-      TypeError: `optimizer` is an optimizer instead of its constructor, or `iterations` is no int.
-      ValueError: `iterations` is below 1.
-    """
-    if isinstance(optimizer, optax.GradientTransformation) or not callable(optimizer):
-        raise TypeError(
-            "`inner` takes the constructor of an optimizer, which it calls with the learning rate "
-            "of each iteration, such as `functools.partial(optax.rmsprop, momentum=0.9)`; got "
-            f"{optimizer!r}."
-        )
-    try:
-        iterations = operator.index(iterations)
-    except TypeError:
-        raise TypeError(
-            f"`iterations` has to be a static int, got {iterations!r}. With "
-            '`optax.inject_hyperparams`, name it in `static_args=("iterations", "optimizer")`.'
-        ) from None
-    if iterations < 1:
-        raise ValueError(f"`iterations` has to be at least 1, got {iterations}.")
-    return Inner(optimizer, iterations)
-
-
-def _solve_inner(
-    solver: Inner,
-    first: Block,
-    gain: Callable[[Block], Block],
-    weights: Block,
-    eta: Array,
-    state: Any,
-    ok: Array,
-) -> tuple[Block, Any]:
-    """T iterations from W; returns W_T - W and the optimizer's state.
-
-    Without `ok` there are no iterations, which leaves the state as it is at no cost.
-    """
-
-    def body(k: Array, carry: tuple[Block, Any]) -> tuple[Block, Any]:
-        delta, state = carry
-        slope = first
-        if solver.iterations > 1:
-            gained = jax.lax.cond(k > 0, gain, _zeros_like, delta)
-            slope = jax.tree.map(jnp.add, first, gained)
-        decay = jnp.maximum(1 - k.astype(eta.dtype) / solver.iterations, 0.25)
-        at = jax.tree.map(jnp.add, weights, delta)
-        updates, state = solver.optimizer(eta * decay).update(slope, state, at)
-        return jax.tree.map(lambda d, u: d + u.astype(d.dtype), delta, updates), state
-
-    steps = jnp.where(ok, solver.iterations, 0)
-    return jax.lax.fori_loop(0, steps, body, (_zeros_like(first), state))
-
-
-def _zeros_like(tree: Any) -> Any:
-    return jax.tree.map(jnp.zeros_like, tree)
-
-
-# --- the transformation --------------------------------------------------------------------------
+from locoprop_jax._local_problem import Block, LocalProblem, pull
+from locoprop_jax._regularizers import Layerwise, Regularizer, penalty_of
+from locoprop_jax._solvers import Solver
+from locoprop_jax._transfer import identity
 
 
 class LocalLossState(NamedTuple):
@@ -230,10 +34,48 @@ class LocalLossState(NamedTuple):
     Attributes:
       count: updates so far. shape=(), dtype=int32
       inner: the solver's state by layer, laid out like the layer's block.
+      target: the target's state by layer.
     """
 
     count: Int[Array, ""]
     inner: dict[str, Any]
+    target: dict[str, Any]
+
+
+class LayerData(NamedTuple):
+    """One layer's arrays for one update; layers of equal shapes are stacked by them.
+
+    Attributes:
+      inputs: X.
+      outputs: A.
+      cotangents: E.
+      transferred: the cotangents after the transfer function, None where they are not needed.
+      target_curvature: the rows that the target asks for, or None.
+      curvature: those that the regularizer asks for, or None.
+      weights: W.
+      updates: the incoming ones.
+      inner: the solver's state.
+      target: the target's state.
+    """
+
+    inputs: Float[Array, "rows d_in"]
+    outputs: Float[Array, "rows d_out"]
+    cotangents: Float[Array, "rows d_out"]
+    transferred: Float[Array, "rows d_out"] | None
+    target_curvature: Float[Array, "samples_rows d_out"] | None
+    curvature: Float[Array, "samples_rows d_out"] | None
+    weights: Block
+    updates: Block
+    inner: Any
+    target: Any
+
+
+class Result(NamedTuple):
+    """What became of a layer: its displacement and the new states."""
+
+    delta: Block
+    inner: Any
+    target: Any
 
 
 def scale_by_local_loss(
@@ -241,10 +83,11 @@ def scale_by_local_loss(
     learning_rate: optax.ScalarOrSchedule,
     *,
     gamma: float,
-    divergence: str = "squared",
-    target: str | None = None,
-    regularizer: L2 | None = None,
-    solver: Inner,
+    divergence: str | Divergence = "squared",
+    target: str | Target | None = None,
+    regularizer: Regularizer | None = None,
+    solver: Solver,
+    stack: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Replace the gradient by the displacement that improves each layer's local loss.
 
@@ -257,35 +100,50 @@ def scale_by_local_loss(
       learning_rate: eta, the step size of the local iterations, or a schedule of it.
       gamma: the activation step size. It multiplies cotangents of the loss as written, which carry
         1/B for a mean over a batch of B: gamma = B asks a matching loss for its minimum.
-      divergence: "squared" (LocoProp-S) or "matching" (LocoProp-M: the matching loss of each
-        layer's transfer function, at an output layer the loss itself).
-      target: "gd" (A - gamma E) for the squared, "md" (f(A) - gamma E) for the matching
-        divergence; what the divergence asks for if not given.
-      regularizer: None (Algorithms 1 and 2 as printed) or `l2(weight)`.
-      solver: `inner(optimizer, iterations)`.
+      divergence: "squared" (LocoProp-S), "matching" (LocoProp-M: the matching loss of each layer's
+        transfer function, at an output layer the loss itself), "post_squared" (PocoProp-S) or
+        "dual_matching" (PocoProp-M), or your own `Divergence`. The last two need
+        `value_grad_and_capture(loss_fn, transferred=True)`, and are squared at an output layer.
+      target: None for the one that belongs to the divergence, or its name: "gd" (A - gamma E) for
+        the squared, "md" (f(A) - gamma E) for the matching, "post_gd" (f(A) - gamma H, with H the
+        cotangents after f) for the post-activation squared, "dual_md" (A - gamma H) for the dual
+        matching divergence. `natural(...)` and `oracle(...)` change E or H first.
+      regularizer: None (Algorithms 1 and 2 as printed), `l2(...)`, `l1(...)` or
+        `mahalanobis(...)`.
+      solver: `inner(optimizer, iterations)`, `fixed_point`, `anderson`, `conjugate_gradient`,
+        `newton` or `exact`.
+      stack: whether to solve for all layers of equal shapes in one loop, which is compiled once.
 
     Returns:
       A transformation whose `update` needs `captured` and `params`.
 
     Raises:
-      ValueError: at construction, for an unknown name, a pair of divergence and target that does
-        not start at the gradient, a negative gamma or learning rate, no layers, or a transfer
-        function that is not monotone with the matching divergence; at update, for `captured` from
-        another model.
+      ValueError: at construction, for an unknown name, a combination that makes no sense (the
+        message says why), a negative gamma or learning rate, no layers, or a transfer function
+        that is not monotone with the matching divergence; at update, for `captured` from another
+        model or without the cotangents that the divergence or target needs.
       TypeError: at update, `captured` is missing.
 
     References:
       Amid, Anil, Warmuth, `LocoProp: Enhancing BackProp via Local Loss Optimization
-      <https://arxiv.org/abs/2106.06199>`_, 2022: eqs. 3 and 7, Algorithms 1 and 2.
+      <https://arxiv.org/abs/2106.06199>`_, 2022: eqs. 3, 7, 17 and 19, Algorithms 1 to 4.
     """
+    divergence = _named_divergence(divergence)
+    transform = target if isinstance(target, Target) else None
     _check_arguments(layers, learning_rate, gamma, divergence, target, regularizer, solver)
+    curvatures = transform and transform.curvature, regularizer and regularizer.curvature
 
     def init(params: Any) -> LocalLossState:
         blocks: dict[str, Any] = dict(_blocks(layers, params))
         if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
             blocks = dict.fromkeys(layers, params)
-        state = {name: solver.optimizer(0.0).init(block) for name, block in blocks.items()}
-        return LocalLossState(jnp.zeros([], jnp.int32), state)
+        inner = {name: solver.init(block) for name, block in blocks.items()}
+        targets = {}
+        if transform is not None:
+            for name, block in blocks.items():
+                dtype = jax.tree.leaves(block)[0].dtype if jax.tree.leaves(block) else jnp.float32
+                targets[name] = transform.init(layers[name].d_out, dtype)
+        return LocalLossState(jnp.zeros([], jnp.int32), inner, targets)
 
     def update(
         updates: Any,
@@ -305,40 +163,213 @@ def scale_by_local_loss(
             )
         eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
         weights, slopes = _blocks(layers, params), _blocks(layers, updates)
-        inputs = {
-            name: _rows(captured[name].inputs, next(iter(slope.values())).dtype)
+        data = {
+            name: _layer_data(
+                layers[name],
+                captured,
+                divergence,
+                curvatures,
+                (weights[name], slope),
+                (state.inner[name], state.target.get(name, ())),
+            )
             for name, slope in slopes.items()
         }
         # A batch that is not finite leaves everything as it is, in all layers.
-        ok = _all_finite((updates, inputs))
-        new, states = {}, {}
-        for name, slope in slopes.items():
-            layer, arrays, x = layers[name], captured[name], inputs[name]
-            a = _rows(arrays.outputs, x.dtype)
-            scale = jnp.asarray(gamma, x.dtype)
-            residual = _residual(divergence, layer, arrays, x.dtype)
-            delta, states[name] = _solve_inner(
-                solver,
-                {part: scale * g for part, g in slope.items()},
-                _gradient_gain(x, a, residual, regularizer, solver.iterations),
-                weights[name],
-                jnp.asarray(eta, x.dtype),
-                state.inner[name],
-                ok,
+        ok = _all_finite((updates, [layer.inputs for layer in data.values()]))
+
+        def improve(layer: Layer, arrays: LayerArrays, data: LayerData) -> Result:
+            problem, target = _problem(
+                layer, arrays, data, divergence, transform, regularizer, gamma, eta, ok
             )
-            new.update(_write(layer, delta))
+            delta, inner = solver.solve(problem, data.inner)
+            keep = lambda new, old: jnp.where(ok, new, old)  # noqa: E731
+            return Result(
+                jax.tree.map(lambda d: jnp.where(ok, d, jnp.zeros_like(d)), delta),
+                inner,
+                jax.tree.map(keep, target, data.target),
+            )
+
+        results: dict[str, Result] = {}
+        for names in _groups(layers, data, stack):
+            first = names[0]
+            each = lambda d, first=first: improve(layers[first], captured[first], d)  # noqa: E731
+            results.update(zip(names, _for_each(each, [data[n] for n in names]), strict=True))
+        moved = {
+            path: value
+            for name, result in results.items()
+            for path, value in _write(layers[name], result.delta).items()
+        }
 
         def displacement(path: Any, g: Array) -> Array:
             name = _layers.path_name(path)
-            if name in new:
-                return -new[name].astype(g.dtype)
+            if name in moved:
+                return -moved[name].astype(g.dtype)
             step = jnp.asarray(eta, g.dtype) * jnp.asarray(gamma, g.dtype) * g
             return jnp.where(ok, step, jnp.zeros_like(step))
 
-        result = jax.tree_util.tree_map_with_path(displacement, updates)
-        return result, LocalLossState(jnp.asarray(optax.safe_increment(state.count)), states)
+        return jax.tree_util.tree_map_with_path(displacement, updates), LocalLossState(
+            jnp.asarray(optax.safe_increment(state.count)),
+            {name: results[name].inner for name in slopes},
+            {name: results[name].target for name in slopes if transform is not None},
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+# --- from captured arrays to the local problem ---------------------------------------------------
+
+
+def _rows(x: Float[Array, "... d"], dtype: Any) -> Float[Array, "rows d"]:
+    return x.reshape(-1, x.shape[-1]).astype(dtype)
+
+
+def _layer_data(
+    layer: Layer,
+    captured: Captured,
+    divergence: Divergence,
+    curvatures: tuple[str | None, str | None],
+    blocks: tuple[Block, Block],
+    states: tuple[Any, Any],
+) -> LayerData:
+    arrays, dtype = captured[layer.name], next(iter(blocks[1].values())).dtype
+    is_after = _is_after_transfer(divergence, layer)
+    for_target, for_penalty = curvatures
+    return LayerData(
+        inputs=_rows(arrays.inputs, dtype),
+        outputs=_rows(arrays.outputs, dtype),
+        cotangents=_rows(arrays.cotangents, dtype),
+        transferred=_rows(arrays.transferred_cotangents, dtype) if is_after else None,
+        target_curvature=_curvature(captured, arrays, for_target, is_after, dtype),
+        curvature=_curvature(captured, arrays, for_penalty, False, dtype),
+        weights=blocks[0],
+        updates=blocks[1],
+        inner=states[0],
+        target=states[1],
+    )
+
+
+def _is_after_transfer(divergence: Divergence, layer: Layer) -> bool:
+    """Whether the layer's target is a step after its transfer function: not at an output layer."""
+    return divergence.after_transfer and not layer.uses_head and not layer.transfer.is_identity
+
+
+def _curvature(
+    captured: Captured, arrays: LayerArrays, source: str | None, is_after: bool, dtype: Any
+) -> Float[Array, "samples_rows d_out"] | None:
+    """Rows whose second moment, summed, is the Fisher's factor of the layer's outputs."""
+    if source is None:
+        return None
+    if source == "captured":
+        return _rows(arrays.transferred_curvature if is_after else arrays.curvature, dtype)
+    empirical = arrays.transferred_cotangents if is_after else arrays.cotangents
+    return _rows(empirical, dtype) * jnp.sqrt(jnp.asarray(captured.terms, dtype))
+
+
+def _problem(
+    layer: Layer,
+    arrays: LayerArrays,
+    data: LayerData,
+    divergence: Divergence,
+    target: Target | None,
+    regularizer: Regularizer | None,
+    gamma: Any,
+    learning_rate: Any,
+    ok: Bool[Array, ""],
+) -> tuple[LocalProblem, Any]:
+    """The local problem of one layer, and the target's new state."""
+    x, a, e = data.inputs, data.outputs, data.cotangents
+    gamma = jnp.asarray(gamma, x.dtype)
+    eta = jnp.asarray(learning_rate, x.dtype)
+    is_after = data.transferred is not None
+    along, state = e if data.transferred is None else data.transferred, data.target
+    slope = {part: gamma * g for part, g in data.updates.items()}
+    change: Callable[[Array], Array] = lambda rows: rows  # noqa: E731
+    if target is not None:
+        change, state = target.update(along, data.target_curvature, state)
+    step = gamma * change(along)
+    f = identity() if layer.uses_head else layer.transfer
+    if is_after:
+        residual = divergence.residual(f, a, step)
+        start = residual(a)
+        if target is not None:
+            extra = pull(x, start - gamma * e, slope)
+            slope = jax.tree.map(jnp.add, slope, extra)
+        gain = lambda moved: residual(a + moved) - start  # noqa: E731
+    else:
+        # The same linear map of the features for all rows commutes with X'.
+        slope, start = jax.tree.map(change, slope), step
+        gain = _gain_before_transfer(layer, arrays, divergence, a)
+    problem = LocalProblem(
+        slope=slope,
+        inputs=x,
+        cotangents=start,
+        gain=gain,
+        outputs_apart=gain is None or (f.is_elementwise and not layer.uses_head),
+        penalty=penalty_of(regularizer, Layerwise(x, data.curvature, slope, eta)),
+        weights=data.weights,
+        learning_rate=eta,
+        ok=ok,
+    )
+    return problem, state
+
+
+def _gain_before_transfer(
+    layer: Layer, arrays: LayerArrays, divergence: Divergence, a: Float[Array, "rows d_out"]
+) -> Callable[[Array], Array] | None:
+    """See `LocalProblem.gain`; the target's step cancels in it."""
+    if divergence.name == "matching" and layer.uses_head:
+        return _gain_of_head(arrays, a)
+    f = identity() if layer.uses_head else layer.transfer
+    if divergence.is_linear(f):
+        return None
+    residual = divergence.residual(f, a, jnp.zeros((1, 1), a.dtype))
+    return lambda moved: residual(a + moved)
+
+
+def _gain_of_head(arrays: LayerArrays, a: Float[Array, "rows d_out"]) -> Callable[[Array], Array]:
+    """At an output layer the loss takes the matching loss's place, times the terms it averages.
+
+    Proposition 4 then holds at gamma = that number.
+    """
+    head, shape = arrays.head, arrays.outputs.shape
+    assert head is not None
+    start = _rows(arrays.cotangents, a.dtype)
+
+    def gain(moved: Float[Array, "rows d_out"]) -> Float[Array, "rows d_out"]:
+        gradient = head.gradient((a + moved).reshape(shape))
+        return head.terms * (_rows(gradient, a.dtype) - start)
+
+    return gain
+
+
+# --- layers of equal shapes ----------------------------------------------------------------------
+
+
+def _groups(layers: Layers, data: Mapping[str, LayerData], stack: bool) -> list[list[str]]:
+    """The layers that one loop can solve: equal in shapes, dtypes and transfer function."""
+    groups: dict[Any, list[str]] = {}
+    for name, arrays in data.items():
+        leaves, structure = jax.tree.flatten(arrays)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        apart = name if layers[name].uses_head or not stack else None
+        groups.setdefault((apart, layers[name].transfer, structure, shapes), []).append(name)
+    return list(groups.values())
+
+
+def _for_each(function: Callable[[LayerData], Result], data: Sequence[LayerData]) -> list[Result]:
+    """One call for each layer, compiled once.
+
+    On a CPU one after the other, for its batched matrix products are slow; elsewhere at once.
+    """
+    if len(data) == 1:
+        return [function(data[0])]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *data)
+    one_by_one = jax.default_backend() == "cpu"
+    mapped = jax.lax.map(function, stacked) if one_by_one else jax.vmap(function)(stacked)
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], mapped) for i in range(len(data))]
+
+
+# --- parameters ----------------------------------------------------------------------------------
 
 
 def _blocks(layers: Layers, tree: Any) -> dict[str, Block]:
@@ -370,7 +401,7 @@ def _all_finite(tree: Any) -> Array:
     leaves = jax.tree.leaves(tree)
     wide = [jnp.float64 if x.dtype == jnp.float64 else jnp.float32 for x in leaves]
     sums = [jnp.isfinite(jnp.sum(x, dtype=t)) for x, t in zip(leaves, wide, strict=True)]
-    return jnp.stack(sums).all()
+    return jnp.all(jnp.asarray(sums))  # there may be none: all may be masked
 
 
 # --- checks --------------------------------------------------------------------------------------
@@ -381,12 +412,21 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, int | float)
 
 
+def _named_divergence(divergence: str | Divergence) -> Divergence:
+    if isinstance(divergence, Divergence):
+        return divergence
+    if divergence not in DIVERGENCES:
+        known = ", ".join(map(repr, DIVERGENCES))
+        raise ValueError(f"`divergence` is one of {known}, got {divergence!r}.")
+    return DIVERGENCES[divergence]
+
+
 def _check_arguments(
     layers: Layers,
     learning_rate: Any,
     gamma: Any,
-    divergence: str,
-    target: str | None,
+    divergence: Divergence,
+    target: Any,
     regularizer: Any,
     solver: Any,
 ) -> None:
@@ -395,30 +435,41 @@ def _check_arguments(
             "`scale_by_local_loss` needs the layers of the model: "
             f"`layers = locoprop_jax.find_layers(loss_fn, params, batch)`; got {layers!r}."
         )
-    if divergence not in TARGET_OF:
-        known = ", ".join(map(repr, TARGET_OF))
-        raise ValueError(f"`divergence` is one of {known}, got {divergence!r}.")
-    if target not in (None, TARGET_OF[divergence]):
+    if not isinstance(target, Target) and target not in (None, divergence.target):
         raise ValueError(
-            f"The {divergence} divergence starts at the gradient only with the target "
-            f"{TARGET_OF[divergence]!r}, got {target!r}."
+            f"The {divergence.name} divergence starts at the gradient only with the target "
+            f"{divergence.target!r}, got {target!r}."
         )
-    if not isinstance(regularizer, L2 | None):
-        raise TypeError(f"`regularizer` is None or `l2(weight)`, got {regularizer!r}.")
-    if not isinstance(solver, Inner):
-        raise TypeError(f"`solver` is `inner(optimizer, iterations)`, got {solver!r}.")
+    if not isinstance(regularizer, Regularizer | None):
+        raise TypeError(f"`regularizer` is None or like `l2(weight)`, got {regularizer!r}.")
+    if not isinstance(solver, Solver):
+        raise TypeError(f"`solver` is like `inner(optimizer, iterations)`, got {solver!r}.")
+    if reason := solver.refuse(divergence, regularizer):
+        penalty = regularizer.name if regularizer else "no"
+        raise ValueError(
+            f"`{solver.name}` cannot solve the {divergence.name} divergence with {penalty} "
+            f"regularizer: {reason}."
+        )
     for name, value in (("gamma", gamma), ("learning_rate", learning_rate)):
         if _is_number(value) and value < 0:
             raise ValueError(f"`{name}` must not be negative, got {value}.")
-    if divergence == "matching":
+    if divergence.after_transfer:
+        given = [name for name, layer in layers.items() if layer.transfer.given]
+        if given:
+            raise ValueError(
+                f"The {divergence.name} divergence steps on what the model's own transfer "
+                f"functions return, but others were given for {', '.join(given)}."
+            )
+    if divergence.name in ("matching", "dual_matching"):
         wrong = [
             f"{name} ({layer.transfer.name})"
             for name, layer in layers.items()
             if not layer.uses_head and not layer.transfer.is_monotone()
         ]
         if wrong:
+            method = {"matching": "LocoProp-M", "dual_matching": "PocoProp-M"}[divergence.name]
             raise ValueError(
-                "LocoProp-M needs non-decreasing transfer functions, or its local losses are not "
+                f"{method} needs non-decreasing transfer functions, or its local losses are not "
                 f"convex; these decrease somewhere: {', '.join(wrong)}. Use LocoProp-S "
                 '(`locoprop_s`, `divergence="squared"`), or give another function for them: '
                 "`find_layers(..., transfer={name: function})`."

@@ -1,4 +1,9 @@
-"""LocoProp-S and LocoProp-M: named points of the local-loss framework."""
+"""LocoProp, PocoProp and ProxProp: named points of the local-loss framework.
+
+The learning rate of each is eta of the local iterations and carries the schedule; gamma, the step
+size of the activations, is constant. The loss's cotangents carry 1/B for a mean over a batch of B:
+the paper's choices of gamma for B = 1000 are 10 to 5000.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +13,15 @@ from typing import Any
 
 import optax
 
+from locoprop_jax import _divergences
+from locoprop_jax._divergences import Target
 from locoprop_jax._layers import Layers
-from locoprop_jax._local_loss import inner, l2, scale_by_local_loss
+from locoprop_jax._local_loss import scale_by_local_loss
+from locoprop_jax._regularizers import Regularizer, l2
+from locoprop_jax._solvers import Solver, exact, inner
+from locoprop_jax._training import with_fallback
+
+Optimizer = Callable[[Any], optax.GradientTransformation]
 
 # TensorFlow's RMSProp with heavy-ball momentum, the optimizer of the paper's experiments.
 RMSPROP = functools.partial(
@@ -28,8 +40,8 @@ def locoprop_s(
     *,
     gamma: float = 100.0,
     iterations: int = 10,
-    optimizer: Callable[[Any], optax.GradientTransformation] = RMSPROP,
-    l2_weight: float | None = None,
+    optimizer: Optimizer = RMSPROP,
+    regularizer: Regularizer | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LocoProp with local squared losses (LocoProp, eq. 3, Algorithm 1).
 
@@ -39,11 +51,11 @@ def locoprop_s(
     Args:
       layers: from `find_layers`.
       learning_rate: eta of the local iterations, a number or a schedule.
-      gamma: the activation step size, constant. The loss's cotangents carry 1/B for a mean over a
-        batch of B; the paper's choices for B = 1000 are 10 to 5000.
+      gamma: the activation step size.
       iterations: T, how many local steps are taken for each batch.
       optimizer: the local optimizer's constructor, called with the learning rate of each step.
-      l2_weight: of 1/2 |W~ - W|^2; left out if None, as in the paper's Algorithms.
+      regularizer: None, as in the paper's Algorithms; `l2()` adds 1/(2 eta) |W~ - W|^2, as in its
+        eq. 3 and in the review's Algorithm 2 ("fixed").
 
     Returns:
       A complete optimizer. Its `update` needs `captured`, from `value_grad_and_capture`.
@@ -51,7 +63,8 @@ def locoprop_s(
     Raises:
       ValueError, TypeError: as `scale_by_local_loss`.
     """
-    return _locoprop("squared", layers, learning_rate, gamma, iterations, optimizer, l2_weight)
+    solver = inner(optimizer, iterations)
+    return _complete("squared", None, layers, learning_rate, gamma, regularizer, solver)
 
 
 def locoprop_m(
@@ -60,8 +73,8 @@ def locoprop_m(
     *,
     gamma: float = 100.0,
     iterations: int = 10,
-    optimizer: Callable[[Any], optax.GradientTransformation] = RMSPROP,
-    l2_weight: float | None = None,
+    optimizer: Optimizer = RMSPROP,
+    regularizer: Regularizer | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LocoProp with local matching losses (LocoProp, eq. 7, Algorithm 2).
 
@@ -69,14 +82,109 @@ def locoprop_m(
     `iterations` steps of `optimizer` on the matching loss of its transfer function f; at an output
     layer on the loss itself. Needs non-decreasing transfer functions.
 
+    Arguments, result and errors are those of `locoprop_s`.
+    """
+    solver = inner(optimizer, iterations)
+    return _complete("matching", None, layers, learning_rate, gamma, regularizer, solver)
+
+
+def pocoprop_s(
+    layers: Layers,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    gamma: float = 100.0,
+    iterations: int = 10,
+    optimizer: Optimizer = RMSPROP,
+    regularizer: Regularizer | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """LocoProp with squared losses after the transfer function (LocoProp, eq. 16, Algorithm 3).
+
+    Each layer moves f(outputs) towards f(A) - gamma H, with H the cotangents after f, by steps on
+    1/2 |f(X W~) - (f(A) - gamma H)|^2; output layers are as in `locoprop_s`.
+
+    Arguments, result and errors are those of `locoprop_s`; the arrays have to come from
+    `value_grad_and_capture(loss_fn, transferred=True)`.
+    """
+    solver = inner(optimizer, iterations)
+    return _complete("post_squared", None, layers, learning_rate, gamma, regularizer, solver)
+
+
+def pocoprop_m(
+    layers: Layers,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    gamma: float = 100.0,
+    iterations: int = 10,
+    optimizer: Optimizer = RMSPROP,
+    regularizer: Regularizer | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """LocoProp with the duals of the matching losses (LocoProp, eq. 18, Algorithm 4).
+
+    Each layer moves its outputs towards A - gamma H, with H the cotangents after the transfer
+    function, as measured after it; output layers are as in `locoprop_s`. Needs non-decreasing
+    transfer functions.
+
+    Arguments, result and errors are those of `locoprop_s`; the arrays have to come from
+    `value_grad_and_capture(loss_fn, transferred=True)`.
+    """
+    solver = inner(optimizer, iterations)
+    return _complete("dual_matching", None, layers, learning_rate, gamma, regularizer, solver)
+
+
+def proxprop(
+    layers: Layers,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    gamma: float = 1.0,
+    solver: Solver | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """ProxProp (Frerix et al., 2018; LocoProp, appendix C).
+
+    Each hidden layer takes the proximal step argmin 1/2 |X W~ - (A - gamma E)|^2
+    + 1/(2 eta) |W~ - W|^2; everything else a gradient step of size gamma.
+
     Args:
       layers: from `find_layers`.
-      learning_rate: eta of the local iterations, a number or a schedule.
-      gamma: the activation step size, constant. The loss's cotangents carry 1/B for a mean over a
-        batch of B; the paper's choices for B = 1000 are 10 to 5000.
-      iterations: T, how many local steps are taken for each batch.
-      optimizer: the local optimizer's constructor, called with the learning rate of each step.
-      l2_weight: of 1/2 |W~ - W|^2; left out if None, as in the paper's Algorithms.
+      learning_rate: eta, ProxProp's tau_m of the weights, a number or a schedule.
+      gamma: ProxProp's tau, of activations and output layers; a step on the loss as written.
+      solver: `exact()` if None; `conjugate_gradient(iterations)` is ProxProp's cheaper one.
+
+    Returns:
+      A complete optimizer. Its `update` needs `captured`, from `value_grad_and_capture`.
+
+    Raises:
+      ValueError: all layers are output layers, or as `scale_by_local_loss`.
+    """
+    hidden = Layers([layer for layer in layers.values() if not layer.is_output])
+    if not hidden:
+        raise ValueError(
+            "`proxprop` needs a hidden layer, but the outputs of "
+            f"{', '.join(layers) or 'no layer'} go straight into the loss."
+        )
+    local = scale_by_local_loss(
+        hidden, learning_rate, gamma=gamma, regularizer=l2(), solver=solver or exact()
+    )
+    return optax.chain(with_fallback(local, hidden, optax.scale(gamma)), optax.scale(-1.0))
+
+
+def locoprop_kfac(
+    layers: Layers,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    gamma: float = 1.0,
+    target: Target | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC as LocoProp: squared losses with natural-gradient targets (LocoProp, eq. 15).
+
+    W - gamma (X'X + 1/eta)^-1 G D^-1, with D the damped Fisher factor of the outputs: K-FAC with
+    factored damping lambda_A = 1/(eta N), lambda_E that of the target, learning rate gamma / N
+    for N rows (Proposition 1).
+
+    Args:
+      layers: from `find_layers`.
+      learning_rate: eta, whose inverse damps the inputs' factor; a number or a schedule.
+      gamma: the activation step size.
+      target: `natural()` if None.
 
     Returns:
       A complete optimizer. Its `update` needs `captured`, from `value_grad_and_capture`.
@@ -84,26 +192,26 @@ def locoprop_m(
     Raises:
       ValueError, TypeError: as `scale_by_local_loss`.
     """
-    return _locoprop("matching", layers, learning_rate, gamma, iterations, optimizer, l2_weight)
+    target = target or _divergences.natural()
+    return _complete("squared", target, layers, learning_rate, gamma, l2(), exact())
 
 
-def _locoprop(
+def _complete(
     divergence: str,
+    target: Target | None,
     layers: Layers,
     learning_rate: optax.ScalarOrSchedule,
     gamma: float,
-    iterations: int,
-    optimizer: Callable[[Any], optax.GradientTransformation],
-    l2_weight: float | None,
+    regularizer: Regularizer | None,
+    solver: Solver,
 ) -> optax.GradientTransformationExtraArgs:
-    return optax.chain(
-        scale_by_local_loss(
-            layers,
-            learning_rate,
-            gamma=gamma,
-            divergence=divergence,
-            regularizer=None if l2_weight is None else l2(l2_weight),
-            solver=inner(optimizer, iterations),
-        ),
-        optax.scale(-1.0),
+    local = scale_by_local_loss(
+        layers,
+        learning_rate,
+        gamma=gamma,
+        divergence=divergence,
+        target=target,
+        regularizer=regularizer,
+        solver=solver,
     )
+    return optax.chain(local, optax.scale(-1.0))

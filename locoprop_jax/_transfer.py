@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
@@ -35,12 +35,14 @@ class Transfer:
       function: the function, of arrays of any shape.
       note: why it is what it is, for the reader of the layer table.
       given: whether the user said so, rather than the model.
+      is_elementwise: False for a function of whole rows, which only a user can give (softmax).
     """
 
     name: str
     function: Elementwise = dataclasses.field(repr=False)
     note: str = dataclasses.field(default="", compare=False)
     given: bool = False
+    is_elementwise: bool = True
 
     def __call__(self, a: Float[Array, ...]) -> Float[Array, ...]:
         return self.function(a)
@@ -50,7 +52,13 @@ class Transfer:
         return self.name == "identity"
 
     def is_monotone(self) -> bool:
-        """Whether the function is non-decreasing, checked on a grid over [-1e4, 1e4]."""
+        """Whether the function is non-decreasing, checked on a grid over [-1e4, 1e4].
+
+        For a function of rows: whether it is the gradient of a convex function, so that its
+        Jacobian is symmetric and positive semi-definite, checked at some rows.
+        """
+        if not self.is_elementwise:
+            return _is_convex_gradient(self.function)
         values = _evaluate(self.function, _GRID)
         values = values[np.isfinite(values)]  # far out some formulas overflow
         slack = 1e-6 * np.maximum(1.0, np.abs(values[:-1]))
@@ -91,9 +99,57 @@ class TracedPiece:
 # --- Table 2 -------------------------------------------------------------------------------------
 
 
+class TransferFunction(NamedTuple):
+    """A transfer function of LocoProp's Table 2 with its convex integral.
+
+    Attributes:
+      name: of the row.
+      function: f, non-decreasing.
+      integral: F with gradient f, elementwise; for softmax F of each row, shape (...,).
+      entropy: the divergence by a formula of its own, where that of `divergence` would not do.
+    """
+
+    name: str
+    function: Elementwise
+    integral: Elementwise
+    entropy: Callable[[Array, Array], Array] | None = None
+
+    def derivative(self, a: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """f'(a); at a kink one of the one-sided derivatives.
+
+        Raises:
+          ValueError: for step, whose derivative is zero or undefined, and for softmax, whose
+            Jacobian is not diagonal (`jax.vjp` applies it).
+        """
+        if self.name in ("step", "softmax"):
+            raise ValueError(f"The transfer function {self.name!r} has no derivative by entries.")
+        return jax.jvp(self.function, (a,), (jnp.ones_like(a),))[1]
+
+    def divergence(
+        self, a: Float[Array, "*shape"], target: Float[Array, "*shape"]
+    ) -> Float[Array, "*shape"]:
+        """Bregman divergence D_F(a, target) by entries: see `matching_loss`."""
+        if self.entropy is not None:
+            return self.entropy(a, target)
+        tangent = self.function(target) * (a - target)
+        return self.integral(a) - self.integral(target) - tangent
+
+
 def step(a: Float[Array, ...]) -> Float[Array, ...]:
     """1/2 (1 + sign(a))."""
     return (1 + jnp.sign(a)) / 2
+
+
+def softmax(a: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    """Of each row."""
+    return jax.nn.softmax(a, -1)
+
+
+def _relative_entropy(a: Float[Array, "... d"], target: Float[Array, "... d"]) -> Array:
+    """KL(softmax(target) | softmax(a)), by entries that are not negative and sum to it."""
+    log_a, log_target = jax.nn.log_softmax(a, -1), jax.nn.log_softmax(target, -1)
+    p, q = jnp.exp(log_target), jnp.exp(log_a)
+    return p * (log_target - log_a) - p + q
 
 
 def log_cosh(a: Float[Array, ...]) -> Float[Array, ...]:
@@ -117,30 +173,40 @@ def _softplus_integral(a: Float[Array, "..."]) -> Float[Array, "..."]:
 _softplus_integral.defjvps(lambda tangent, _, a: jax.nn.softplus(a) * tangent)
 
 
-def _elu_integral(a: Float[Array, ...]) -> Float[Array, ...]:
-    below = jnp.minimum(a, 0)
-    return jnp.where(a > 0, a**2 / 2, jnp.expm1(below) - below)
-
-
-def leaky_relu(slope: float) -> tuple[Elementwise, Elementwise]:
-    """max(a, 0) - slope max(-a, 0) and its integral."""
-    return (
+def leaky_relu(slope: float = 0.01) -> TransferFunction:
+    """max(a, 0) - slope max(-a, 0), for any slope from 0 (ReLU)."""
+    return TransferFunction(
+        "leaky_relu",
         lambda a: jax.nn.leaky_relu(a, slope),
         lambda a: jnp.where(a > 0, a**2, slope * a**2) / 2,
     )
 
 
-# name -> (f, F): LocoProp, Table 2. F sums over nothing: it is elementwise too. ELU has beta = 1.
-TABLE_2: dict[str, tuple[Elementwise, Elementwise]] = {
-    "step": (step, lambda a: jnp.maximum(a, 0)),
-    "identity": (lambda a: a, lambda a: a**2 / 2),
-    "relu": (jax.nn.relu, lambda a: jnp.maximum(a, 0) ** 2 / 2),
-    "leaky_relu": leaky_relu(0.01),
-    "sigmoid": (jax.nn.sigmoid, jax.nn.softplus),
-    "tanh": (jnp.tanh, log_cosh),
-    "arctan": (jnp.arctan, lambda a: a * jnp.arctan(a) - jnp.log1p(a**2) / 2),
-    "softplus": (jax.nn.softplus, _softplus_integral),
-    "elu": (jax.nn.elu, _elu_integral),
+def elu(scale: float = 1.0) -> TransferFunction:
+    """A for a > 0, scale (exp(a) - 1) below, for any scale from 0."""
+
+    def integral(a: Float[Array, ...]) -> Float[Array, ...]:
+        below = jnp.minimum(a, 0)
+        return jnp.where(a > 0, a**2 / 2, scale * (jnp.expm1(below) - below))
+
+    return TransferFunction("elu", lambda a: jax.nn.elu(a, scale), integral)
+
+
+# LocoProp, Table 2.
+TABLE_2 = {
+    row.name: row
+    for row in (
+        TransferFunction("step", step, lambda a: jnp.maximum(a, 0)),
+        TransferFunction("identity", lambda a: a, lambda a: a**2 / 2),
+        TransferFunction("relu", jax.nn.relu, lambda a: jnp.maximum(a, 0) ** 2 / 2),
+        leaky_relu(),
+        TransferFunction("sigmoid", jax.nn.sigmoid, jax.nn.softplus),
+        TransferFunction("softmax", softmax, lambda a: jax.nn.logsumexp(a, -1), _relative_entropy),
+        TransferFunction("tanh", jnp.tanh, log_cosh),
+        TransferFunction("arctan", jnp.arctan, lambda a: a * jnp.arctan(a) - jnp.log1p(a**2) / 2),
+        TransferFunction("softplus", jax.nn.softplus, _softplus_integral),
+        elu(),
+    )
 }
 
 # Known by name only, so that tables and errors can say it.
@@ -158,20 +224,23 @@ _OTHERS: dict[str, Elementwise] = {
     "squared_relu": lambda a: jnp.square(jax.nn.relu(a)),
 }
 
-_KNOWN = {name: f for name, (f, _) in TABLE_2.items()} | _OTHERS
+_KNOWN = {name: row.function for name, row in TABLE_2.items() if name != "softmax"} | _OTHERS
 
 
 def matching_loss(
-    name: str, a: Float[Array, "*shape"], target: Float[Array, "*shape"]
+    transfer: str | TransferFunction,
+    a: Float[Array, "*shape"],
+    target: Float[Array, "*shape"],
 ) -> Float[Array, "*shape"]:
-    """Elementwise matching loss of a transfer function of Table 2 (LocoProp, eqs. 1 and 5).
+    """Matching loss of a transfer function, by entries (LocoProp, eqs. 1 and 5, Table 2).
 
-    The Bregman divergence D_F(a, target) = F(a) - F(target) - f(target) (a - target) of the
+    The Bregman divergence D_F(a, target) = F(a) - F(target) - f(target)' (a - target) of the
     function's convex integral F: convex in `a`, never negative, with gradient f(a) - f(target).
 
     Args:
-      name: one of `TABLE_2`.
-      a: pre-activations.
+      transfer: a name of Table 2 ("step", "identity", "relu", "leaky_relu", "sigmoid", "softmax",
+        "tanh", "arctan", "softplus", "elu") or a `TransferFunction`.
+      a: pre-activations; softmax takes the last axis for a row.
       target: target pre-activations.
 
     Returns:
@@ -180,12 +249,14 @@ def matching_loss(
     Raises:
       ValueError: for a name that Table 2 lacks.
     """
-    if name not in TABLE_2:
-        raise ValueError(
-            f"`matching_loss` knows the transfer functions {', '.join(TABLE_2)}; got {name!r}."
-        )
-    f, integral = TABLE_2[name]
-    return integral(a) - integral(target) - f(target) * (a - target)
+    if isinstance(transfer, str):
+        if transfer not in TABLE_2:
+            raise ValueError(
+                f"`matching_loss` knows the transfer functions {', '.join(TABLE_2)}; "
+                f"got {transfer!r}."
+            )
+        transfer = TABLE_2[transfer]
+    return transfer.divergence(a, target)
 
 
 # --- naming --------------------------------------------------------------------------------------
@@ -227,12 +298,26 @@ def recognise(function: Elementwise, dtype: Any, note: str = "") -> Transfer:
     return Transfer("custom", function, note)
 
 
+def _is_convex_gradient(function: Elementwise) -> bool:
+    points = np.random.default_rng(0).normal(size=(8, 5)) * 3
+    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+        jacobians = np.asarray(jax.vmap(jax.jacobian(function))(jnp.asarray(points)), np.float64)
+    asymmetry = np.abs(jacobians - jacobians.transpose(0, 2, 1)).max()
+    return bool(asymmetry < 1e-5 and np.linalg.eigvalsh(jacobians).min() > -1e-5)
+
+
 def identity(note: str = "") -> Transfer:
     """No transfer function, and why."""
     return Transfer("identity", _KNOWN["identity"], note)
 
 
 def given(function: Elementwise) -> Transfer:
-    """A transfer function that the user gives in place of the one found."""
+    """A transfer function that the user gives in place of the one found: elementwise or of rows."""
+    rows = _GRID[:240].reshape(-1, 4)
+    values, alone = _evaluate(function, rows), _evaluate(function, rows.reshape(-1, 1))
+    if not np.allclose(values, alone.reshape(rows.shape), rtol=1e-5, atol=1e-6):
+        is_softmax = np.allclose(values, _evaluate(softmax, rows), rtol=1e-5, atol=1e-6)
+        name, function = ("softmax", softmax) if is_softmax else ("custom", function)
+        return Transfer(name, function, "given", given=True, is_elementwise=False)
     found = recognise(function, jnp.float32)
     return dataclasses.replace(found, function=function, note="given", given=True)

@@ -281,11 +281,15 @@ def test_ctrl_c_ends_the_comparison_with_what_is_there(monkeypatch: pytest.Monke
 
 
 def test_ctrl_c_waits_for_the_compilation() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
     done = False
-    with pytest.raises(KeyboardInterrupt), interrupt_deferred():
-        signal.raise_signal(signal.SIGINT)
-        done = True
-    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupt_deferred():
+            signal.raise_signal(signal.SIGINT)
+            done = True
+        assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # Tuned values and the search

@@ -60,12 +60,23 @@ METHODS = {
             "gamma": 6.0,
             "iterations": 3,
             "optimizer": functools.partial(optax.sgd, momentum=0.9),
-            "l2_weight": 0.1,
+            "regularizer": lp.l2(0.1),
         },
         static=("iterations", "optimizer"),
     ),
+    "pocoprop_s": Method(
+        lp.pocoprop_s,
+        1e-2,
+        {"gamma": 6.0, "iterations": 2, "optimizer": optax.sgd},
+        static=("iterations", "optimizer"),
+    ),
+    "proxprop": Method(lp.proxprop, 1e-2, {"gamma": 0.1}),
+    "locoprop_kfac": Method(
+        lp.locoprop_kfac, 1e-2, {"gamma": 1.0, "target": lp.natural(decay=0.9)}
+    ),
     "scale_by_local_loss": Method(chained_local_loss, 2e-2, {"gamma": 6.0, "weight": 0.1}),
 }
+CAPTURE = functools.partial(lp.value_grad_and_capture, transferred=True)
 each_method = pytest.mark.parametrize("name", METHODS)
 
 # --- the problem: an autoencoder with one hidden layer -------------------------------------------
@@ -99,7 +110,7 @@ def layers():
 @functools.cache
 def gradients(seed=0):
     """Gradients and captured arrays at the initial parameters."""
-    return jax.jit(lp.value_grad_and_capture(loss_fn))(init_params(), batch(seed))[1:]
+    return jax.jit(CAPTURE(loss_fn))(init_params(), batch(seed))[1:]
 
 
 def constructed(name, learning_rate=None):
@@ -138,7 +149,7 @@ def plain_update_of(name, grads=None, captured=None):
 
 
 def step(tx, params, state, x):
-    loss, grads, captured = lp.value_grad_and_capture(loss_fn)(params, x)
+    loss, grads, captured = CAPTURE(loss_fn)(params, x)
     updates, state = tx.update(grads, state, params, captured=captured)
     return optax.apply_updates(params, updates), state, loss
 
@@ -285,8 +296,9 @@ def test_the_parameter_like_parts_of_the_state_can_be_mapped_over(name):
     )
     kinds = jax.tree.leaves(mapped)
     assert len(kinds) == len(jax.tree.leaves(state))
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params)}
     assert all(
-        (kind == "like a parameter") is (leaf.ndim > 0)
+        (kind == "like a parameter") is (leaf.shape in shapes)
         for kind, leaf in zip(kinds, jax.tree.leaves(state), strict=True)
     )
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import locoprop_jax as lp
-from locoprop_jax._transfer import TABLE_2
+from locoprop_jax._transfer import TABLE_2, elu, leaky_relu
 from tests.helpers import quick_jit
 
 # --- found in a model ----------------------------------------------------------------------------
@@ -137,7 +137,8 @@ def test_low_precision_does_not_hide_a_transfer_function(name, dtype):
 
 @pytest.mark.parametrize("name", TABLE_2)
 def test_functions_of_table_2_are_non_decreasing(name):
-    assert lp.Transfer(name, TABLE_2[name][0]).is_monotone()
+    f = TABLE_2[name].function
+    assert lp.Transfer(name, f, is_elementwise=name != "softmax").is_monotone()
 
 
 @pytest.mark.parametrize("f", [jax.nn.gelu, jax.nn.silu, jnp.sin])
@@ -211,31 +212,101 @@ def test_a_transfer_function_that_is_given_replaces_the_one_found():
     assert find(jax.nn.gelu, transfer={"second": jnp.tanh}).name == "gelu"
 
 
+@pytest.mark.parametrize(
+    "f, name, is_monotone",
+    [
+        (jax.nn.softmax, "softmax", True),
+        (lambda a: 3 * jax.nn.softmax(2 * a, -1), "custom", True),
+        (lambda a: a - a.mean(-1, keepdims=True), "custom", True),
+        (lambda a: a[..., ::-1], "custom", False),
+        (lambda a: a - 2 * a.mean(-1, keepdims=True), "custom", False),
+    ],
+)
+def test_a_function_of_rows_can_be_given(f, name, is_monotone):
+    transfer = find(jax.nn.gelu, transfer={"first": f})
+    assert (transfer.name, transfer.is_elementwise) == (name, False)
+    assert transfer.is_monotone() == is_monotone
+    assert find(jax.nn.gelu, transfer={"first": jnp.tanh}).is_elementwise
+
+
 # --- Table 2 -------------------------------------------------------------------------------------
 
-in_table_2 = pytest.mark.parametrize("name", TABLE_2)
+by_entries = pytest.mark.parametrize("name", [name for name in TABLE_2 if name != "softmax"])
 numbers = st.floats(-50, 50)
 
 
-@in_table_2
+def test_table_2_is_complete():
+    paper = {"step", "identity", "relu", "leaky_relu", "sigmoid", "softmax", "tanh", "arctan"}
+    assert set(TABLE_2) == paper | {"softplus", "elu"}
+
+
+@by_entries
 def test_integrals_differentiate_to_their_transfer_functions(name):
-    f, integral = TABLE_2[name]
+    f, integral = TABLE_2[name].function, TABLE_2[name].integral
     a = jnp.linspace(-50, 50, 401)[1::2]  # without the kink at 0
     gradient, expected = quick_jit(lambda a: (jax.vmap(jax.grad(integral))(a), f(a)))(a)
     np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-12)
 
 
-@in_table_2
-def test_integrals_differentiate_to_their_transfer_functions_numerically(name):
-    f, integral = TABLE_2[name]
+@by_entries
+def test_integrals_and_functions_differentiate_numerically(name):
+    f, integral = TABLE_2[name].function, TABLE_2[name].integral
     a, h = np.linspace(-8, 8, 64), 1e-5  # an even number: without the kink at 0
     above, below, slope = quick_jit(lambda a: (integral(a + h), integral(a - h), f(a)))(a)
     np.testing.assert_allclose((above - below) / (2 * h), slope, rtol=1e-7, atol=1e-7)
+    if name != "step":
+        above, below, slope = quick_jit(
+            lambda a: (f(a + h), f(a - h), TABLE_2[name].derivative(a))
+        )(a)
+        np.testing.assert_allclose((above - below) / (2 * h), slope, rtol=1e-7, atol=1e-7)
 
 
-@in_table_2
+@pytest.mark.parametrize("name", ["step", "softmax"])
+def test_a_derivative_that_does_not_exist_is_an_error(name):
+    with pytest.raises(ValueError, match=f"'{name}' has no derivative"):
+        TABLE_2[name].derivative(jnp.zeros(3))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 2.5])
+@pytest.mark.parametrize("row", [leaky_relu, elu])
+def test_parameters_of_table_2_enter_function_and_integral(row, scale):
+    row, a = row(scale), np.linspace(-8, 8, 64)
+    below = scale * (a if row.name == "leaky_relu" else np.expm1(a))
+    np.testing.assert_allclose(row.function(a), np.where(a > 0, a, below), rtol=1e-12)
+    found = jax.vmap(jax.grad(row.integral))(a)
+    np.testing.assert_allclose(found, row.function(a), rtol=1e-12)
+    loss = lp.matching_loss(row, a, a[::-1])
+    assert np.all(loss >= -1e-12)
+
+
+def test_the_integral_of_softmax_differentiates_to_it():
+    rows = np.random.default_rng(0).normal(size=(5, 4)) * 20
+    found = jax.vmap(jax.grad(TABLE_2["softmax"].integral))(rows)
+    np.testing.assert_allclose(found, jax.nn.softmax(rows, -1), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_matching_loss_of_softmax_is_the_relative_entropy(dtype):
+    rng = np.random.default_rng(0)
+    a, target = rng.uniform(-50, 50, size=(2, 20, 4))
+    p, q = (np.exp(x - x.max(1, keepdims=True)) for x in (target, a))
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    expected = (p * (np.log(p) - np.log(q))).sum(1)
+    found = lp.matching_loss("softmax", a.astype(dtype), target.astype(dtype))
+    assert found.dtype == dtype and np.all(found >= -8 * np.finfo(dtype).eps * 100)
+    tolerance = 1e-5 if dtype == np.float32 else 1e-12
+    np.testing.assert_allclose(found.sum(1), expected, rtol=tolerance, atol=tolerance)
+
+    def of_row(a, target):
+        return lp.matching_loss("softmax", a, target).sum()
+
+    gradient = jax.vmap(jax.grad(of_row))(a, target)
+    np.testing.assert_allclose(gradient, q - p, atol=1e-12)
+
+
+@by_entries
 def test_the_gradient_of_a_matching_loss_is_the_difference_of_the_transfer_functions(name):
-    f, _ = TABLE_2[name]
+    f = TABLE_2[name].function
     a, target = np.linspace(-50, 50, 300), np.linspace(30, -40, 300)
     gradient = jax.vmap(jax.grad(lambda a, t: lp.matching_loss(name, a, t)))
     found, expected = quick_jit(lambda a, t: (gradient(a, t), f(a) - f(t)))(a, target)
@@ -246,7 +317,7 @@ def assert_not_negative(x, scale, dtype=np.float64):
     assert np.all(np.asarray(x) >= -8 * np.finfo(dtype).eps * np.asarray(scale))
 
 
-@in_table_2
+@by_entries
 @given(
     a=st.tuples(numbers, numbers, numbers).map(np.asarray), share=st.floats(0, 1), target=numbers
 )
@@ -277,9 +348,9 @@ def test_the_matching_loss_of_the_sigmoid_is_the_excess_cross_entropy():
     np.testing.assert_allclose(lp.matching_loss("sigmoid", a, target), excess, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", TABLE_2)
+@by_entries
 def test_integrals_are_accurate_in_float32_from_minus_to_plus_50(name):
-    _, integral = TABLE_2[name]
+    integral = TABLE_2[name].integral
     a = np.concatenate([np.linspace(-50, 50, 101), np.linspace(-1, 1, 21)])
     single, exact = quick_jit(lambda a: (integral(a.astype(jnp.float32)), integral(a)))(a)
     assert single.dtype == np.float32
@@ -287,9 +358,9 @@ def test_integrals_are_accurate_in_float32_from_minus_to_plus_50(name):
     np.testing.assert_allclose(single, exact, rtol=1e-5, atol=1e-6 if small else 0)
 
 
-@in_table_2
+@by_entries
 def test_matching_losses_are_finite_and_accurate_in_float32(name):
-    f, integral = TABLE_2[name]
+    f, integral = TABLE_2[name].function, TABLE_2[name].integral
     a, target = (g.ravel() for g in np.meshgrid(*2 * [np.linspace(-50, 50, 41)]))
 
     @quick_jit
