@@ -29,7 +29,7 @@ from benchmarks.autoencoder import make_problem
 from benchmarks.cli import positive_int
 from benchmarks.data import Dataset
 from benchmarks.tuned import write_json
-from locoprop_jax._local_problem import path_flops
+from locoprop_jax._coordinates import path_flops
 
 RESULTS = Path(__file__).parent / "results"
 

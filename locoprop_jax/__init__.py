@@ -15,13 +15,13 @@ from locoprop_jax._layers import Layers as Layers
 from locoprop_jax._local_loss import LocalLossState as LocalLossState
 from locoprop_jax._local_loss import scale_by_local_loss as scale_by_local_loss
 from locoprop_jax._local_problem import LocalProblem as LocalProblem
-from locoprop_jax._local_problem import Penalty as Penalty
 from locoprop_jax._locoprop import locoprop_kfac as locoprop_kfac
 from locoprop_jax._locoprop import locoprop_m as locoprop_m
 from locoprop_jax._locoprop import locoprop_s as locoprop_s
 from locoprop_jax._locoprop import pocoprop_m as pocoprop_m
 from locoprop_jax._locoprop import pocoprop_s as pocoprop_s
 from locoprop_jax._locoprop import proxprop as proxprop
+from locoprop_jax._regularizers import Penalty as Penalty
 from locoprop_jax._regularizers import Regularizer as Regularizer
 from locoprop_jax._regularizers import l1 as l1
 from locoprop_jax._regularizers import l2 as l2

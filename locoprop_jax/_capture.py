@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from locoprop_jax import _chains, _detect, _flow, _jaxpr, _layers, _transfer
-from locoprop_jax._chains import Chain
+from locoprop_jax._chains import Chain, Shape
 from locoprop_jax._detect import Site
 from locoprop_jax._flow import Piece
 from locoprop_jax._jaxpr import Address, Program
@@ -67,11 +68,9 @@ def _layout(traced: Traced, site: Site, piece: Piece | None) -> Layout:
     """How to read a site's arrays as (batch, shared, d)."""
     program = traced.program
     equation = program.equations[site.position]
-    inputs, outputs = _detect.axes_of_rows(program, site, traced.batch_axes)
+    inputs, _ = _detect.axes_of_rows(program, site, traced.batch_axes)
     data_shape = program.shape(equation.inputs[site.operand])
-    raw_shape = program.shape(equation.outputs[0])
-    to_raw = _chains.inverse(site.output_chain, raw_shape)
-    to_rows = _chains.group(to_raw, raw_shape, outputs)
+    to_rows = _outputs(traced, site)
     return Layout(
         inputs=_chains.group((), data_shape, inputs),
         outputs=to_rows,
@@ -82,6 +81,15 @@ def _layout(traced: Traced, site: Site, piece: Piece | None) -> Layout:
             else (*_chains.inverse(piece.chain, program.shape(site.output)), *to_rows)
         ),
     )
+
+
+def _outputs(traced: Traced, site: Site) -> Chain:
+    """How to read a site's outputs as (batch, shared, d_out)."""
+    program = traced.program
+    _, outputs = _detect.axes_of_rows(program, site, traced.batch_axes)
+    raw_shape = program.shape(program.equations[site.position].outputs[0])
+    to_raw = _chains.inverse(site.output_chain, raw_shape)
+    return _chains.group(to_raw, raw_shape, outputs)
 
 
 def _rows_per_example(traced: Traced, site: Site) -> int | None:
@@ -96,6 +104,40 @@ def _piece(traced: Traced, site: Site) -> Piece | None:
     """What the network applies to a layer's outputs; None where that is the identity."""
     piece = _flow.transfer_piece(traced.program, traced.detection.live, site.output)
     return piece if piece.equations else None
+
+
+def _sources(traced: Traced, names: Sequence[str]) -> list[str | None]:
+    """For each layer the one that feeds it, with nothing but the transfer function in between.
+
+    Both have to see the same rows in the same order: the batch axes are those of one value, and
+    the features are the last axis for the one and the contracted axis for the other.
+    """
+    program, sites = traced.program, traced.detection.sites
+    ends = {}
+    for site, name in zip(sites, names, strict=True):
+        piece = _flow.transfer_piece(program, traced.detection.live, site.output)
+        chain = (*_chains.inverse(piece.chain, program.shape(site.output)), *_outputs(traced, site))
+        ends[piece.end] = (name, chain)
+    result: list[str | None] = []
+    for site in sites:
+        equation = program.equations[site.position]
+        data, _ = _detect.axes_of_rows(program, site, traced.batch_axes)
+        name, value = None, equation.inputs[site.operand]
+        if value in ends:
+            name, chain = ends[value]
+            shape = program.shape(value)
+            if not _same_order(_chains.group((), shape, data), chain, shape):
+                name = None
+        result.append(name)
+    return result
+
+
+def _same_order(one: Chain, other: Chain, shape: Shape) -> bool:
+    """Whether two chains do the same to an array of this shape."""
+    if one == other:
+        return True
+    order = np.arange(math.prod(shape)).reshape(shape)
+    return np.array_equal(_chains.apply(one, order), _chains.apply(other, order))
 
 
 class HeadPlan(NamedTuple):
@@ -210,6 +252,7 @@ def find_layers(
             f"{', '.join(names) or 'none'}."
         )
     ends = _detect.output_sites(traced.program, traced.detection)
+    sources = _sources(traced, names)
     layers = [
         Layer(
             name=name,
@@ -221,6 +264,7 @@ def find_layers(
                 else _transfer_of(traced, site)
             ),
             is_output=i in ends,
+            source=sources[i],
         )
         for i, (site, name) in enumerate(zip(traced.detection.sites, names, strict=True))
     ]

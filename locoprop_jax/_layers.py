@@ -81,6 +81,8 @@ class Layer:
         could not be told.
       transfer: the elementwise function that the network applies to its outputs.
       is_output: whether its outputs go straight into the loss, not into another layer.
+      source: the layer whose transferred outputs are, row by row, this layer's inputs; None where
+        anything else happens in between.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Layer:
     rows: int | None = dataclasses.field(compare=False)
     transfer: Transfer
     is_output: bool
+    source: str | None = None
 
     @property
     def uses_head(self) -> bool:

@@ -11,7 +11,8 @@ and R keeps W~ near W (`_regularizers`). A solver (`_solvers`) sees one layer's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +21,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from locoprop_jax import _layers
+from locoprop_jax._blocks import Block, blocks, pull, push, write
 from locoprop_jax._divergences import DIVERGENCES, Divergence, Target
-from locoprop_jax._layers import Captured, Layer, LayerArrays, Layers
-from locoprop_jax._local_problem import Block, LocalProblem, pull
-from locoprop_jax._regularizers import Layerwise, Regularizer, penalty_of
+from locoprop_jax._layers import Captured, Layers
+from locoprop_jax._local_problem import LayerData, layer_data, local_problem
+from locoprop_jax._regularizers import Regularizer
 from locoprop_jax._solvers import Solver
-from locoprop_jax._transfer import identity
 
 
 class LocalLossState(NamedTuple):
@@ -40,34 +41,6 @@ class LocalLossState(NamedTuple):
     count: Int[Array, ""]
     inner: dict[str, Any]
     target: dict[str, Any]
-
-
-class LayerData(NamedTuple):
-    """One layer's arrays for one update; layers of equal shapes are stacked by them.
-
-    Attributes:
-      inputs: X.
-      outputs: A.
-      cotangents: E.
-      transferred: the cotangents after the transfer function, None where they are not needed.
-      target_curvature: the rows that the target asks for, or None.
-      curvature: those that the regularizer asks for, or None.
-      weights: W.
-      updates: the incoming ones.
-      inner: the solver's state.
-      target: the target's state.
-    """
-
-    inputs: Float[Array, "rows d_in"]
-    outputs: Float[Array, "rows d_out"]
-    cotangents: Float[Array, "rows d_out"]
-    transferred: Float[Array, "rows d_out"] | None
-    target_curvature: Float[Array, "samples_rows d_out"] | None
-    curvature: Float[Array, "samples_rows d_out"] | None
-    weights: Block
-    updates: Block
-    inner: Any
-    target: Any
 
 
 class Result(NamedTuple):
@@ -87,7 +60,8 @@ def scale_by_local_loss(
     target: str | Target | None = None,
     regularizer: Regularizer | None = None,
     solver: Solver,
-    stack: bool = True,
+    correction: float = 0.0,
+    stack: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replace the gradient by the displacement that improves each layer's local loss.
 
@@ -112,7 +86,11 @@ def scale_by_local_loss(
         `mahalanobis(...)`.
       solver: `inner(optimizer, iterations)`, `fixed_point`, `anderson`, `conjugate_gradient`,
         `newton` or `exact`.
-      stack: whether to solve for all layers of equal shapes in one loop, which is compiled once.
+      correction: above 0 the layers are solved one after the other, and each sees its input move
+        towards what the new weights of the layer that feeds it make of theirs: by at most this
+        much times sqrt(d_in), over the whole batch. 0 is the paper's: all at once.
+      stack: whether to solve for all layers of equal shapes at once; None for what is fastest:
+        apart on a CPU, stacked elsewhere.
 
     Returns:
       A transformation whose `update` needs `captured` and `params`.
@@ -131,16 +109,17 @@ def scale_by_local_loss(
     divergence = _named_divergence(divergence)
     transform = target if isinstance(target, Target) else None
     _check_arguments(layers, learning_rate, gamma, divergence, target, regularizer, solver)
+    _check_correction(layers, correction)
     curvatures = transform and transform.curvature, regularizer and regularizer.curvature
 
     def init(params: Any) -> LocalLossState:
-        blocks: dict[str, Any] = dict(_blocks(layers, params))
+        parts: dict[str, Any] = dict(blocks(layers, params))
         if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
-            blocks = dict.fromkeys(layers, params)
-        inner = {name: solver.init(block) for name, block in blocks.items()}
+            parts = dict.fromkeys(layers, params)
+        inner = {name: solver.init(block) for name, block in parts.items()}
         targets = {}
         if transform is not None:
-            for name, block in blocks.items():
+            for name, block in parts.items():
                 dtype = jax.tree.leaves(block)[0].dtype if jax.tree.leaves(block) else jnp.float32
                 targets[name] = transform.init(layers[name].d_out, dtype)
         return LocalLossState(jnp.zeros([], jnp.int32), inner, targets)
@@ -162,9 +141,9 @@ def scale_by_local_loss(
                 "`tx.update(grads, opt_state, params, captured=captured)`."
             )
         eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        weights, slopes = _blocks(layers, params), _blocks(layers, updates)
+        weights, slopes = blocks(layers, params), blocks(layers, updates)
         data = {
-            name: _layer_data(
+            name: layer_data(
                 layers[name],
                 captured,
                 divergence,
@@ -177,27 +156,28 @@ def scale_by_local_loss(
         # A batch that is not finite leaves everything as it is, in all layers.
         ok = _all_finite((updates, [layer.inputs for layer in data.values()]))
 
-        def improve(layer: Layer, arrays: LayerArrays, data: LayerData) -> Result:
-            problem, target = _problem(
-                layer, arrays, data, divergence, transform, regularizer, gamma, eta, ok
+        def improve(name: str, arrays: LayerData) -> Result:
+            problem, target = local_problem(
+                layers[name],
+                captured[name],
+                arrays,
+                (divergence, transform, regularizer),
+                (gamma, eta),
+                ok,
             )
-            delta, inner = solver.solve(problem, data.inner)
-            keep = lambda new, old: jnp.where(ok, new, old)  # noqa: E731
-            return Result(
-                jax.tree.map(lambda d: jnp.where(ok, d, jnp.zeros_like(d)), delta),
-                inner,
-                jax.tree.map(keep, target, data.target),
-            )
+            delta, inner = solver.solve(problem, arrays.inner)
+            zeros = jax.tree.map(jnp.zeros_like, delta)
+            delta, target = _where(ok, (delta, target), (zeros, arrays.target))
+            return Result(delta, inner, target)
 
-        results: dict[str, Result] = {}
-        for names in _groups(layers, data, stack):
-            first = names[0]
-            each = lambda d, first=first: improve(layers[first], captured[first], d)  # noqa: E731
-            results.update(zip(names, _for_each(each, [data[n] for n in names]), strict=True))
+        if correction:
+            results = _one_by_one(layers, data, improve, correction)
+        else:
+            results = _at_once(layers, data, improve, stack)
         moved = {
             path: value
             for name, result in results.items()
-            for path, value in _write(layers[name], result.delta).items()
+            for path, value in write(layers[name], result.delta).items()
         }
 
         def displacement(path: Any, g: Array) -> Array:
@@ -216,184 +196,74 @@ def scale_by_local_loss(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-# --- from captured arrays to the local problem ---------------------------------------------------
+# --- the order of layers -------------------------------------------------------------------------
+
+Improve = Callable[[str, LayerData], Result]
 
 
-def _rows(x: Float[Array, "... d"], dtype: Any) -> Float[Array, "rows d"]:
-    return x.reshape(-1, x.shape[-1]).astype(dtype)
+def _at_once(
+    layers: Layers, data: Mapping[str, LayerData], improve: Improve, stack: bool | None
+) -> dict[str, Result]:
+    """All layers from the same captured arrays, those of equal shapes together if stacked."""
+    if stack is None:  # on a CPU batched products are slow, and copies cost more than they save
+        stack = jax.default_backend() != "cpu"
+    results: dict[str, Result] = {}
+    for names in _groups(layers, data) if stack else [[name] for name in data]:
+        each, arrays = functools.partial(improve, names[0]), [data[name] for name in names]
+        if len(names) == 1:
+            results[names[0]] = each(arrays[0])
+            continue
+        stacked = jax.vmap(each)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays))
+        for i, name in enumerate(names):
+            results[name] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+    return {name: results[name] for name in data}
 
 
-def _layer_data(
-    layer: Layer,
-    captured: Captured,
-    divergence: Divergence,
-    curvatures: tuple[str | None, str | None],
-    blocks: tuple[Block, Block],
-    states: tuple[Any, Any],
-) -> LayerData:
-    arrays, dtype = captured[layer.name], next(iter(blocks[1].values())).dtype
-    is_after = _is_after_transfer(divergence, layer)
-    for_target, for_penalty = curvatures
-    return LayerData(
-        inputs=_rows(arrays.inputs, dtype),
-        outputs=_rows(arrays.outputs, dtype),
-        cotangents=_rows(arrays.cotangents, dtype),
-        transferred=_rows(arrays.transferred_cotangents, dtype) if is_after else None,
-        target_curvature=_curvature(captured, arrays, for_target, is_after, dtype),
-        curvature=_curvature(captured, arrays, for_penalty, False, dtype),
-        weights=blocks[0],
-        updates=blocks[1],
-        inner=states[0],
-        target=states[1],
-    )
-
-
-def _is_after_transfer(divergence: Divergence, layer: Layer) -> bool:
-    """Whether the layer's target is a step after its transfer function: not at an output layer."""
-    return divergence.after_transfer and not layer.uses_head and not layer.transfer.is_identity
-
-
-def _curvature(
-    captured: Captured, arrays: LayerArrays, source: str | None, is_after: bool, dtype: Any
-) -> Float[Array, "samples_rows d_out"] | None:
-    """Rows whose second moment, summed, is the Fisher's factor of the layer's outputs."""
-    if source is None:
-        return None
-    if source == "captured":
-        return _rows(arrays.transferred_curvature if is_after else arrays.curvature, dtype)
-    empirical = arrays.transferred_cotangents if is_after else arrays.cotangents
-    return _rows(empirical, dtype) * jnp.sqrt(jnp.asarray(captured.terms, dtype))
-
-
-def _problem(
-    layer: Layer,
-    arrays: LayerArrays,
-    data: LayerData,
-    divergence: Divergence,
-    target: Target | None,
-    regularizer: Regularizer | None,
-    gamma: Any,
-    learning_rate: Any,
-    ok: Bool[Array, ""],
-) -> tuple[LocalProblem, Any]:
-    """The local problem of one layer, and the target's new state."""
-    x, a, e = data.inputs, data.outputs, data.cotangents
-    gamma = jnp.asarray(gamma, x.dtype)
-    eta = jnp.asarray(learning_rate, x.dtype)
-    is_after = data.transferred is not None
-    along, state = e if data.transferred is None else data.transferred, data.target
-    slope = {part: gamma * g for part, g in data.updates.items()}
-    change: Callable[[Array], Array] = lambda rows: rows  # noqa: E731
-    if target is not None:
-        change, state = target.update(along, data.target_curvature, state)
-    step = gamma * change(along)
-    f = identity() if layer.uses_head else layer.transfer
-    if is_after:
-        residual = divergence.residual(f, a, step)
-        start = residual(a)
-        if target is not None:
-            extra = pull(x, start - gamma * e, slope)
-            slope = jax.tree.map(jnp.add, slope, extra)
-        gain = lambda moved: residual(a + moved) - start  # noqa: E731
-    else:
-        # The same linear map of the features for all rows commutes with X'.
-        slope, start = jax.tree.map(change, slope), step
-        gain = _gain_before_transfer(layer, arrays, divergence, a)
-    problem = LocalProblem(
-        slope=slope,
-        inputs=x,
-        cotangents=start,
-        gain=gain,
-        outputs_apart=gain is None or (f.is_elementwise and not layer.uses_head),
-        penalty=penalty_of(regularizer, Layerwise(x, data.curvature, slope, eta)),
-        weights=data.weights,
-        learning_rate=eta,
-        ok=ok,
-    )
-    return problem, state
-
-
-def _gain_before_transfer(
-    layer: Layer, arrays: LayerArrays, divergence: Divergence, a: Float[Array, "rows d_out"]
-) -> Callable[[Array], Array] | None:
-    """See `LocalProblem.gain`; the target's step cancels in it."""
-    if divergence.name == "matching" and layer.uses_head:
-        return _gain_of_head(arrays, a)
-    f = identity() if layer.uses_head else layer.transfer
-    if divergence.is_linear(f):
-        return None
-    residual = divergence.residual(f, a, jnp.zeros((1, 1), a.dtype))
-    return lambda moved: residual(a + moved)
-
-
-def _gain_of_head(arrays: LayerArrays, a: Float[Array, "rows d_out"]) -> Callable[[Array], Array]:
-    """At an output layer the loss takes the matching loss's place, times the terms it averages.
-
-    Proposition 4 then holds at gamma = that number.
-    """
-    head, shape = arrays.head, arrays.outputs.shape
-    assert head is not None
-    start = _rows(arrays.cotangents, a.dtype)
-
-    def gain(moved: Float[Array, "rows d_out"]) -> Float[Array, "rows d_out"]:
-        gradient = head.gradient((a + moved).reshape(shape))
-        return head.terms * (_rows(gradient, a.dtype) - start)
-
-    return gain
-
-
-# --- layers of equal shapes ----------------------------------------------------------------------
-
-
-def _groups(layers: Layers, data: Mapping[str, LayerData], stack: bool) -> list[list[str]]:
-    """The layers that one loop can solve: equal in shapes, dtypes and transfer function."""
+def _groups(layers: Layers, data: Mapping[str, LayerData]) -> list[list[str]]:
+    """The layers that one solver can take at once: equal in shapes and transfer function."""
     groups: dict[Any, list[str]] = {}
     for name, arrays in data.items():
         leaves, structure = jax.tree.flatten(arrays)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        apart = name if layers[name].uses_head or not stack else None
+        apart = name if layers[name].uses_head else None
         groups.setdefault((apart, layers[name].transfer, structure, shapes), []).append(name)
     return list(groups.values())
 
 
-def _for_each(function: Callable[[LayerData], Result], data: Sequence[LayerData]) -> list[Result]:
-    """One call for each layer, compiled once.
+def _one_by_one(
+    layers: Layers, data: Mapping[str, LayerData], improve: Improve, correction: float
+) -> dict[str, Result]:
+    """Each layer after the one that feeds it, its input moved towards that layer's new outputs.
 
-    On a CPU one after the other, for its batched matrix products are slow; elsewhere at once.
+    The local problem starts anew at the moved input: its outputs follow, its cotangents stay.
     """
-    if len(data) == 1:
-        return [function(data[0])]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *data)
-    one_by_one = jax.default_backend() == "cpu"
-    mapped = jax.lax.map(function, stacked) if one_by_one else jax.vmap(function)(stacked)
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], mapped) for i in range(len(data))]
+    results: dict[str, Result] = {}
+    at: dict[str, LayerData] = {}
+    for name, arrays in data.items():
+        source, kernel = layers[name].source, arrays.weights.get("kernel")
+        if source in results and kernel is not None:
+            moved = push(at[source].inputs, results[source].delta)
+            fed = layers[source].transfer(at[source].outputs + moved)
+            change = _limited(fed - arrays.inputs, correction)
+            more = pull(change, arrays.cotangents, {"kernel": kernel})
+            arrays = arrays._replace(
+                inputs=arrays.inputs + change,
+                outputs=arrays.outputs + change @ kernel,
+                updates={**arrays.updates, "kernel": arrays.updates["kernel"] + more["kernel"]},
+            )
+        results[name], at[name] = improve(name, arrays), arrays
+    return results
 
 
-# --- parameters ----------------------------------------------------------------------------------
+def _limited(change: Float[Array, "rows d"], correction: float) -> Float[Array, "rows d"]:
+    """Shortened to correction * sqrt(d), over all rows together."""
+    norm = jnp.linalg.norm(change) + jnp.finfo(change.dtype).tiny
+    most = jnp.asarray(correction * change.shape[1] ** 0.5, change.dtype)
+    return change * (jnp.minimum(norm, most) / norm)
 
 
-def _blocks(layers: Layers, tree: Any) -> dict[str, Block]:
-    """The kernels and biases in a tree by layer, in float32 or float64, without masked ones."""
-    leaves = _layers.leaves_by_path(tree)
-    blocks = {}
-    for name, layer in layers.items():
-        parts = {"kernel": layer.kernel} | ({"bias": layer.bias} if layer.bias else {})
-        found = {
-            part: parameter.read(leaves[parameter.path])
-            for part, parameter in parts.items()
-            if parameter.path in leaves
-        }
-        if found:
-            wide = any(leaf.dtype == jnp.float64 for leaf in found.values())
-            dtype = jnp.float64 if wide else jnp.float32
-            blocks[name] = {part: leaf.astype(dtype) for part, leaf in found.items()}
-    return blocks
-
-
-def _write(layer: Layer, block: Block) -> dict[str, Array]:
-    """A block's parts in the layout of the parameter tree, by path."""
-    parts = {"kernel": layer.kernel, "bias": layer.bias}
-    return {parts[part].path: parts[part].write(value) for part, value in block.items()}
+def _where(condition: Bool[Array, ""], true: Any, false: Any) -> Any:
+    return jax.tree.map(lambda t, f: jnp.where(condition, t, f), true, false)
 
 
 def _all_finite(tree: Any) -> Array:
@@ -405,6 +275,16 @@ def _all_finite(tree: Any) -> Array:
 
 
 # --- checks --------------------------------------------------------------------------------------
+
+
+def _check_correction(layers: Layers, correction: float) -> None:
+    if correction < 0:
+        raise ValueError(f"`correction` must not be negative, got {correction}.")
+    if correction and not any(layer.source in layers for layer in layers.values()):
+        raise ValueError(
+            "`correction` moves the input of a layer after the layer that feeds it, but no layer "
+            f"is fed by another's transfer function alone: {', '.join(layers)}."
+        )
 
 
 def _is_number(x: Any) -> bool:

@@ -1,15 +1,10 @@
-"""One layer's local problem, and the coordinates in which its iterates are cheapest.
+"""One layer's local problem, and how captured arrays become it.
 
 A solver looks for the displacement delta = W~ - W of a layer's weights. The local loss has
 
     gradient at W + delta = slope + X' gain(X delta) + gradient of the regularizer at delta
 
-with slope the incoming updates (times gamma), so the first iteration needs no matrix product. The
-input X never changes, which offers three ways to iterate. Choose by their flops:
-
-    direct   delta itself, two products with X in each iteration
-    gram     delta itself, X'X once (squared losses only)
-    dual     delta = s slope + X'Y, with Y of one row per example and XX' once (plain steps only)
+with slope the incoming updates (times gamma), so the first iteration needs no matrix product.
 """
 
 from __future__ import annotations
@@ -21,30 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from locoprop_jax import _linalg
-
-Block = dict[str, Array]  # {"kernel": (d_in, d_out), "bias": (d_out,)}, or one of the two
-Rows = Float[Array, "rows d_out"]
-
-PATHS = ("direct", "gram", "dual")
-
-
-class Penalty(NamedTuple):
-    """A regularizer at work in one layer: zero, with gradient zero, at delta = 0.
-
-    Attributes:
-      gradient: its gradient at a displacement.
-      solve: the inverse of `gradient`, where that is a positive definite linear map.
-      weight: lambda_r, where the regularizer is lambda_r / 2 |delta|^2.
-      shrink: the proximal step of size eta, `shrink(delta, eta)`, which stands in for a gradient.
-      factors: (weight, A, B) where the gradient is weight A delta B, on blocks as matrices.
-    """
-
-    gradient: Callable[[Block], Block] | None = None
-    solve: Callable[[Block], Block] | None = None
-    weight: Array | None = None
-    shrink: Callable[[Block, Array], Block] | None = None
-    factors: tuple[Array, Array, Array] | None = None
+from locoprop_jax._blocks import Block, Rows, pull
+from locoprop_jax._divergences import Divergence, Target
+from locoprop_jax._layers import Captured, Layer, LayerArrays
+from locoprop_jax._regularizers import Layerwise, Penalty, Regularizer, penalty_of
+from locoprop_jax._transfer import identity
 
 
 class LocalProblem(NamedTuple):
@@ -74,151 +50,155 @@ class LocalProblem(NamedTuple):
     ok: Bool[Array, ""]
 
 
-# --- a block and the rows ------------------------------------------------------------------------
+class LayerData(NamedTuple):
+    """One layer's arrays for one update; layers of equal shapes are stacked by them.
+
+    Attributes:
+      inputs: X.
+      outputs: A.
+      cotangents: E.
+      transferred: the cotangents after the transfer function, None where they are not needed.
+      target_curvature: the rows that the target asks for, or None.
+      curvature: those that the regularizer asks for, or None.
+      weights: W.
+      updates: the incoming ones.
+      inner: the solver's state.
+      target: the target's state.
+    """
+
+    inputs: Float[Array, "rows d_in"]
+    outputs: Float[Array, "rows d_out"]
+    cotangents: Float[Array, "rows d_out"]
+    transferred: Float[Array, "rows d_out"] | None
+    target_curvature: Float[Array, "samples_rows d_out"] | None
+    curvature: Float[Array, "samples_rows d_out"] | None
+    weights: Block
+    updates: Block
+    inner: Any
+    target: Any
 
 
-def push(inputs: Float[Array, "rows d_in"], delta: Block) -> Rows:
-    """How much the outputs move: X delta."""
-    bias = delta.get("bias")
-    if "kernel" not in delta:
-        assert bias is not None
-        return jnp.broadcast_to(bias[None], (len(inputs), *bias.shape))
-    change = inputs @ delta["kernel"]
-    return change if bias is None else change + bias[None]
+# --- from captured arrays ------------------------------------------------------------------------
 
 
-def pull(inputs: Float[Array, "rows d_in"], rows: Rows, like: Block) -> Block:
-    """X' rows, in the parts that `like` has."""
-    parts = {"kernel": lambda: inputs.T @ rows, "bias": lambda: rows.sum(0)}
-    return {part: parts[part]() for part in like}
+def _rows(x: Float[Array, "... d"], dtype: Any) -> Float[Array, "rows d"]:
+    return x.reshape(-1, x.shape[-1]).astype(dtype)
 
 
-def extend(inputs: Float[Array, "rows d_in"], like: Block) -> Float[Array, "rows d"]:
-    """X with a column of ones for a bias: what multiplies the block as one matrix."""
-    ones = jnp.ones((len(inputs), 1), inputs.dtype)
-    columns = {"kernel": inputs, "bias": ones}
-    return jnp.concatenate([columns[part] for part in _parts(like)], 1)
-
-
-def matrix(block: Block) -> Float[Array, "d d_out"]:
-    """A block as one matrix, the bias its last row."""
-    return jnp.concatenate(
-        [block[part].reshape(-1, block[part].shape[-1]) for part in _parts(block)]
+def layer_data(
+    layer: Layer,
+    captured: Captured,
+    divergence: Divergence,
+    curvatures: tuple[str | None, str | None],
+    blocks: tuple[Block, Block],
+    states: tuple[Any, Any],
+) -> LayerData:
+    arrays, dtype = captured[layer.name], next(iter(blocks[1].values())).dtype
+    is_after = _is_after_transfer(divergence, layer)
+    for_target, for_penalty = curvatures
+    return LayerData(
+        inputs=_rows(arrays.inputs, dtype),
+        outputs=_rows(arrays.outputs, dtype),
+        cotangents=_rows(arrays.cotangents, dtype),
+        transferred=_rows(arrays.transferred_cotangents, dtype) if is_after else None,
+        target_curvature=_curvature(captured, arrays, for_target, is_after, dtype),
+        curvature=_curvature(captured, arrays, for_penalty, False, dtype),
+        weights=blocks[0],
+        updates=blocks[1],
+        inner=states[0],
+        target=states[1],
     )
 
 
-def unmatrix(value: Float[Array, "d d_out"], like: Block) -> Block:
-    """The inverse of `matrix`."""
-    parts = {"kernel": lambda: value[: like["kernel"].shape[0]], "bias": lambda: value[-1]}
-    return {part: parts[part]() for part in like}
+def _is_after_transfer(divergence: Divergence, layer: Layer) -> bool:
+    """Whether the layer's target is a step after its transfer function: not at an output layer."""
+    return divergence.after_transfer and not layer.uses_head and not layer.transfer.is_identity
 
 
-def _parts(block: Block) -> list[str]:
-    return [part for part in ("kernel", "bias") if part in block]
+def _curvature(
+    captured: Captured, arrays: LayerArrays, source: str | None, is_after: bool, dtype: Any
+) -> Float[Array, "samples_rows d_out"] | None:
+    """Rows whose second moment, summed, is the Fisher's factor of the layer's outputs."""
+    if source is None:
+        return None
+    if source == "captured":
+        return _rows(arrays.transferred_curvature if is_after else arrays.curvature, dtype)
+    empirical = arrays.transferred_cotangents if is_after else arrays.cotangents
+    return _rows(empirical, dtype) * jnp.sqrt(jnp.asarray(captured.terms, dtype))
 
 
-# --- coordinates ---------------------------------------------------------------------------------
+def local_problem(
+    layer: Layer,
+    arrays: LayerArrays,
+    data: LayerData,
+    components: tuple[Divergence, Target | None, Regularizer | None],
+    rates: tuple[Any, Any],
+    ok: Bool[Array, ""],
+) -> tuple[LocalProblem, Any]:
+    """The local problem of one layer, and the target's new state."""
+    x, a, e = data.inputs, data.outputs, data.cotangents
+    divergence, target, regularizer = components
+    gamma, eta = (jnp.asarray(rate, x.dtype) for rate in rates)
+    is_after = data.transferred is not None
+    along, state = e if data.transferred is None else data.transferred, data.target
+    slope = {part: gamma * g for part, g in data.updates.items()}
+    change: Callable[[Array], Array] = lambda rows: rows  # noqa: E731
+    if target is not None:
+        change, state = target.update(along, data.target_curvature, state)
+    step = gamma * change(along)
+    f = identity() if layer.uses_head else layer.transfer
+    if is_after:
+        residual = divergence.residual(f, a, step)
+        start = residual(a)
+        if target is not None:
+            extra = pull(x, start - gamma * e, slope)
+            slope = jax.tree.map(jnp.add, slope, extra)
+        gain = lambda moved: residual(a + moved) - start  # noqa: E731
+    else:
+        # The same linear map of the features for all rows commutes with X'.
+        slope, start = jax.tree.map(change, slope), step
+        gain = _gain_before_transfer(layer, arrays, divergence, a)
+    problem = LocalProblem(
+        slope=slope,
+        inputs=x,
+        cotangents=start,
+        gain=gain,
+        outputs_apart=gain is None or (f.is_elementwise and not layer.uses_head),
+        penalty=penalty_of(regularizer, Layerwise(x, data.curvature, slope, eta)),
+        weights=data.weights,
+        learning_rate=eta,
+        ok=ok,
+    )
+    return problem, state
 
 
-class Coordinates(NamedTuple):
-    """Where iterates live: any tree, a zero tree for delta = 0.
+def _gain_before_transfer(
+    layer: Layer, arrays: LayerArrays, divergence: Divergence, a: Float[Array, "rows d_out"]
+) -> Callable[[Array], Array] | None:
+    """See `LocalProblem.gain`; the target's step cancels in it."""
+    if divergence.name == "matching" and layer.uses_head:
+        return _gain_of_head(arrays, a)
+    f = identity() if layer.uses_head else layer.transfer
+    if divergence.is_linear(f):
+        return None
+    residual = divergence.residual(f, a, jnp.zeros((1, 1), a.dtype))
+    return lambda moved: residual(a + moved)
 
-    Attributes:
-      slope: the gradient of the local loss at zero.
-      gain: what that gradient gains away from zero.
-      block: the displacement that a tree stands for.
+
+def _gain_of_head(arrays: LayerArrays, a: Float[Array, "rows d_out"]) -> Callable[[Array], Array]:
+    """At an output layer the loss takes the matching loss's place, times the terms it averages.
+
+    Proposition 4 then holds at gamma = that number.
     """
+    head, shape = arrays.head, arrays.outputs.shape
+    assert head is not None
 
-    slope: Any
-    gain: Callable[[Any], Any]
-    block: Callable[[Any], Block]
+    def gradient(a: Float[Array, "rows d_out"]) -> Float[Array, "rows d_out"]:
+        return _rows(head.gradient(a.reshape(shape)), a.dtype)
 
+    start = gradient(a)  # the cotangents, unless a correction moved the outputs
 
-def path_flops(rows: int, d_in: int, d_out: int, iterations: int) -> dict[str, int]:
-    """The flops of each path's matrix products for `iterations`, of which the first is free."""
-    later = iterations - 1
-    return {
-        "direct": later * 4 * rows * d_in * d_out,
-        "gram": 2 * rows * d_in**2 + later * 2 * d_in**2 * d_out,
-        "dual": 2 * rows**2 * d_in + 4 * rows * d_in * d_out + later * 2 * rows**2 * d_out,
-    }
+    def gain(moved: Float[Array, "rows d_out"]) -> Float[Array, "rows d_out"]:
+        return head.terms * (gradient(a + moved) - start)
 
-
-def coordinates(problem: LocalProblem, iterations: int, path: str, allowed: Any) -> Coordinates:
-    """The cheapest coordinates for so many iterations, or those that `path` names.
-
-    Args:
-      problem: the layer.
-      iterations: how many gradients the solver takes, counting the one at W.
-      path: "auto", or one of `PATHS` (tests and benchmarks).
-      allowed: the paths that the solver can take.
-    """
-    x, gain, slope = problem.inputs, problem.gain, problem.slope
-    d_out = next(iter(slope.values())).shape[-1]
-    costs = path_flops(x.shape[0], x.shape[1], d_out, iterations)
-    usable = [p for p in allowed if p != "gram" or gain is None]
-    if path == "auto":
-        path = min(usable, key=lambda p: costs[p])
-    elif path not in usable:
-        raise ValueError(f"The {path} path cannot be taken here, only {', '.join(usable)}.")
-    return {"direct": _direct, "gram": _gram, "dual": _dual}[path](problem)
-
-
-def _direct(problem: LocalProblem) -> Coordinates:
-    x, gain = problem.inputs, problem.gain
-
-    def gained(delta: Block) -> Block:
-        change = push(x, delta)
-        return pull(x, change if gain is None else gain(change), delta)
-
-    return Coordinates(problem.slope, gained, lambda delta: delta)
-
-
-def _gram(problem: LocalProblem) -> Coordinates:
-    x = problem.inputs
-    gram, total, rows = x.T @ x, x.sum(0), len(x)
-
-    def gained(delta: Block) -> Block:
-        kernel, bias = delta.get("kernel"), delta.get("bias")
-        result = {}
-        if kernel is not None:
-            result["kernel"] = gram @ kernel
-            if bias is not None:
-                result["kernel"] += total[:, None] * bias[None]
-        if bias is not None:
-            result["bias"] = rows * bias
-            if kernel is not None:
-                result["bias"] += total @ kernel
-        return result
-
-    return Coordinates(problem.slope, gained, lambda delta: delta)
-
-
-def _dual(problem: LocalProblem) -> Coordinates:
-    """Delta = s slope + X'Y, so that the outputs move by s X slope + XX'Y."""
-    x, gain, slope = problem.inputs, problem.gain, problem.slope
-    moved = push(x, slope)
-    products = x @ x.T if "kernel" in slope else jnp.zeros((len(x), len(x)), x.dtype)
-    if "bias" in slope:
-        products += 1
-    one, zero = jnp.ones((), x.dtype), jnp.zeros((), x.dtype)
-
-    def gained(at: dict[str, Array]) -> dict[str, Array]:
-        change = at["slope"] * moved + products @ at["rows"]
-        return {"slope": zero, "rows": change if gain is None else gain(change)}
-
-    def block(at: dict[str, Array]) -> Block:
-        pulled = pull(x, at["rows"], slope)
-        return jax.tree.map(lambda s, p: at["slope"] * s + p, slope, pulled)
-
-    return Coordinates({"slope": one, "rows": jnp.zeros_like(moved)}, gained, block)
-
-
-def gradient(at: Coordinates, penalty: Penalty, delta: Any) -> Any:
-    """The gradient of the local objective away from zero, in any coordinates."""
-    result = _linalg.add(at.slope, at.gain(delta))
-    if penalty.weight is not None:
-        return _linalg.add(result, _linalg.scale(delta, penalty.weight))
-    if penalty.gradient is not None:
-        return _linalg.add(result, penalty.gradient(delta))
-    return result
+    return gain

@@ -42,6 +42,7 @@ def locoprop_s(
     iterations: int = 10,
     optimizer: Optimizer = RMSPROP,
     regularizer: Regularizer | None = None,
+    correction: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """LocoProp with local squared losses (LocoProp, eq. 3, Algorithm 1).
 
@@ -56,6 +57,8 @@ def locoprop_s(
       optimizer: the local optimizer's constructor, called with the learning rate of each step.
       regularizer: None, as in the paper's Algorithms; `l2()` adds 1/(2 eta) |W~ - W|^2, as in its
         eq. 3 and in the review's Algorithm 2 ("fixed").
+      correction: 0 for the paper's: all layers at once. Above, one after the other, as
+        `scale_by_local_loss` describes.
 
     Returns:
       A complete optimizer. Its `update` needs `captured`, from `value_grad_and_capture`.
@@ -64,7 +67,8 @@ def locoprop_s(
       ValueError, TypeError: as `scale_by_local_loss`.
     """
     solver = inner(optimizer, iterations)
-    return _complete("squared", None, layers, learning_rate, gamma, regularizer, solver)
+    rates = learning_rate, gamma
+    return _complete("squared", None, layers, rates, regularizer, solver, correction)
 
 
 def locoprop_m(
@@ -75,6 +79,7 @@ def locoprop_m(
     iterations: int = 10,
     optimizer: Optimizer = RMSPROP,
     regularizer: Regularizer | None = None,
+    correction: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """LocoProp with local matching losses (LocoProp, eq. 7, Algorithm 2).
 
@@ -85,7 +90,9 @@ def locoprop_m(
     Arguments, result and errors are those of `locoprop_s`.
     """
     solver = inner(optimizer, iterations)
-    return _complete("matching", None, layers, learning_rate, gamma, regularizer, solver)
+    return _complete(
+        "matching", None, layers, learning_rate, gamma, regularizer, solver, correction
+    )
 
 
 def pocoprop_s(
@@ -106,7 +113,8 @@ def pocoprop_s(
     `value_grad_and_capture(loss_fn, transferred=True)`.
     """
     solver = inner(optimizer, iterations)
-    return _complete("post_squared", None, layers, learning_rate, gamma, regularizer, solver)
+    rates = learning_rate, gamma
+    return _complete("post_squared", None, layers, rates, regularizer, solver)
 
 
 def pocoprop_m(
@@ -128,7 +136,8 @@ def pocoprop_m(
     `value_grad_and_capture(loss_fn, transferred=True)`.
     """
     solver = inner(optimizer, iterations)
-    return _complete("dual_matching", None, layers, learning_rate, gamma, regularizer, solver)
+    rates = learning_rate, gamma
+    return _complete("dual_matching", None, layers, rates, regularizer, solver)
 
 
 def proxprop(
@@ -193,25 +202,26 @@ def locoprop_kfac(
       ValueError, TypeError: as `scale_by_local_loss`.
     """
     target = target or _divergences.natural()
-    return _complete("squared", target, layers, learning_rate, gamma, l2(), exact())
+    return _complete("squared", target, layers, (learning_rate, gamma), l2(), exact())
 
 
 def _complete(
     divergence: str,
     target: Target | None,
     layers: Layers,
-    learning_rate: optax.ScalarOrSchedule,
-    gamma: float,
+    rates: tuple[optax.ScalarOrSchedule, float],
     regularizer: Regularizer | None,
     solver: Solver,
+    correction: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     local = scale_by_local_loss(
         layers,
-        learning_rate,
-        gamma=gamma,
+        rates[0],
+        gamma=rates[1],
         divergence=divergence,
         target=target,
         regularizer=regularizer,
         solver=solver,
+        correction=correction,
     )
     return optax.chain(local, optax.scale(-1.0))

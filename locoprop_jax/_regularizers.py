@@ -10,12 +10,30 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
-from locoprop_jax._local_problem import Block, Penalty, extend, matrix, unmatrix
+from locoprop_jax._blocks import Block, extend, matrix, unmatrix
 
 Rows = Float[Array, "rows d_out"]
 
 # A weight of 1 / learning_rate is infinite where a schedule starts at 0; there this stands in.
 SMALLEST_RATE = 1e-12
+
+
+class Penalty(NamedTuple):
+    """A regularizer at work in one layer: zero, with gradient zero, at delta = 0.
+
+    Attributes:
+      gradient: its gradient at a displacement.
+      solve: the inverse of `gradient`, where that is a positive definite linear map.
+      weight: lambda_r, where the regularizer is lambda_r / 2 |delta|^2.
+      shrink: the proximal step of size eta, `shrink(delta, eta)`, which stands in for a gradient.
+      factors: (weight, A, B) where the gradient is weight A delta B, on blocks as matrices.
+    """
+
+    gradient: Callable[[Block], Block] | None = None
+    solve: Callable[[Block], Block] | None = None
+    weight: Array | None = None
+    shrink: Callable[[Block, Array], Block] | None = None
+    factors: tuple[Array, Array, Array] | None = None
 
 
 class Layerwise(NamedTuple):

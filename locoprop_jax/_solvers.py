@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from locoprop_jax import _linalg, _local_problem
+from locoprop_jax import _coordinates, _linalg
+from locoprop_jax._blocks import Block, extend, matrix, pull, push, unmatrix
+from locoprop_jax._coordinates import Coordinates
 from locoprop_jax._divergences import Divergence
-from locoprop_jax._local_problem import Block, Coordinates, LocalProblem, matrix, pull, push
+from locoprop_jax._local_problem import LocalProblem
 from locoprop_jax._regularizers import Regularizer
 
 Refusal = Callable[[Divergence, Regularizer | None], str]
@@ -102,7 +104,7 @@ def inner(
     def plain(problem: LocalProblem, state: Any) -> tuple[Block, Any]:
         shrink = problem.penalty.shrink
         allowed = ["direct", "gram", *(["dual"] if _acts_as_number(problem) else [])]
-        at = _local_problem.coordinates(problem, iterations, path, allowed)
+        at = _coordinates.coordinates(problem, iterations, path, allowed)
 
         def step(k: Array, delta: Any) -> Any:
             eta = rate(problem, k)
@@ -114,7 +116,7 @@ def inner(
         return at.block(delta), state
 
     def adaptive(problem: LocalProblem, state: Any) -> tuple[Block, Any]:
-        at = _local_problem.coordinates(problem, iterations, path, ["direct", "gram"])
+        at = _coordinates.coordinates(problem, iterations, path, ["direct", "gram"])
 
         def step(k: Array, carry: tuple[Block, Any]) -> tuple[Block, Any]:
             delta, state = carry
@@ -133,7 +135,7 @@ def inner(
             return at.slope
         return jax.lax.cond(
             k > 0,
-            lambda d: _local_problem.gradient(at, problem.penalty, d),
+            lambda d: _coordinates.gradient(at, problem.penalty, d),
             lambda d: at.slope,
             delta,
         )
@@ -181,7 +183,7 @@ def fixed_point(iterations: int = 10, *, relaxation: float = 1.0, path: str = "a
 
     def solve(problem: LocalProblem, state: Any) -> tuple[Block, Any]:
         allowed = ["direct", "gram", *(["dual"] if problem.penalty.weight is not None else [])]
-        at = _local_problem.coordinates(problem, iterations, path, allowed)
+        at = _coordinates.coordinates(problem, iterations, path, allowed)
         step = _fixed_point_step(problem, at, relaxation)
         count = jnp.where(problem.ok, iterations, 0)
         start = _linalg.zeros_like(at.slope)
@@ -208,7 +210,7 @@ def anderson(iterations: int = 10, *, memory: int = 5, relaxation: float = 1.0) 
     _check_relaxation(relaxation)
 
     def solve(problem: LocalProblem, state: Any) -> tuple[Block, Any]:
-        at = _local_problem.coordinates(problem, iterations, "auto", ["direct", "gram"])
+        at = _coordinates.coordinates(problem, iterations, "auto", ["direct", "gram"])
         step = _fixed_point_step(problem, at, relaxation)
         count = jnp.where(problem.ok, iterations, 0)
         start = _linalg.zeros_like(at.slope)
@@ -264,7 +266,7 @@ def conjugate_gradient(iterations: int = 10) -> Solver:
     iterations = _count("iterations", iterations)
 
     def solve(problem: LocalProblem, state: Any) -> tuple[Block, Any]:
-        at = _local_problem.coordinates(problem, iterations + 1, "auto", ["direct", "gram"])
+        at = _coordinates.coordinates(problem, iterations + 1, "auto", ["direct", "gram"])
         penalty = problem.penalty
 
         def apply(delta: Block) -> Block:
@@ -318,7 +320,7 @@ def exact() -> Solver:
 def _exact_l2(problem: LocalProblem) -> Block:
     slope, weight = problem.slope, problem.penalty.weight
     assert weight is not None
-    x, right = _local_problem.extend(problem.inputs, slope), matrix(slope)
+    x, right = extend(problem.inputs, slope), matrix(slope)
     if exact_by_rows(x.shape[0], x.shape[1], right.shape[1]):
         # X'(w + XX')^-1 C for what the rows make of the slope; the rest of it never met the data.
         rest = right - x.T @ problem.cotangents
@@ -327,7 +329,7 @@ def _exact_l2(problem: LocalProblem) -> Block:
         delta = -(x.T @ rows) - rest / weight
     else:
         delta = -_linalg.solve(_linalg.damped(_linalg.second_moment(x), weight), right)
-    return _local_problem.unmatrix(delta, slope)
+    return unmatrix(delta, slope)
 
 
 def exact_by_rows(rows: int, d_in: int, d_out: int) -> bool:
@@ -341,13 +343,13 @@ def _exact_kronecker(problem: LocalProblem) -> Block:
     slope, factors = problem.slope, problem.penalty.factors
     assert factors is not None
     weight, left, right = factors
-    x = _local_problem.extend(problem.inputs, slope)
+    x = extend(problem.inputs, slope)
     values, q = jnp.linalg.eigh(_linalg.second_moment(x))
     left_values = jnp.einsum("ji,jk,ki->i", q, left, q)
     right_values, p = jnp.linalg.eigh(right)
     metric = weight * left_values[:, None] * right_values[None]
     denominator = jnp.maximum(values, 0)[:, None] + metric
-    return _local_problem.unmatrix(-q @ (q.T @ matrix(slope) @ p / denominator) @ p.T, slope)
+    return unmatrix(-q @ (q.T @ matrix(slope) @ p / denominator) @ p.T, slope)
 
 
 # --- Newton --------------------------------------------------------------------------------------

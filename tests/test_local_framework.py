@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import locoprop_jax as lp
-from locoprop_jax import _local_problem
+from locoprop_jax import _coordinates
 from tests.dense_nets import (
     DEEP,
     TRANSFERS,
@@ -195,7 +195,7 @@ def test_all_three_paths_agree_on_squared_losses(solver, regularizer):
     if solver is lp.fixed_point and regularizer is None:
         pytest.skip("the fixed point needs a regularizer")
     results = []
-    for path in _local_problem.PATHS:
+    for path in _coordinates.PATHS:
         made = (
             lp.inner(optax.sgd, 6, path=path)
             if solver is lp.inner
@@ -208,7 +208,7 @@ def test_all_three_paths_agree_on_squared_losses(solver, regularizer):
 
 
 @pytest.mark.parametrize("moving", ["kernel", "bias"])
-@pytest.mark.parametrize("path", _local_problem.PATHS)
+@pytest.mark.parametrize("path", _coordinates.PATHS)
 def test_the_masked_part_of_a_layer_is_held_fixed_on_each_path(moving, path):
     net, results = Net(batch=4, decay=0.1), []
     for p in ("direct", path):
@@ -222,7 +222,7 @@ def test_the_masked_part_of_a_layer_is_held_fixed_on_each_path(moving, path):
 
 def test_the_path_is_the_one_of_the_fewest_flops():
     def fewest(rows, d_in, d_out):
-        costs = _local_problem.path_flops(rows, d_in, d_out, 10)
+        costs = _coordinates.path_flops(rows, d_in, d_out, 10)
         return min(costs, key=lambda path: costs[path])
 
     assert fewest(100, 1000, 500) == "dual"
@@ -746,6 +746,78 @@ def test_the_dual_matching_divergence_needs_monotone_functions_too():
         lp.pocoprop_m(layers, 0.1)
 
 
+# --- one layer after the other -------------------------------------------------------------------
+
+
+def corrected(net, params, batch, matching, eta, gamma, iterations, correction):
+    """Layer by layer, the next one's input moved towards what the new weights make of it."""
+    new, layers = {}, net.backprop(params, *batch)
+    inputs = [x[:, :d_in] for (x, *_), d_in in zip(layers, net.widths, strict=False)]
+    for m, (name, (_, _, e, f)) in enumerate(zip(net.names, layers, strict=True)):
+        x = np.concatenate([inputs[m], np.ones((len(e), int(net.biases[m])))], 1)
+        start = w = net.block(params, name)
+        slope = f if matching else lambda at: at
+        for k in range(iterations):
+            residual = slope(x @ w) - slope(x @ start) + gamma * e
+            gradient = x.T @ residual + gamma * net.decay * start
+            w = w - eta * max(1 - k / iterations, 1 / 4) * gradient
+        new[name] = w
+        if m + 1 < len(layers):
+            change = TRANSFERS[net.transfers[m]][1](x @ w) - inputs[m + 1]
+            norm = np.linalg.norm(change)
+            most = correction * change.shape[1] ** 0.5
+            inputs[m + 1] = inputs[m + 1] + change * min(norm, most) / norm if norm else change
+    return new
+
+
+@settings(max_examples=8)
+@given(
+    net=nets().filter(lambda net: net.transfers),
+    matching=st.booleans(),
+    iterations=st.integers(1, 4),
+    correction=st.sampled_from([0.01, 0.1, 100.0]),
+    seed=st.integers(0, 99),
+)
+def test_a_correction_moves_each_input_after_the_layer_that_feeds_it(
+    net, matching, iterations, correction, seed
+):
+    eta, gamma = 1e-2, 2.0 * net.terms
+    method = lp.locoprop_m if matching else lp.locoprop_s
+    options = {"iterations": iterations, "optimizer": optax.sgd, "correction": correction}
+    tx = method(net.layers(), eta, gamma=gamma, **options)
+    params, batch = net.params(seed), net.data(seed)
+    new, _ = take_step(net, tx, params, batch)
+    expected = corrected(net, params, batch, matching, eta, gamma, iterations, correction)
+    assert_blocks(net, new, expected, 1e-8)
+
+
+def test_a_correction_needs_a_layer_that_feeds_another():
+    with pytest.raises(ValueError, match="no layer is fed by another's transfer function alone: l"):
+        lp.locoprop_s(Net().layers(), 0.1, correction=0.1)
+    with pytest.raises(ValueError, match="`correction` must not be negative"):
+        lp.locoprop_s(DEEP.layers(), 0.1, correction=-0.1)
+
+
+def test_the_layer_that_feeds_another_is_found_where_nothing_else_lies_between():
+    rows = jnp.ones((5, 3))
+
+    def sources(between):
+        def loss(params, x):
+            hidden = between(x @ params["a"], x)
+            return optax.l2_loss(hidden @ params["b"]).sum() / len(x)
+
+        d = jax.eval_shape(between, jnp.ones((5, 4)), rows).shape[-1]
+        params = {"a": jnp.ones((3, 4)), "b": jnp.ones((d, 2))}
+        return lp.find_layers(loss, params, rows)["b"].source
+
+    assert sources(lambda a, x: jnp.tanh(a)) == "a"
+    assert sources(lambda a, x: a) == "a"
+    assert sources(lambda a, x: jnp.tanh(a)[:, ::-1]) is None
+    assert sources(lambda a, x: jnp.tanh(a) + x.sum(1, keepdims=True)) is None
+    assert sources(lambda a, x: jax.nn.softmax(a)) is None
+    assert sources(lambda a, x: jnp.concatenate([a, x], 1)) is None
+
+
 # --- stacking ------------------------------------------------------------------------------------
 
 EQUAL = Net(
@@ -780,7 +852,7 @@ def test_layers_solved_in_one_loop_end_where_those_solved_apart_do(options):
 
 
 @pytest.mark.standard_promotion
-def test_layers_of_equal_shapes_and_functions_share_one_loop():
+def test_stacked_layers_of_equal_shapes_and_functions_share_one_loop():
     def loops(stack):
         tx = local_loss(EQUAL, 0.01, gamma=6.0, stack=stack, solver=lp.inner(optax.adam, 3))
         params = EQUAL.params()

@@ -1,0 +1,86 @@
+"""A layer's kernel and bias as methods handle them: apart, beside the rows they meet.
+
+A block holds the parts of a layer that a method was given, which under `optax.masked` may be one
+of the two. `matrix` makes it the W of the papers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from locoprop_jax._layers import Layer, Layers, leaves_by_path
+
+Block = dict[str, Array]  # {"kernel": (d_in, d_out), "bias": (d_out,)}, or one of the two
+Rows = Float[Array, "rows d_out"]
+
+# --- parameters ----------------------------------------------------------------------------------
+
+
+def blocks(layers: Layers, tree: Any) -> dict[str, Block]:
+    """The kernels and biases in a tree by layer, in float32 or float64, without masked ones."""
+    leaves = leaves_by_path(tree)
+    found_blocks = {}
+    for name, layer in layers.items():
+        parts = {"kernel": layer.kernel} | ({"bias": layer.bias} if layer.bias else {})
+        found = {
+            part: parameter.read(leaves[parameter.path])
+            for part, parameter in parts.items()
+            if parameter.path in leaves
+        }
+        if found:
+            wide = any(leaf.dtype == jnp.float64 for leaf in found.values())
+            dtype = jnp.float64 if wide else jnp.float32
+            found_blocks[name] = {part: leaf.astype(dtype) for part, leaf in found.items()}
+    return found_blocks
+
+
+def write(layer: Layer, block: Block) -> dict[str, Array]:
+    """A block's parts in the layout of the parameter tree, by path."""
+    parts = {"kernel": layer.kernel, "bias": layer.bias}
+    return {parts[part].path: parts[part].write(value) for part, value in block.items()}
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def push(inputs: Float[Array, "rows d_in"], delta: Block) -> Rows:
+    """How much the outputs move: X delta."""
+    bias = delta.get("bias")
+    if "kernel" not in delta:
+        assert bias is not None
+        return jnp.broadcast_to(bias[None], (len(inputs), *bias.shape))
+    change = inputs @ delta["kernel"]
+    return change if bias is None else change + bias[None]
+
+
+def pull(inputs: Float[Array, "rows d_in"], rows: Rows, like: Block) -> Block:
+    """X' rows, in the parts that `like` has."""
+    parts = {"kernel": lambda: inputs.T @ rows, "bias": lambda: rows.sum(0)}
+    return {part: parts[part]() for part in like}
+
+
+def extend(inputs: Float[Array, "rows d_in"], like: Block) -> Float[Array, "rows d"]:
+    """X with a column of ones for a bias: what multiplies the block as one matrix."""
+    ones = jnp.ones((len(inputs), 1), inputs.dtype)
+    columns = {"kernel": inputs, "bias": ones}
+    return jnp.concatenate([columns[part] for part in _parts(like)], 1)
+
+
+def matrix(block: Block) -> Float[Array, "d d_out"]:
+    """A block as one matrix, the bias its last row."""
+    return jnp.concatenate(
+        [block[part].reshape(-1, block[part].shape[-1]) for part in _parts(block)]
+    )
+
+
+def unmatrix(value: Float[Array, "d d_out"], like: Block) -> Block:
+    """The inverse of `matrix`."""
+    parts = {"kernel": lambda: value[: like["kernel"].shape[0]], "bias": lambda: value[-1]}
+    return {part: parts[part]() for part in like}
+
+
+def _parts(block: Block) -> list[str]:
+    return [part for part in ("kernel", "bias") if part in block]

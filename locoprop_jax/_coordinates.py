@@ -1,0 +1,129 @@
+"""The coordinates in which the iterates of a local problem are cheapest.
+
+The input X of a layer never changes while its local problem is solved, which offers three ways to
+iterate. Choose by their flops:
+
+    direct   the displacement itself, two products with X in each iteration
+    gram     the displacement itself, X'X once (squared losses only)
+    dual     s slope + X'Y, with a row of Y for each row of X, and XX' once (plain steps only)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from locoprop_jax import _linalg
+from locoprop_jax._blocks import Block, pull, push
+from locoprop_jax._local_problem import LocalProblem
+from locoprop_jax._regularizers import Penalty
+
+PATHS = ("direct", "gram", "dual")
+
+
+class Coordinates(NamedTuple):
+    """Where iterates live: any tree, a zero tree for delta = 0.
+
+    Attributes:
+      slope: the gradient of the local loss at zero.
+      gain: what that gradient gains away from zero.
+      block: the displacement that a tree stands for.
+    """
+
+    slope: Any
+    gain: Callable[[Any], Any]
+    block: Callable[[Any], Block]
+
+
+def path_flops(rows: int, d_in: int, d_out: int, iterations: int) -> dict[str, int]:
+    """The flops of each path's matrix products for `iterations`, of which the first is free."""
+    later = iterations - 1
+    return {
+        "direct": later * 4 * rows * d_in * d_out,
+        "gram": 2 * rows * d_in**2 + later * 2 * d_in**2 * d_out,
+        "dual": 2 * rows**2 * d_in + 4 * rows * d_in * d_out + later * 2 * rows**2 * d_out,
+    }
+
+
+def coordinates(problem: LocalProblem, iterations: int, path: str, allowed: Any) -> Coordinates:
+    """The cheapest coordinates for so many iterations, or those that `path` names.
+
+    Args:
+      problem: the layer.
+      iterations: how many gradients the solver takes, counting the one at W.
+      path: "auto", or one of `PATHS` (tests and benchmarks).
+      allowed: the paths that the solver can take.
+    """
+    x, gain, slope = problem.inputs, problem.gain, problem.slope
+    d_out = next(iter(slope.values())).shape[-1]
+    costs = path_flops(x.shape[0], x.shape[1], d_out, iterations)
+    usable = [p for p in allowed if p != "gram" or gain is None]
+    if path == "auto":
+        path = min(usable, key=lambda p: costs[p])
+    elif path not in usable:
+        raise ValueError(f"The {path} path cannot be taken here, only {', '.join(usable)}.")
+    return {"direct": _direct, "gram": _gram, "dual": _dual}[path](problem)
+
+
+def _direct(problem: LocalProblem) -> Coordinates:
+    x, gain = problem.inputs, problem.gain
+
+    def gained(delta: Block) -> Block:
+        change = push(x, delta)
+        return pull(x, change if gain is None else gain(change), delta)
+
+    return Coordinates(problem.slope, gained, lambda delta: delta)
+
+
+def _gram(problem: LocalProblem) -> Coordinates:
+    x = problem.inputs
+    gram, total, rows = x.T @ x, x.sum(0), len(x)
+
+    def gained(delta: Block) -> Block:
+        kernel, bias = delta.get("kernel"), delta.get("bias")
+        result = {}
+        if kernel is not None:
+            result["kernel"] = gram @ kernel
+            if bias is not None:
+                result["kernel"] += total[:, None] * bias[None]
+        if bias is not None:
+            result["bias"] = rows * bias
+            if kernel is not None:
+                result["bias"] += total @ kernel
+        return result
+
+    return Coordinates(problem.slope, gained, lambda delta: delta)
+
+
+def _dual(problem: LocalProblem) -> Coordinates:
+    """Delta = s slope + X'Y, so that the outputs move by s X slope + XX'Y."""
+    x, gain, slope = problem.inputs, problem.gain, problem.slope
+    moved = push(x, slope)
+    products = x @ x.T if "kernel" in slope else jnp.zeros((len(x), len(x)), x.dtype)
+    if "bias" in slope:
+        products += 1
+    one, zero = jnp.ones((), x.dtype), jnp.zeros((), x.dtype)
+
+    def gained(at: dict[str, Array]) -> dict[str, Array]:
+        change = at["slope"] * moved + products @ at["rows"]
+        return {"slope": zero, "rows": change if gain is None else gain(change)}
+
+    def block(at: dict[str, Array]) -> Block:
+        pulled = pull(x, at["rows"], slope)
+        return jax.tree.map(lambda s, p: at["slope"] * s + p, slope, pulled)
+
+    return Coordinates({"slope": one, "rows": jnp.zeros_like(moved)}, gained, block)
+
+
+def gradient(at: Coordinates, penalty: Penalty, delta: Any) -> Any:
+    """The gradient of the local objective away from zero, in any coordinates."""
+    result = _linalg.add(at.slope, at.gain(delta))
+    if penalty.weight is not None:
+        return _linalg.add(result, _linalg.scale(delta, penalty.weight))
+    if penalty.gradient is not None:
+        return _linalg.add(result, penalty.gradient(delta))
+    return result
