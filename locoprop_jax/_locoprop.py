@@ -90,9 +90,8 @@ def locoprop_m(
     Arguments, result and errors are those of `locoprop_s`.
     """
     solver = inner(optimizer, iterations)
-    return _complete(
-        "matching", None, layers, learning_rate, gamma, regularizer, solver, correction
-    )
+    rates = learning_rate, gamma
+    return _complete("matching", None, layers, rates, regularizer, solver, correction)
 
 
 def pocoprop_s(
