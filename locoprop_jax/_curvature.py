@@ -236,6 +236,11 @@ def _marked_target(
             f"own. With `jax.vmap`, map over the outputs along their first axis."
         )
     examples, outputs = tuple(i for i in axes[0] if i is not None), axes[1]
+    if _batch(traced, value) & set(outputs):
+        raise ValueError(
+            f"{loss!r} makes one loss of several examples. It has to return the loss of each, of "
+            f"the leading shape of its outputs; take sums and means outside."
+        )
     mass_axes = None
     if loss.mass is not None:
         labels = call.inputs[1]
