@@ -334,9 +334,11 @@ def value_grad_and_capture(
             _piece(traced, site) if transferred and i not in ends else None
             for i, site in enumerate(sites)
         ]
+        layouts = [_layout(traced, site, piece) for site, piece in zip(sites, pieces, strict=True)]
         targets: tuple[Target, ...] = ()
         if curvature in _curvature.PULLED:
-            targets = _curvature.plan(traced, curvature, names)
+            to_rows = [layout.outputs for layout in layouts]
+            targets = _curvature.plan(traced, curvature, names, to_rows)
         inputs = [_detect.input_address(program, site) for site in sites]
         outputs = [_detect.output_address(program, site) for site in sites]
         piece_ends = _addresses(program, [piece.end for piece in pieces if piece])

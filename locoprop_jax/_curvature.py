@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from locoprop_jax import _detect, _jaxpr, _separable, losses
-from locoprop_jax._chains import Shape
+from locoprop_jax._chains import Chain, Shape
 from locoprop_jax._jaxpr import Equation, Program
 from locoprop_jax._trace import Traced
 
@@ -110,13 +110,16 @@ def check_rng(curvature: str, rng: Any) -> None:
 # --- plan ----------------------------------------------------------------------------------------
 
 
-def plan(traced: Traced, curvature: str, names: Sequence[str]) -> tuple[Target, ...]:
+def plan(
+    traced: Traced, curvature: str, names: Sequence[str], to_rows: Sequence[Chain]
+) -> tuple[Target, ...]:
     """Find the targets of a traced loss.
 
     Args:
       traced: the loss.
       curvature: one of `PULLED`.
       names: of the layers, for errors.
+      to_rows: of the layers, what brings their outputs to (batch, shared, d_out).
 
     Raises:
       ValueError: the curvature of this loss cannot be told.
@@ -150,7 +153,7 @@ def plan(traced: Traced, curvature: str, names: Sequence[str]) -> tuple[Target, 
     else:
         targets = [_layer_target(traced, curvature, plain, names)]
     if curvature == "ggn_exact":
-        targets = [_with_columns(traced, target, names) for target in targets]
+        targets = [_with_columns(traced, target, names, to_rows) for target in targets]
     return tuple(targets)
 
 
@@ -336,7 +339,9 @@ def _batch(traced: Traced, value: int) -> set[int]:
     return {i for i in traced.batch_axes[value] if traced.program.shape(value)[i] > 1}
 
 
-def _with_columns(traced: Traced, target: Target, names: Sequence[str]) -> Target:
+def _with_columns(
+    traced: Traced, target: Target, names: Sequence[str], to_rows: Sequence[Chain]
+) -> Target:
     """Along which axes of a target exact columns have to stand alone.
 
     One pull serves all the examples at once where no row of a layer reaches two of them.
@@ -344,9 +349,10 @@ def _with_columns(traced: Traced, target: Target, names: Sequence[str]) -> Targe
     program, sites = traced.program, traced.detection.sites
     followed, lost = _separable.follow(program, target.value, traced.detection.live)
     meeting: dict[int, str] = {}
-    for site, name in zip(sites, names, strict=True):
+    for site, name, chain in zip(sites, names, to_rows, strict=True):
         if site.output in followed:
-            labels = _separable.labels(followed[site.output])
+            batch, shared, _ = _separable.rearranged(chain, followed[site.output])
+            labels = _separable.labels((batch, shared))
             for axis in target.examples:
                 if program.shape(target.value)[axis] > 1 and axis not in labels:
                     meeting.setdefault(axis, name)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from locoprop_jax import _jaxpr
-from locoprop_jax._chains import Shape
+from locoprop_jax._chains import Chain, Shape
 from locoprop_jax._jaxpr import Equation, Program
 
 UNKNOWN = -1  # an axis behind an equation that is not understood
@@ -45,6 +45,16 @@ def labels(axes: Axes) -> set[int]:
 
 def is_unknown(axes: Axes) -> bool:
     return any(factor.label == UNKNOWN for axis in axes for factor in axis)
+
+
+def rearranged(chain: Chain, axes: Axes) -> Axes:
+    """The axes of a value after a chain of transpositions and reshapes."""
+    for step, argument in chain:
+        if step == "transpose":
+            axes = tuple(axes[i] for i in argument)
+        else:
+            axes = _regroup([factor for axis in axes for factor in axis], argument)
+    return axes
 
 
 def follow(
@@ -146,6 +156,8 @@ def _operands(program: Program, equation: Equation, env: dict[int, Axes]) -> lis
     elif primitive in _jaxpr.CONCATENATE | _jaxpr.CUMULATIVE:
         axis = params["dimension" if primitive in _jaxpr.CONCATENATE else "axis"]
         kept = {i: i for i in range(len(result)) if i != axis}
+    elif primitive in _jaxpr.REVERSE:
+        kept = {i: i for i in range(len(result)) if i not in params["dimensions"]}
     elif primitive in _jaxpr.SLICE:
         kept = {i: i for i, size in enumerate(shapes[0]) if size == result[i]}
     elif primitive in _jaxpr.PAD:

@@ -14,9 +14,7 @@ from tests.helpers import quick_jit
 
 LOSSES = {
     "softmax_cross_entropy": optax.softmax_cross_entropy,
-    "softmax_cross_entropy_with_integer_labels": (
-        optax.softmax_cross_entropy_with_integer_labels
-    ),
+    "softmax_cross_entropy_with_integer_labels": (optax.softmax_cross_entropy_with_integer_labels),
     "sigmoid_binary_cross_entropy": optax.sigmoid_binary_cross_entropy,
     "squared_error": optax.squared_error,
 }
@@ -181,9 +179,7 @@ def test_a_loss_with_its_own_derivative_has_a_hessian():
     def square(z):
         return jnp.sum(z**2, -1)
 
-    square.defvjp(
-        lambda z: (square(z), z), lambda z, ct: (2 * z * ct.reshape(ct.shape + (1,)),)
-    )
+    square.defvjp(lambda z: (square(z), z), lambda z, ct: (2 * z * ct.reshape(ct.shape + (1,)),))
     loss = lp.losses.output_loss()(lambda z, y: square(z))
     v = normal(1, 4, 3)
     np.testing.assert_allclose(loss.hessian_product(normal(0, 4, 3), None, v), 2 * v)
