@@ -384,7 +384,7 @@ def value_grad_and_capture(
         if curvature == "fisher_empirical":
             root = math.sqrt(_averaged_terms(of_heads, names))
             curved = {path: (root * e)[None] for path, e in cotangents.items()}
-        elif pull is not None:
+        elif pull is not None and curvature is not None:
             points = [
                 _point(target, recorded[injected[target.value]], cotangents, terms, known, heads)
                 for target in targets

@@ -130,7 +130,7 @@ def _operands(program: Program, equation: Equation, env: dict[int, Axes]) -> lis
         kept = {i: i for i in range(len(shapes[0])) if i != params["axis"]}
         uses = [_kept(shapes[0], env[v], kept) for v in parts]
         return [functools.reduce(_merge, uses)]
-    if len(equation.outputs) > 1:
+    if len(equation.outputs) != 1:
         return [_all(shape, UNKNOWN) for shape in shapes]
     after, result = env[equation.outputs[0]], program.shape(equation.outputs[0])
     if _jaxpr.is_elementwise(equation.eqn):
@@ -186,7 +186,8 @@ def _aligned(shape: Shape, result: Shape, after: Axes, places: Any) -> Axes:
 
 def _regroup(factors: Sequence[Factor], shape: Shape) -> Axes:
     """The same entries in row-major order, with other axes."""
-    left, axes = list(factors), []
+    left: list[Factor] = list(factors)
+    axes: list[Axis] = []
     for size in shape:
         axis: list[Factor] = []
         while size > 1:

@@ -70,12 +70,12 @@ def test_without_curvature_a_marked_loss_compiles_to_optaxs_program(name):
 
         inlined = _jaxpr.flatten(jax.make_jaxpr(mean)(outputs, labels))
         compiled = jax.jit(jax.value_and_grad(mean)).lower(outputs, labels).compile()
-        memory = compiled.memory_analysis().temp_size_in_bytes
+        memory = compiled.memory_analysis()
         # Not the flops: XLA folds a constant into one or the other product.
         return (
             [str(equation.primitive) for equation in inlined.equations],
-            compiled.cost_analysis()["bytes accessed"],
-            memory,
+            dict(compiled.cost_analysis() or {})["bytes accessed"],
+            memory and memory.temp_size_in_bytes,
         )
 
     assert program(loss_of(name)) == program(LOSSES[name])
@@ -152,7 +152,7 @@ def pairs(outputs, labels):
 
 
 def test_a_marked_function_keeps_its_name_and_its_documentation():
-    assert poisson.__name__ == "poisson" and "Negative log" in poisson.__doc__
+    assert poisson.__name__ == "poisson" and "Negative log" in str(poisson.__doc__)
     assert repr(poisson) == "<OutputLoss: poisson>"
     assert repr(lp.losses.squared_error) == "<OutputLoss: squared_error>"
     np.testing.assert_allclose(poisson(jnp.zeros(3), jnp.ones(3)), 1.0)
@@ -179,7 +179,7 @@ def test_a_loss_with_its_own_derivative_has_a_hessian():
     def square(z):
         return jnp.sum(z**2, -1)
 
-    square.defvjp(lambda z: (square(z), z), lambda z, ct: (2 * z * ct.reshape(ct.shape + (1,)),))
+    square.defvjp(lambda z: (square(z), z), lambda z, ct: (2 * z * ct.reshape((*ct.shape, 1)),))
     loss = lp.losses.output_loss()(lambda z, y: square(z))
     v = normal(1, 4, 3)
     np.testing.assert_allclose(loss.hessian_product(normal(0, 4, 3), None, v), 2 * v)
