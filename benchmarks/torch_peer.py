@@ -11,6 +11,7 @@ the layer before it has moved (`correction`). Steps are timed alternately in one
 
 import argparse
 import functools
+import importlib
 import statistics
 import sys
 import time
@@ -30,11 +31,11 @@ from benchmarks import cli
 from benchmarks.data import load_dataset, subset
 from benchmarks.tuned import write_json
 
-try:
-    import torch
-    from locoprop import LocoLayer, LocopropTrainer
+try:  # neither is a dependency of anything else here
+    torch: Any = importlib.import_module("torch")
+    peer: Any = importlib.import_module("locoprop")
 except ImportError:
-    torch = None
+    torch = peer = None
 
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 GAMMA = 10.0  # the package's default `learning_rate`
@@ -149,7 +150,6 @@ def our_step(setting: Setting, params: Params) -> Step:
 
 
 def their_step(setting: Setting, params: Params) -> Step:
-    assert torch is not None
     last = len(params) - 1
     modules = []
     for i, layer in enumerate(params):
@@ -158,7 +158,7 @@ def their_step(setting: Setting, params: Params) -> Step:
             linear.weight.copy_(torch.tensor(layer["kernel"].T.copy()))
             linear.bias.copy_(torch.tensor(layer["bias"]))
         activation = torch.nn.Sigmoid() if i == last else torch.nn.Tanh()
-        modules.append(LocoLayer(linear, activation, implicit=i == last))
+        modules.append(peer.LocoLayer(linear, activation, implicit=i == last))
     optimizers: Mapping[str, tuple[Any, dict[str, float]]] = {
         "rmsprop": (torch.optim.RMSprop, {"eps": 1e-6, "momentum": 0.999, "alpha": 0.9}),
         "sgd": (torch.optim.SGD, {}),
@@ -169,7 +169,7 @@ def their_step(setting: Setting, params: Params) -> Step:
         entropy = torch.nn.functional.binary_cross_entropy_with_logits
         return entropy(logits, images, reduction="sum") / len(images)
 
-    trainer = LocopropTrainer(
+    trainer = peer.LocopropTrainer(
         torch.nn.Sequential(*modules),
         loss,
         optimizer_class=optimizer,
@@ -216,7 +216,8 @@ def side_by_side(setting: Setting, images: np.ndarray, steps: int, seed: int) ->
     ratios = [theirs / ours for ours, theirs in zip(*(s[1:] for s in seconds), strict=True)]
     ours, theirs = (statistics.median(s[1:]) for s in seconds)
     difference = max(abs(a - b) / b for a, b in zip(*losses, strict=True))
-    return Outcome(setting, ours, theirs, statistics.median(ratios), *losses, difference)
+    ratio = statistics.median(ratios)
+    return Outcome(setting, ours, theirs, ratio, losses[0], losses[1], difference)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

@@ -2,6 +2,7 @@
 
 import typing as _typing
 
+from locoprop_jax import losses as losses
 from locoprop_jax._capture import find_layers as find_layers
 from locoprop_jax._capture import value_grad_and_capture as value_grad_and_capture
 from locoprop_jax._divergences import Divergence as Divergence

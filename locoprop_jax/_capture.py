@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from locoprop_jax import _chains, _detect, _flow, _jaxpr, _layers, _transfer
+from locoprop_jax import _chains, _curvature, _detect, _flow, _jaxpr, _layers, _transfer
 from locoprop_jax._chains import Chain, Shape
+from locoprop_jax._curvature import Point, Target
 from locoprop_jax._detect import Site
 from locoprop_jax._flow import Piece
-from locoprop_jax._jaxpr import Address, Program
+from locoprop_jax._jaxpr import Address, Path, Program
 from locoprop_jax._layers import (
     Captured,
     Head,
@@ -302,26 +303,55 @@ def _check_found(layers: Layers, on_uncaptured: str) -> None:
 
 
 def value_grad_and_capture(
-    loss_fn: Callable[..., Any], has_aux: bool = False, *, transferred: bool = False
+    loss_fn: Callable[..., Any],
+    has_aux: bool = False,
+    *,
+    transferred: bool = False,
+    curvature: str | None = None,
+    samples: int = 1,
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` that also returns what each layer saw.
+
+    With `curvature`, each layer also gets cotangents C whose products C'C, summed over samples and
+    rows, have the expectation of its pre-activation Fisher or Gauss-Newton block, that of the loss
+    as written (practical Gauss-Newton, sections 2 and 3). They come from the same forward pass, by
+    one more backward pass for each sample or column, batched by `jax.vmap`:
+
+    * "fisher_mc": the gradients of terms with labels that the model predicts. The loss has to be
+      written with `locoprop_jax.losses`.
+    * "fisher_empirical": the cotangents times sqrt(c), where c is the number of terms that the
+      loss averages over: the gradients for the labels given. No further pass.
+    * "ggn_mc": random signs times a square root of the loss Hessian.
+    * "ggn_exact": the columns of that root: as many as outputs per example, times the positions
+      of an example that meet in the network. No example may meet another.
+
+    Losses of `locoprop_jax.losses` have square roots in closed form, and there may be several of
+    them; any other loss works for "ggn_mc" and "ggn_exact" if a single layer feeds it and its
+    Hessian is seen to be one block per example. A negative part of an example's Hessian counts as
+    zero, as does a term with a negative weight.
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)` with a scalar loss, or a pair (loss, aux).
       has_aux: whether it returns a pair.
       transferred: whether to capture the cotangents after the transfer functions too, which the
         post-activation methods (`pocoprop_s`, `pocoprop_m`) need.
+      curvature: which curvature cotangents to capture, None for none.
+      samples: how many, for those that are sampled.
 
     Returns:
       A function of the same arguments that returns `(loss, gradients, captured)`, or
       `((loss, aux), gradients, captured)`. The gradients are those of `jax.value_and_grad`, under
       `jax.jit` bit for bit unless arrays that leave the jit change what XLA fuses; `captured` is a
       `Captured`, the arrays of each layer by name: inputs (batch, shared, d_in), outputs and
-      cotangents (batch, shared, d_out). It costs what `jax.value_and_grad` costs; what is not used
-      of it is not kept.
+      cotangents (batch, shared, d_out), curvature (samples, batch, shared, d_out). It costs what
+      `jax.value_and_grad` costs, and the passes that `curvature` asks for; what is not used of it
+      is not kept. With "fisher_mc" or "ggn_mc" the function needs a key as the keyword `rng`,
+      which the loss does not get.
 
     Raises:
-      TypeError: the loss is not a scalar, or a parameter is not an array.
+      TypeError: the loss is not a scalar, a parameter is not an array, or `rng` is missing.
+      ValueError: `curvature` or `samples` is out of range, or the curvature of this loss cannot be
+        told; the message says why and what to do.
 
     Example:
       >>> import jax, jax.numpy as jnp, locoprop_jax as lp
@@ -332,40 +362,80 @@ def value_grad_and_capture(
       >>> captured["kernel"].cotangents.shape
       (4, 1, 2)
     """
+    _curvature.check_arguments(curvature, samples)
 
     @functools.wraps(loss_fn)
     def wrapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Captured]:
+        rng = None
+        if curvature in _curvature.SAMPLED:
+            rng = kwargs.pop("rng", None)
+            _curvature.check_rng(curvature, rng)
         traced = trace(loss_fn, params, args, kwargs, has_aux)
-        program, sites = traced.program, traced.detection.sites
+        program, sites, names = traced.program, traced.detection.sites, _names(traced)
         ends = sorted(_detect.output_sites(program, traced.detection))
         heads = {i: _head_plan(traced, sites[i]) for i in ends}
         pieces = [
             _piece(traced, site) if transferred and i not in ends else None
             for i, site in enumerate(sites)
         ]
+        layouts = [_layout(traced, site, piece) for site, piece in zip(sites, pieces, strict=True)]
+        targets: tuple[Target, ...] = ()
+        if curvature in _curvature.PULLED:
+            to_rows = [layout.outputs for layout in layouts]
+            targets = _curvature.plan(traced, curvature, names, to_rows)
         inputs = [_detect.input_address(program, site) for site in sites]
         outputs = [_detect.output_address(program, site) for site in sites]
         piece_ends = _addresses(program, [piece.end for piece in pieces if piece])
-        fixed = _addresses(program, [v for plan in heads.values() for v in plan.free])
-        record = frozenset([*inputs, *outputs, *fixed.values()])
+        fixed = _addresses(
+            program,
+            [v for plan in heads.values() for v in plan.free]
+            + [v for target in targets for v in target.operands],
+        )
+        injected = _addresses(program, [target.value for target in targets])
+        terms = _addresses(program, [target.terms for target in targets if target.call])
+        record = frozenset([*inputs, *outputs, *fixed.values(), *injected.values()])
 
         def forward(params: Any, perturbations: dict) -> tuple[Any, Any]:
             flat = [*jax.tree.leaves(params), *traced.arguments]
             results, recorded = _jaxpr.evaluate(traced.closed, flat, record, perturbations)
-            return results[0], (results[1:], recorded)
+            at_targets = [recorded[injected[target.value]] for target in targets]
+            return (results[0], at_targets), (results[1:], recorded)
 
         tapped = {a.path: s.output for s, a in zip(sites, outputs, strict=True)}
         tapped |= {address.path: value for value, address in piece_ends.items()}
+        tapped |= {address.path: value for value, address in terms.items()}
         zeros = {path: jnp.zeros_like(program.avals[value]) for path, value in tapped.items()}
-        (loss, (rest, recorded)), (grads, cotangents) = jax.value_and_grad(
-            forward, argnums=(0, 1), has_aux=True
-        )(params, zeros)
+        if targets:
+            (loss, at_targets), pull, (rest, recorded) = jax.vjp(
+                forward, params, zeros, has_aux=True
+            )
+            nothing = jax.tree.map(jnp.zeros_like, at_targets)
+            grads, cotangents = pull((jnp.ones_like(loss), nothing))
+        else:
+            pull = None
+            (loss, (rest, recorded)), (grads, cotangents) = jax.value_and_grad(
+                lambda *args: _first_of_pair(forward(*args)), argnums=(0, 1), has_aux=True
+            )(params, zeros)
 
         given = [*jax.tree.leaves(params), *traced.arguments]
         known = dict(zip(program.inputs, given, strict=True))
         known |= {v: recorded[address] for v, address in fixed.items()}
         known |= program.constants
         layouts = [_layout(traced, site, piece) for site, piece in zip(sites, pieces, strict=True)]
+        of_heads = {i: _head(traced, sites[i], heads[i], layouts[i], known) for i in ends}
+
+        curved: Mapping[Path, jax.Array] = {}
+        if curvature == "fisher_empirical":
+            root = math.sqrt(_averaged_terms(of_heads, names))
+            curved = {path: (root * e)[None] for path, e in cotangents.items()}
+        elif pull is not None and curvature is not None:
+            points = [
+                _point(target, recorded[injected[target.value]], cotangents, terms, known, heads)
+                for target in targets
+            ]
+            columns = _curvature.cotangents(targets, points, curvature, samples, rng)
+            curved = jax.vmap(lambda c: pull((jnp.zeros_like(loss), c))[1])(columns)
+
         arrays = tuple(
             LayerArrays(
                 raw_inputs=recorded[inputs[i]],
@@ -374,17 +444,60 @@ def value_grad_and_capture(
                 raw_transferred_cotangents=(
                     None if piece is None else cotangents[piece_ends[piece.end].path]
                 ),
-                head=_head(traced, site, heads[i], layouts[i], known) if i in heads else None,
+                head=of_heads.get(i),
                 signature=tuple(_weights(traced, site).values()),
                 layout=layouts[i],
                 has_transferred=transferred,
+                raw_curvature=curved.get(outputs[i].path),
+                raw_transferred_curvature=(
+                    None if piece is None else curved.get(piece_ends[piece.end].path)
+                ),
             )
             for i, (site, piece) in enumerate(zip(sites, pieces, strict=True))
         )
-        captured = Captured(tuple(_names(traced)), arrays)
+        captured = Captured(tuple(names), arrays)
         return traced.rebuild_output([loss, *rest]), grads, captured
 
     return wrapped
+
+
+def _first_of_pair(results: tuple[tuple[Any, Any], Any]) -> tuple[Any, Any]:
+    (loss, _), others = results
+    return loss, others
+
+
+def _averaged_terms(heads: Mapping[int, Head], names: Sequence[str]) -> float:
+    """Over how many terms the loss averages (mathematics: c), if it is one number.
+
+    Raises:
+      ValueError: the output layers differ in it.
+    """
+    counts = {names[i]: head.terms for i, head in heads.items()}
+    if len(set(counts.values())) != 1:
+        listed = ", ".join(f"{count:g} at {name}" for name, count in counts.items())
+        raise ValueError(
+            "`curvature='fisher_empirical'` needs one number of terms that the loss averages "
+            f"over, but there are {listed or 'none'}. Use `curvature='fisher_mc'`, with the losses "
+            f"of `locoprop_jax.losses`."
+        )
+    return next(iter(counts.values()))
+
+
+def _point(
+    target: Target,
+    value: jax.Array,
+    cotangents: Mapping[Path, jax.Array],
+    terms: Mapping[int, Address],
+    known: Mapping[int, Any],
+    heads: Mapping[int, HeadPlan],
+) -> Point:
+    """The arrays of a target of curvature cotangents."""
+    if target.call is not None:
+        weights = cotangents[terms[target.terms].path]
+        return Point(value, tuple(known[v] for v in target.operands), weights)
+    (plan,) = heads.values()
+    free = [known[v] for v in plan.free]
+    return Point(value, head=lambda raw: _jaxpr.as_callable(plan.closed)(raw, *free)[0])
 
 
 def _head(

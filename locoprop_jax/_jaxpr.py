@@ -50,6 +50,20 @@ SAME = _primitives("copy", "copy_p", "name", "sharding_constraint")
 MUL = _primitives("mul")
 DIV = _primitives("div")
 REDUCE_SUM = _primitives("reduce_sum")
+REDUCE = REDUCE_SUM | _primitives("reduce_max", "reduce_min", "reduce_prod")
+CUMULATIVE = _primitives("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+SLICE = _primitives("slice", "dynamic_slice")
+PAD = _primitives("pad")
+REVERSE = _primitives("rev")
+CONCATENATE = _primitives("concatenate")
+GATHER = _primitives("gather")
+SELECT = _primitives("select_n")
+CONVOLUTION = _primitives("conv_general_dilated")
+# Not exported by name.
+SPLIT = frozenset(
+    eqn.primitive
+    for eqn in jax.make_jaxpr(lambda x: jax.lax.split(x, (1, 1)))(np.zeros(2, np.float32)).eqns
+)
 # Equations through which a loss is a weighted sum of its terms.
 SUMS = ADD | _primitives("sub", "neg", "reduce_sum") | RESHAPE | BROADCAST | CAST | SAME
 ELEMENTWISE = (
@@ -136,6 +150,16 @@ def body(eqn: Any) -> Any | None:
     return eqn.params["jaxpr"] if eqn.primitive in REMAT else None
 
 
+def as_callable(closed: Any) -> Callable[..., list[jax.Array]]:
+    """A traced function as a function of its flat arguments."""
+    return jex.jaxpr_as_fun(closed)
+
+
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """The jaxprs among an equation's parameters."""
+    return list(jex.jaxprs_in_params(eqn.params))
+
+
 def as_function(jaxpr: Any, eqn: Any) -> Callable[..., list[jax.Array]]:
     """One equation as a function of its non-literal operands, in its own context (mesh, names)."""
     operands = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
@@ -176,9 +200,13 @@ class Equation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A traced function, calls inlined. A value is a number below `len(avals)`."""
+    """A traced function, calls inlined. A value is a number below `len(avals)`.
+
+    The equations of a call stand among the others; `calls` notes where it was.
+    """
 
     equations: tuple[Equation, ...]
+    calls: tuple[Equation, ...]  # the inlined ones, an outer call before those inside it
     avals: tuple[Any, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -243,6 +271,7 @@ def flatten(closed: Any) -> Program:
     batch sizes can be compared value by value.
     """
     equations: list[Equation] = []
+    calls: list[Equation | None] = []
     avals: list[Any] = []
     constants: dict[int, Any] = {}
     literals: set[int] = set()
@@ -273,7 +302,10 @@ def flatten(closed: Any) -> Program:
             inputs = [read(v) for v in eqn.invars]
             if (inner := body(eqn)) is not None:
                 opened, inner_consts = open_jaxpr(inner)
+                place = len(calls)
+                calls.append(None)
                 outputs = walk(opened, inner_consts, inputs, (*path, i))
+                calls[place] = Equation((*path, i), eqn, jaxpr, tuple(inputs), tuple(outputs))
             else:
                 outputs = [new(v.aval) for v in eqn.outvars]
                 equations.append(Equation((*path, i), eqn, jaxpr, tuple(inputs), tuple(outputs)))
@@ -285,6 +317,7 @@ def flatten(closed: Any) -> Program:
     outputs = walk(opened, consts, inputs, ())
     return Program(
         tuple(equations),
+        tuple(call for call in calls if call is not None),
         tuple(avals),
         tuple(inputs),
         tuple(outputs),

@@ -7,6 +7,7 @@ the static layout that turns them into the one format all methods read:
     inputs      X   (batch, shared, d_in)
     outputs     A   (batch, shared, d_out)    pre-activations, bias included
     cotangents  E   (batch, shared, d_out)    dL/dA of the loss as written
+    curvature       (samples, batch, shared, d_out)    cotangents of Fisher and Gauss-Newton methods
 
 `shared` counts the positions where one example meets the weights (1 for a plain dense layer).
 """
@@ -302,6 +303,8 @@ class Head:
         "raw_cotangents",
         "raw_transferred_cotangents",
         "head",
+        "raw_curvature",
+        "raw_transferred_curvature",
     ],
     meta_fields=["signature", "layout", "has_transferred"],
 )
@@ -319,6 +322,9 @@ class LayerArrays:
       signature: of the layer these arrays belong to.
       layout: how to read the raw arrays.
       has_transferred: whether `transferred_cotangents` were captured.
+      raw_curvature: the curvature cotangents, with a leading axis of samples; None if they were
+        not captured.
+      raw_transferred_curvature: those after the transfer function; None where the cotangents are.
     """
 
     raw_inputs: Array
@@ -329,6 +335,8 @@ class LayerArrays:
     signature: tuple
     layout: Layout
     has_transferred: bool = False
+    raw_curvature: Array | None = None
+    raw_transferred_curvature: Array | None = None
 
     @property
     def inputs(self) -> Float[Array, "batch shared d_in"]:
@@ -358,6 +366,41 @@ class LayerArrays:
             return self.cotangents
         assert self.layout.transferred is not None
         return _chains.apply(self.layout.transferred, self.raw_transferred_cotangents)
+
+    @property
+    def curvature(self) -> Float[Array, "samples batch shared d_out"]:
+        """The curvature cotangents C: sum C'C has the expectation of the Gauss-Newton block.
+
+        Summed over samples and rows, with no further factor of the batch size.
+
+        Raises:
+          ValueError: they were not captured.
+        """
+        if self.raw_curvature is None:
+            raise ValueError(
+                "The curvature cotangents were not captured: ask for them by "
+                '`value_grad_and_capture(loss_fn, curvature="ggn_mc")` (or another kind).'
+            )
+        return jax.vmap(lambda c: _chains.apply(self.layout.outputs, c))(self.raw_curvature)
+
+    @property
+    def transferred_curvature(self) -> Float[Array, "samples batch shared d_out"]:
+        """The curvature cotangents after the transfer function: `curvature` itself without one.
+
+        Raises:
+          ValueError: they were not captured.
+        """
+        if self.raw_curvature is None or not self.has_transferred:
+            raise ValueError(
+                "The curvature cotangents after the transfer functions were not captured: ask for "
+                'them by `value_grad_and_capture(loss_fn, transferred=True, curvature="ggn_mc")` '
+                "(or another kind)."
+            )
+        if self.raw_transferred_curvature is None:
+            return self.curvature
+        layout = self.layout.transferred
+        assert layout is not None
+        return jax.vmap(lambda c: _chains.apply(layout, c))(self.raw_transferred_curvature)
 
 
 @functools.partial(

@@ -402,6 +402,56 @@ def test_a_natural_target_after_the_transfer_function_has_the_fisher_of_what_it_
     assert_blocks(net, new, expected, 1e-9)
 
 
+@pytest.mark.parametrize("curvature", ["ggn_exact", "ggn_mc", "fisher_empirical"])
+@pytest.mark.parametrize("divergence", ["squared", "post_squared"])
+def test_the_fisher_may_come_from_sampled_or_exact_curvature_cotangents(curvature, divergence):
+    net, eta, gamma, damping = DEEPER, 0.3, 2.0, 0.1
+    params, batch = net.params(), net.data()
+    sampled = curvature == "ggn_mc"
+    options = {"curvature": curvature, "samples": 2 if sampled else 1}
+    capture = lp.value_grad_and_capture(net.loss, transferred=True, **options)
+    rng = {"rng": jax.random.key(0)} if sampled else {}
+    _, grads, captured = jax.jit(capture)(params, *batch, **rng)
+
+    def step(target, regularizer, solver):
+        options = {"target": target, "regularizer": regularizer, "solver": solver}
+        tx = local_loss(net, eta, gamma=gamma, divergence=divergence, **options)
+        updates, _ = tx.update(grads, tx.init(params), params, captured=captured)
+        return optax.apply_updates(params, updates)
+
+    target = lp.natural(damping, relative=False, curvature="captured")
+    new = step(target, None, lp.inner(optax.sgd, 1))
+    metric = lp.mahalanobis(damping=damping, relative=False, curvature="captured")
+    natural = step(None, metric, lp.fixed_point(1))
+    slopes, expected, expected_natural = gradients(net, params, batch), {}, {}
+    for name, (h, slope) in zip(net.names, net.after(params, *batch), strict=True):
+        x, a, _, _ = net.backprop(params, *batch)[net.names.index(name)]
+        is_after = divergence == "post_squared" and name != net.names[-1]
+        arrays = captured[name]
+        rows = arrays.transferred_curvature if is_after else arrays.curvature
+        d = np.asarray(rows).reshape(-1, a.shape[1])
+        inverse = np.linalg.inv(d.T @ d + damping * np.eye(a.shape[1]))
+        w = net.block(params, name)
+        change = slopes[name] @ inverse
+        if is_after:
+            change = x.T @ (slope(a) * (h @ inverse)) + net.decay * w
+        expected[name] = w - eta * gamma * change
+        c = np.asarray(arrays.curvature).reshape(-1, a.shape[1])
+        right = np.linalg.inv(c.T @ c + damping * np.eye(a.shape[1]))
+        left = np.linalg.inv(x.T @ x / len(x) + damping * np.eye(x.shape[1]))
+        expected_natural[name] = w - eta * gamma * left @ slopes[name] @ right
+    assert_blocks(net, new, expected, 1e-8)
+    assert_blocks(net, natural, expected_natural, 1e-8)
+
+
+def test_captured_curvature_is_asked_for():
+    tx = local_loss(
+        DEEP, 0.1, gamma=1.0, target=lp.natural(curvature="captured"), solver=lp.inner(optax.sgd)
+    )
+    with pytest.raises(ValueError, match="curvature="):
+        take_step(DEEP, tx)
+
+
 def test_relative_damping_is_in_units_of_the_mean_eigenvalue():
     net = Net(widths=(3, 4), batch=6)
     ((_, _, e, _),) = net.backprop(net.params(), *net.data())
