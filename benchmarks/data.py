@@ -163,8 +163,13 @@ def _from_directory(name: str, directory: Path, origin: str, kinds: Sequence[str
     raise DataError(
         f"{directory} (from {origin}) {problem} {what} of {name}. "
         f"Looked there and in {places[0]} for {looked_for}, plain or gzip (.gz). Put the files "
-        "there, name another directory, or train without files: --dataset curves."
+        f"there{_without_files(kinds)}, or name another directory."
     )
+
+
+def _without_files(kinds: Sequence[str]) -> str:
+    """What else can be done, where CURVES would do."""
+    return "" if "labels" in kinds else ", or train without files: --dataset curves"
 
 
 def _file_names(split: str, kind: str) -> tuple[str, ...]:
@@ -222,6 +227,6 @@ def _from_download(name: str, notify: Callable[[str], None], kinds: Sequence[str
         raise DataError(
             f"{name} could not be downloaded from {url} ({reason}). Go online, or "
             f"put {' and '.join(files)} into a directory and name it with --data-dir or "
-            f"{DATA_VARIABLE}, or train without files: --dataset curves."
+            f"{DATA_VARIABLE}{_without_files(kinds)}."
         ) from error
     return _read(name, f"{url}, cached in {cache}", paths)
