@@ -66,8 +66,10 @@ def make_network(
 ) -> Autoencoder:
     """One of the paper's three autoencoders, every hidden layer `shrink` times narrower."""
     encoder, code = SIZES[size]
-    narrow = narrower(encoder, shrink)
-    return Autoencoder(activation, narrow, *narrower((code,), shrink), narrow[::-1])
+    narrow, (narrow_code,) = narrower(encoder, shrink), narrower((code,), shrink)
+    return Autoencoder(
+        activation=activation, encoder=narrow, code=narrow_code, decoder=narrow[::-1]
+    )
 
 
 def narrower(widths: Sequence[int], shrink: int) -> tuple[int, ...]:

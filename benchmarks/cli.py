@@ -87,11 +87,15 @@ def add_run_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, in
     )
 
 
-def add_quick_argument(parser: argparse.ArgumentParser, quick: Mapping[str, int]) -> None:
+def add_quick_argument(
+    parser: argparse.ArgumentParser,
+    quick: Mapping[str, int],
+    what: str = "a look in under a minute",
+) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a look in under a minute: "
+        help=f"{what}: "
         + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in quick.items())
         + " unless given",
     )

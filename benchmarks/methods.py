@@ -248,3 +248,5 @@ MORE_METHODS: Mapping[str, Method] = {
     ),
     "adagrad": _baseline("AdaGrad", optax.adagrad, "eps"),
 }
+
+ALL_METHODS: Mapping[str, Method] = {**METHODS, **MORE_METHODS}

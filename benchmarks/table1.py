@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from benchmarks import autoencoder
 from benchmarks.cli import positive_int
 from benchmarks.data import Dataset
-from benchmarks.methods import METHODS, MORE_METHODS, Hyperparameters, tensorflow_rmsprop
+from benchmarks.methods import ALL_METHODS, METHODS, Hyperparameters, tensorflow_rmsprop
 from benchmarks.report import aligned, machine
 from benchmarks.speed import RESULTS, bytes_of
 from benchmarks.steps import Batch, Params, compile_step
@@ -58,7 +58,7 @@ def layer_problem(rows: int, d_in: int, d_out: int) -> Problem:
 
 def compile_method(problem: Problem, name: str, options: Mapping[str, int]) -> dict[str, int]:
     """The compiled step's memory in bytes, and its flops by XLA's count."""
-    method = (METHODS | MORE_METHODS)[name]
+    method = ALL_METHODS[name]
     examples: Batch = jax.device_put(problem.train)
     params = jax.jit(problem.init)(jax.random.key(0))
     values = {**VALUES[name], **options}
@@ -80,7 +80,7 @@ def optimizer_flops(d_in: int, d_out: int) -> int:
     """What XLA counts for one step of the local optimizer."""
     tx = tensorflow_rmsprop(1e-5, **RMSPROP)
     kernel = jnp.ones((d_in, d_out), jnp.float32)
-    compiled = jax.jit(tx.update).lower(kernel, tx.init(kernel), kernel).compile()
+    compiled: Any = jax.jit(tx.update).lower(kernel, tx.init(kernel), kernel).compile()
     return int(compiled.cost_analysis()["flops"])
 
 
@@ -90,7 +90,7 @@ def measure_layer(rows: int, d_in: int, d_out: int, iterations: int) -> dict[str
     weights = d_in * d_out
     compile_with = functools.partial(compile_method, problem)
     bare, adam = compile_with("sgd", {}), compile_with("adam", {})
-    table = {"gradient (SGD)": dict(bare)}
+    table: dict[str, dict[str, Any]] = {"gradient (SGD)": dict(bare)}
     table["Adam"] = {
         **_beyond(adam, bare),
         "flops": adam["xla_flops"] - bare["xla_flops"],
