@@ -34,7 +34,7 @@ TRIAL_STEP = 10**0.5  # between two learning rates of --trials
 ACTIVATIONS = {"tanh": nn.tanh, "ReLU": nn.relu}
 
 # The values of what no search has tuned (benchmarks/tuned.json has the others), at batches of
-# 1000. They are sensible guesses, the learning rates the best of three a factor of sqrt(10) apart in
+# 1000. Sensible guesses, the learning rates the best of three a factor of sqrt(10) apart in about
 # ten steps of narrower networks; --trials improves them by the same number of trials for each run.
 LIKE_TUNED = {
     "gamma": 100.0,
@@ -261,14 +261,15 @@ def _with_rate(job: Job, rate: float | None) -> Job:
 
 def looks(ablation: Ablation) -> dict[str, plots.Look]:
     """A colour for each method and a marker for each detail, where both differ."""
-    methods = list(dict.fromkeys(variant.method for variant in ablation.variants))
-    details = list(dict.fromkeys(variant.detail for variant in ablation.variants))
-    is_grid = len(methods) * len(details) == len(ablation.variants) and len(methods) > 1
+    variants = ablation.variants
+    methods = list(dict.fromkeys(variant.method for variant in variants))
+    details = list(dict.fromkeys(variant.detail for variant in variants))
+    both_differ = len(methods) > 1 and len(details) > 1
+    if not both_differ or len(methods) * len(details) != len(variants):
+        return {variant.name: plots.look(i, i) for i, variant in enumerate(variants)}
     return {
         variant.name: plots.look(methods.index(variant.method), details.index(variant.detail))
-        if is_grid and len(details) > 1
-        else plots.look(position, position)
-        for position, variant in enumerate(ablation.variants)
+        for variant in variants
     }
 
 
@@ -400,7 +401,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, args = parse_arguments(argv)
     needs_labels = any(ABLATIONS[name].experiment == classifier.NAME for name in args.names)
     try:
+        for name in args.names:  # before hours of training, not within
+            for variant in ABLATIONS[name].variants:
+                hyperparameters(ABLATIONS[name], variant, args.batch_size, args.hyperparameters)
         dataset = cli.load_images(args, needs_labels)
+    except TunedError as error:
+        parser.error(str(error))
     except DataError as error:
         others = [name for name, at in ABLATIONS.items() if at.experiment != classifier.NAME]
         hint = f" Those that need no labels: {' '.join(others)}." if needs_labels else ""
@@ -410,13 +416,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{dataset.name} ({dataset.source}): {len(dataset.train):,} training images, "
         f"{args.epochs} epochs, on {jax.devices()[0].device_kind}."
     )
-    try:
-        for name in args.names:
-            _, interrupted = run_ablation(name, dataset, args)
-            if interrupted:
-                return 130
-    except TunedError as error:
-        parser.error(str(error))
+    for name in args.names:
+        _, interrupted = run_ablation(name, dataset, args)
+        if interrupted:
+            return 130
     return 0
 
 

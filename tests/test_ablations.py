@@ -221,8 +221,9 @@ def test_missing_tuned_values_are_explained(
 ) -> None:
     (data_dir / "tuned.json").write_text("{}")
     with pytest.raises(SystemExit):
-        run("variants", data_dir, f"--hyperparameters {data_dir / 'tuned.json'}")
-    assert "no hyperparameters for locoprop_m" in capsys.readouterr().err
+        run("first_order", data_dir, f"--hyperparameters {data_dir / 'tuned.json'}")
+    assert "no hyperparameters for adam" in capsys.readouterr().err
+    assert not (data_dir / "out").exists()  # not after the runs before that one
 
 
 @pytest.mark.usefixtures("shallow")
