@@ -9,7 +9,7 @@ trains the four methods for a few minutes on two CPU cores. The paper's run (loc
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,17 @@ QUICK = {"epochs": 2, "train_images": 2000, "batch_size": 200}
 RECONSTRUCTED = 12  # test images in the picture
 
 
+SIZES = {  # locoprop, section 3: the encoder's hidden layers and the code
+    "standard": ((1000, 500, 250), 30),
+    "wide": ((4000, 2000, 1000), 120),
+    "deep": ((1000, *(500,) * 8, 250), 30),
+}
+
+
 class Autoencoder(nn.Module):
     """The standard deep autoencoder: tanh everywhere but at the code and at the logits."""
 
+    activation: Callable[[Array], Array] = nn.tanh
     encoder: tuple[int, ...] = (1000, 500, 250)
     code: int = 30
     decoder: tuple[int, ...] = (250, 500, 1000)
@@ -46,19 +54,37 @@ class Autoencoder(nn.Module):
     def __call__(self, images: Float[Array, "batch pixels"]) -> Float[Array, "batch pixels"]:
         hidden = images
         for width in self.encoder:
-            hidden = nn.tanh(nn.Dense(width)(hidden))
+            hidden = self.activation(nn.Dense(width)(hidden))
         hidden = nn.Dense(self.code)(hidden)
         for width in self.decoder:
-            hidden = nn.tanh(nn.Dense(width)(hidden))
+            hidden = self.activation(nn.Dense(width)(hidden))
         return nn.Dense(self.pixels)(hidden)
 
 
-def make_problem(dataset: Dataset) -> Problem:
-    """Reconstruct the images: cross-entropy summed over pixels, mean over the batch."""
-    network = Autoencoder()
+def make_network(
+    size: str = "standard", activation: Callable[[Array], Array] = nn.tanh, shrink: int = 1
+) -> Autoencoder:
+    """One of the paper's three autoencoders, every hidden layer `shrink` times narrower."""
+    encoder, code = SIZES[size]
+    narrow, (narrow_code,) = narrower(encoder, shrink), narrower((code,), shrink)
+    return Autoencoder(
+        activation=activation, encoder=narrow, code=narrow_code, decoder=narrow[::-1]
+    )
+
+
+def narrower(widths: Sequence[int], shrink: int) -> tuple[int, ...]:
+    return tuple(max(1, width // shrink) for width in widths)
+
+
+def make_problem(dataset: Dataset, network: nn.Module | None = None) -> Problem:
+    """Reconstruct the images: cross-entropy summed over pixels, mean over the batch.
+
+    `network` is an `Autoencoder`, the standard one if None.
+    """
+    network = network or Autoencoder()
 
     def loss_fn(params: Params, images: Float[Array, "batch 784"]) -> Float[Array, ""]:
-        logits = network.apply(params, images)
+        logits: Any = network.apply(params, images)
         return optax.sigmoid_binary_cross_entropy(logits, images).sum(-1).mean()
 
     return Problem(
@@ -86,13 +112,7 @@ def parse_arguments(
         "batches. Prints a table; writes the curves as JSON and PNG, and reconstructions.",
         epilog="The paper's run: --epochs 100 --train-images 60000.",
     )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="a look in under a minute: "
-        + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
-        + " unless given",
-    )
+    cli.add_quick_argument(parser, QUICK)
     cli.add_training_arguments(parser, DEFAULTS)
     parser.add_argument(
         "--hyperparameters",
@@ -108,10 +128,7 @@ def parse_arguments(
         metavar="DIR",
         help="where the results go (default: %(default)s)",
     )
-    args = parser.parse_args(argv)
-    if args.quick:
-        parser.set_defaults(**QUICK)
-        args = parser.parse_args(argv)
+    args = cli.parse(parser, QUICK, argv)
     cli.check_training_arguments(parser, args)
     return parser, args
 
@@ -127,12 +144,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
             for name in dict.fromkeys(args.methods)
         }
-        args.output_dir.mkdir(parents=True, exist_ok=True)
+        cli.make_output_dir(parser, args.output_dir)
         dataset = cli.load_images(args)
     except (DataError, TunedError) as error:
         parser.error(str(error))
-    except OSError as error:
-        parser.error(f"argument --output-dir: cannot make {args.output_dir}: {error.strerror}")
 
     settings = describe(args, dataset)
     print(

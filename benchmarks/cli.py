@@ -1,7 +1,7 @@
 """What the command lines of the experiments have in common."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def seed(text: str) -> int:
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, int]) -> None:
-    """--methods, --epochs, --train-images, --batch-size, --iterations, --dataset and so on."""
+    """--methods, --iterations, and what `add_run_arguments` adds."""
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -41,6 +41,18 @@ def add_training_arguments(parser: argparse.ArgumentParser, defaults: Mapping[st
         metavar="METHOD",
         help=f"which to train, in this order: {', '.join(METHODS)} (default: all)",
     )
+    parser.add_argument(
+        "--iterations",
+        type=positive_int,
+        default=10,
+        metavar="T",
+        help="local iterations per step of LocoProp (default: %(default)s, as in the paper)",
+    )
+    add_run_arguments(parser, defaults)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, int]) -> None:
+    """--epochs, --train-images, --batch-size, --dataset, --data-dir, --seed."""
     for option, what in {
         "epochs": "passes over the training images",
         "train_images": "how many of them to use (the first ones; no more test images than these)",
@@ -53,13 +65,6 @@ def add_training_arguments(parser: argparse.ArgumentParser, defaults: Mapping[st
             metavar="N",
             help=f"{what} (default: %(default)s)",
         )
-    parser.add_argument(
-        "--iterations",
-        type=positive_int,
-        default=10,
-        metavar="T",
-        help="local iterations per step of LocoProp (default: %(default)s, as in the paper)",
-    )
     parser.add_argument(
         "--dataset",
         choices=DATASETS,
@@ -82,6 +87,38 @@ def add_training_arguments(parser: argparse.ArgumentParser, defaults: Mapping[st
     )
 
 
+def add_quick_argument(
+    parser: argparse.ArgumentParser,
+    quick: Mapping[str, int],
+    what: str = "a look in under a minute",
+) -> None:
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{what}: "
+        + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in quick.items())
+        + " unless given",
+    )
+
+
+def parse(
+    parser: argparse.ArgumentParser, quick: Mapping[str, int], argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """The arguments; with --quick its values take the place of the defaults."""
+    args = parser.parse_args(argv)
+    if args.quick:
+        parser.set_defaults(**quick)
+        args = parser.parse_args(argv)
+    return args
+
+
+def make_output_dir(parser: argparse.ArgumentParser, directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --output-dir: cannot make {directory}: {error.strerror}")
+
+
 def check_training_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.batch_size > args.train_images:
         parser.error(
@@ -92,8 +129,9 @@ def check_training_arguments(parser: argparse.ArgumentParser, args: argparse.Nam
         parser.error("argument --data-dir: --dataset curves is generated and reads no files")
 
 
-def load_images(args: argparse.Namespace) -> Dataset:
-    return subset(load_dataset(args.dataset, args.data_dir, args.seed), args.train_images)
+def load_images(args: argparse.Namespace, labels: bool = False) -> Dataset:
+    dataset = load_dataset(args.dataset, args.data_dir, args.seed, labels=labels)
+    return subset(dataset, args.train_images)
 
 
 def method_options(name: str, args: argparse.Namespace) -> dict[str, Any]:

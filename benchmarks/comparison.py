@@ -1,12 +1,23 @@
 """Train one problem with several methods, and keep what was finished whatever happens."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from benchmarks.methods import METHODS, Hyperparameters
+from benchmarks.methods import METHODS, Hyperparameters, Method
 from benchmarks.report import progress
 from benchmarks.steps import count_examples
 from benchmarks.training import INTERRUPTED, Problem, Run, Settings, train
+
+
+class Job(NamedTuple):
+    """A training run to be done; `name` is its key in the results."""
+
+    name: str
+    method: Method
+    hyperparameters: Hyperparameters
+    problem: Problem
+    settings: Settings
 
 
 def compare(
@@ -26,19 +37,35 @@ def compare(
     Returns:
       The runs, and whether Ctrl-C cut them short. A run that diverges does not stop the others.
     """
-    steps = settings.epochs * (count_examples(problem.train) // settings.batch_size)
+    jobs = [
+        Job(name, METHODS[name], values, problem, settings)
+        for name, values in hyperparameters.items()
+    ]
+    return train_all(jobs, on_run)
+
+
+def train_all(
+    jobs: Iterable[Job], on_run: Callable[[Sequence[Run]], None] = lambda runs: None
+) -> tuple[list[Run], bool]:
+    """Do the jobs one after the other; arguments and result as for `compare`."""
     runs: list[Run] = []
     try:
-        for name, values in hyperparameters.items():
-            method = METHODS[name]
-            with progress(method.label, steps) as on_loss:
-                run = train(problem, name, method, values, settings, on_loss)
+        for job in jobs:
+            run = train_with_progress(job)
             runs.append(run)
             on_run(runs)
             if run.stopped == INTERRUPTED:
                 return runs, True
             if run.stopped:
-                print(f"{method.label} stopped: {run.stopped}.", file=sys.stderr)
+                print(f"{job.method.label} stopped: {run.stopped}.", file=sys.stderr)
     except KeyboardInterrupt:  # before the first step: that method has nothing to show yet
         return runs, True
     return runs, False
+
+
+def train_with_progress(job: Job, label: str | None = None) -> Run:
+    """Train under a progress bar with the method's name, or this label."""
+    settings = job.settings
+    steps = settings.epochs * (count_examples(job.problem.train) // settings.batch_size)
+    with progress(label or job.method.label, steps) as on_loss:
+        return train(job.problem, job.name, job.method, job.hyperparameters, settings, on_loss)

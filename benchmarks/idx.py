@@ -1,4 +1,4 @@
-"""Read images from IDX files, the format of MNIST and of its drop-in replacements."""
+"""Read images and labels from IDX files, the format of MNIST and its drop-in replacements."""
 
 import gzip
 import math
@@ -7,11 +7,12 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32, UInt8
 
 GZIP_MAGIC = b"\x1f\x8b"
-IMAGES_MAGIC, LABELS_MAGIC = 0x0803, 0x0801  # unsigned bytes in three dimensions, in one
-HEADER = struct.Struct(">iiii")  # magic number, images, rows, columns
+# Unsigned bytes in three dimensions (images, rows, columns), and in one.
+MAGIC = {"images": 0x0803, "labels": 0x0801}
+HEADER = {"images": struct.Struct(">iiii"), "labels": struct.Struct(">ii")}  # magic, dimensions
 
 
 class DataError(ValueError):
@@ -24,30 +25,45 @@ def read_idx_images(path: Path) -> Float32[np.ndarray, "images pixels"]:
     Raises:
       DataError: the file cannot be read, or is not a complete IDX file of images.
     """
-    data = _read_bytes(path)
-    if len(data) < HEADER.size:
+    pixels = _read_idx(path, "images")
+    return pixels.reshape(len(pixels), -1).astype(np.float32) / np.float32(255)
+
+
+def read_idx_labels(path: Path) -> Int32[np.ndarray, " labels"]:
+    """The labels of an IDX file, gzip or plain.
+
+    Raises:
+      DataError: the file cannot be read, or is not a complete IDX file of labels.
+    """
+    return _read_idx(path, "labels").astype(np.int32)
+
+
+def _read_idx(path: Path, kind: str) -> UInt8[np.ndarray, "examples ..."]:
+    data, header = _read_bytes(path), HEADER[kind]
+    if len(data) < header.size:
         raise DataError(
-            f"{path} is truncated: its header needs {HEADER.size} bytes and the file holds "
+            f"{path} is truncated: its header needs {header.size} bytes and the file holds "
             f"{len(data)}. Fetch it again."
         )
-    magic, count, rows, columns = HEADER.unpack_from(data)
-    if magic != IMAGES_MAGIC:
-        hint = " (that is an IDX file of labels)" if magic == LABELS_MAGIC else ""
+    magic, *shape = header.unpack_from(data)
+    if magic != MAGIC[kind]:
+        others = [other for other, number in MAGIC.items() if number == magic]
+        hint = f" (that is an IDX file of {others[0]})" if others else ""
         raise DataError(
-            f"{path} has the wrong magic number: expected {IMAGES_MAGIC} for an IDX file of "
-            f"images, got {magic}{hint}."
+            f"{path} has the wrong magic number: expected {MAGIC[kind]} for an IDX file of "
+            f"{kind}, got {magic}{hint}."
         )
-    if min(count, rows, columns) < 1:
-        raise DataError(f"{path} holds no images: its header says {count} of {rows}x{columns}.")
-    expected, held = math.prod((count, rows, columns)), len(data) - HEADER.size
+    of_size = f" of {'x'.join(map(str, shape[1:]))}" if shape[1:] else ""
+    if min(shape) < 1:
+        raise DataError(f"{path} holds no {kind}: its header says {shape[0]}{of_size}.")
+    expected, held = math.prod(shape), len(data) - header.size
     if held != expected:
         cause = "is truncated" if held < expected else "has sizes that do not match"
         raise DataError(
-            f"{path} {cause}: its header says {count} images of {rows}x{columns}, which is "
+            f"{path} {cause}: its header says {shape[0]} {kind}{of_size}, which is "
             f"{expected} bytes, and {held} bytes follow it. Fetch it again."
         )
-    pixels = np.frombuffer(data, np.uint8, offset=HEADER.size)
-    return pixels.reshape(count, rows * columns).astype(np.float32) / np.float32(255)
+    return np.frombuffer(data, np.uint8, offset=header.size).reshape(shape)
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -46,6 +46,7 @@ class Method(NamedTuple):
       space: the hyperparameters and where to search them.
       needs_capture: whether its step captures the layers' inputs and cotangents. A baseline must
         not pay for capture, and a method that needs it must.
+      transferred: whether that capture holds the cotangents after the transfer functions too.
       options: the experiment's options, of the same name, that `build` takes as well.
       starts: where a search begins, after the values tuned so far: what a person would try.
     """
@@ -54,8 +55,30 @@ class Method(NamedTuple):
     build: Callable[..., optax.GradientTransformationExtraArgs]
     space: SearchSpace
     needs_capture: bool = True
+    transferred: bool = False
     options: tuple[str, ...] = ()
     starts: tuple[Hyperparameters, ...] = ()
+
+
+def momentum(
+    learning_rate: optax.ScalarOrSchedule, *, one_minus_beta1: float, nesterov: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """SGD with heavy-ball or Nesterov's momentum."""
+    return optax.with_extra_args_support(
+        optax.sgd(learning_rate, momentum=1 - one_minus_beta1, nesterov=nesterov)
+    )
+
+
+def adam(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    one_minus_beta1: float,
+    one_minus_beta2: float,
+    eps: float,
+) -> optax.GradientTransformationExtraArgs:
+    return optax.with_extra_args_support(
+        optax.adam(learning_rate, b1=1 - one_minus_beta1, b2=1 - one_minus_beta2, eps=eps)
+    )
 
 
 def tensorflow_rmsprop(
@@ -78,43 +101,41 @@ def tensorflow_rmsprop(
     )
 
 
-def _rmsprop(
-    layers: None, learning_rate: optax.Schedule, **hyperparameters: float
-) -> optax.GradientTransformationExtraArgs:
-    del layers
-    return tensorflow_rmsprop(learning_rate, **hyperparameters)
-
-
-def _adam(
+def _first_order(
+    optimizer: Callable[..., Any],
     layers: None,
     learning_rate: optax.Schedule,
-    *,
-    one_minus_beta1: float,
-    one_minus_beta2: float,
-    eps: float,
+    **hyperparameters: float,
 ) -> optax.GradientTransformationExtraArgs:
     del layers
-    return optax.with_extra_args_support(
-        optax.adam(learning_rate, b1=1 - one_minus_beta1, b2=1 - one_minus_beta2, eps=eps)
-    )
+    return optax.with_extra_args_support(optimizer(learning_rate, **hyperparameters))
 
 
 def _locoprop(
     constructor: Callable[..., optax.GradientTransformationExtraArgs],
+    optimizer: Callable[..., Any],
     layers: Any,
     learning_rate: optax.Schedule,
     *,
     gamma: float,
     iterations: int,
-    **rmsprop_hyperparameters: float,
+    **hyperparameters: float,
 ) -> optax.GradientTransformationExtraArgs:
+    if hyperparameters:  # plain SGD has none; the library knows it, and its shortcuts, by itself
+        optimizer = functools.partial(optimizer, **hyperparameters)
     return constructor(
-        layers,
-        learning_rate,
-        gamma=gamma,
-        iterations=iterations,
-        optimizer=functools.partial(tensorflow_rmsprop, **rmsprop_hyperparameters),
+        layers, learning_rate, gamma=gamma, iterations=iterations, optimizer=optimizer
     )
+
+
+def _foof(
+    layers: Any, learning_rate: optax.Schedule, *, gamma: float
+) -> optax.GradientTransformationExtraArgs:
+    """LocoProp-S solved exactly; 1 / learning_rate is the damping."""
+    local = lp.scale_by_local_loss(
+        layers, learning_rate, gamma=gamma, regularizer=lp.l2(), solver=lp.exact()
+    )
+    return optax.chain(local, optax.scale(-1.0))
 
 
 def _values(
@@ -142,21 +163,21 @@ LOCOPROP_STARTS = (
 METHODS: Mapping[str, Method] = {
     "locoprop_m": Method(
         "LocoProp-M",
-        functools.partial(_locoprop, lp.locoprop_m),
+        functools.partial(_locoprop, lp.locoprop_m, tensorflow_rmsprop),
         LOCOPROP_SPACE,
         options=("iterations",),
         starts=LOCOPROP_STARTS,
     ),
     "locoprop_s": Method(
         "LocoProp-S",
-        functools.partial(_locoprop, lp.locoprop_s),
+        functools.partial(_locoprop, lp.locoprop_s, tensorflow_rmsprop),
         LOCOPROP_SPACE,
         options=("iterations",),
         starts=LOCOPROP_STARTS,
     ),
     "rmsprop": Method(
         "RMSProp",
-        _rmsprop,
+        functools.partial(_first_order, tensorflow_rmsprop),
         FIRST_ORDER_SPACE,
         needs_capture=False,
         starts=(
@@ -167,7 +188,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "adam": Method(
         "Adam",
-        _adam,
+        functools.partial(_first_order, adam),
         FIRST_ORDER_SPACE,
         needs_capture=False,
         starts=(
@@ -177,3 +198,55 @@ METHODS: Mapping[str, Method] = {
         ),
     ),
 }
+
+
+def _baseline(label: str, optimizer: Callable[..., Any], *names: str) -> Method:
+    build = functools.partial(_first_order, optimizer)
+    return Method(label, build, _space("learning_rate", *names), needs_capture=False)
+
+
+def _local(
+    label: str,
+    constructor: Callable[..., optax.GradientTransformationExtraArgs],
+    optimizer: Callable[..., Any] = tensorflow_rmsprop,
+    *names: str,
+    transferred: bool = False,
+) -> Method:
+    """LocoProp or a relative, with this local optimizer and its hyperparameters."""
+    return Method(
+        label,
+        functools.partial(_locoprop, constructor, optimizer),
+        _space("gamma", "learning_rate", *names),
+        transferred=transferred,
+        options=("iterations",),
+    )
+
+
+def _space(*names: str) -> SearchSpace:
+    """The paper's space without the hyperparameters that a method does not have."""
+    return {name: LOCOPROP_SPACE[name] for name in names}
+
+
+ADAPTIVE = ("one_minus_beta1", "one_minus_beta2", "eps")
+
+# Those of the ablations, beside the ones above. No values of them are in tuned.json.
+MORE_METHODS: Mapping[str, Method] = {
+    "pocoprop_m": _local(
+        "PocoProp-M", lp.pocoprop_m, tensorflow_rmsprop, *ADAPTIVE, transferred=True
+    ),
+    "pocoprop_s": _local(
+        "PocoProp-S", lp.pocoprop_s, tensorflow_rmsprop, *ADAPTIVE, transferred=True
+    ),
+    "locoprop_m_sgd": _local("LocoProp-M", lp.locoprop_m, optax.sgd),
+    "locoprop_m_momentum": _local("LocoProp-M", lp.locoprop_m, momentum, "one_minus_beta1"),
+    "locoprop_m_adam": _local("LocoProp-M", lp.locoprop_m, adam, *ADAPTIVE),
+    "foof": Method("LocoProp-S, exact (FOOF)", _foof, _space("gamma", "learning_rate")),
+    "sgd": _baseline("SGD", optax.sgd),
+    "momentum": _baseline("Momentum", momentum, "one_minus_beta1"),
+    "nesterov": _baseline(
+        "Nesterov", functools.partial(momentum, nesterov=True), "one_minus_beta1"
+    ),
+    "adagrad": _baseline("AdaGrad", optax.adagrad, "eps"),
+}
+
+ALL_METHODS: Mapping[str, Method] = {**METHODS, **MORE_METHODS}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -22,12 +23,37 @@ GAP = 1  # pixels around each image
 LABEL_WIDTH, LABEL_GAP = 0.25, 0.055  # what a label takes up, as shares of the axes
 
 
-def plot_losses(runs: Sequence[Run], title: str, path: Path) -> None:
+class Look(NamedTuple):
+    colour: str
+    marker: str
+
+
+def look(colour: int, marker: int) -> Look:
+    """The look of this number, whichever the number is."""
+    return Look(COLOURS[colour % len(COLOURS)], MARKERS[marker % len(MARKERS)])
+
+
+def plot_losses(
+    runs: Sequence[Run],
+    title: str,
+    path: Path,
+    looks: Mapping[str, Look] | None = None,
+    test: bool = False,
+) -> None:
     """Training loss at the end of each epoch, against epochs and against seconds of training.
 
     Epoch 0, where all methods are the same, and the warm-up are left out so that the differences
     fill the picture.
+
+    Args:
+      runs: one curve each.
+      title: of the picture.
+      path: where it goes.
+      looks: by the runs' names; otherwise a method has its colour whichever others are there.
+      test: whether to plot the test losses as well, dashed.
     """
+    if looks is None:
+        looks = {name: look(position, position) for position, name in enumerate(METHODS)}
     first = max([1.0, *(WARMUP * run.curve[-1].epoch for run in runs)])
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     figure.suptitle(title, color=TEXT, fontsize=11, x=0.01, ha="left")
@@ -45,16 +71,24 @@ def plot_losses(runs: Sequence[Run], title: str, path: Path) -> None:
                 continue
             x = [getattr(record, field) for record in records]
             y = [record.train_loss for record in records]
-            colour, marker = _look(run.method)
-            every = max(1, len(x) // 10)
-            axes.plot(
-                x, y, color=colour, marker=marker, markevery=every, markersize=4, linewidth=1.8
-            )
+            colour, marker = looks[run.method]
+            style: dict[str, Any] = {
+                "color": colour,
+                "marker": marker,
+                "markersize": 4,
+                "linewidth": 1.8,
+            }
+            style["markevery"] = max(1, len(x) // 10)
+            axes.plot(x, y, **style)
+            if test:
+                axes.plot(x, [record.test_loss for record in records], linestyle="--", **style)
             ends[run.label] = (x[-1], y[-1], colour)
         _label_ends(axes, ends)
     by_seconds.set_xlim(left=0)
     by_epoch.xaxis.get_major_locator().set_params(integer=True)
-    by_epoch.set_ylabel("training loss", color=TEXT)
+    by_epoch.set_ylabel(
+        "loss (training: solid, test: dashed)" if test else "training loss", color=TEXT
+    )
     figure.savefig(path, dpi=150)
 
 
@@ -76,12 +110,6 @@ def plot_images(rows: Mapping[str, Float[np.ndarray, "images 784"]], path: Path)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.savefig(path, dpi=150)
-
-
-def _look(method: str) -> tuple[str, str]:
-    """A method keeps its colour and marker whichever others are plotted beside it."""
-    position = list(METHODS).index(method)
-    return COLOURS[position % len(COLOURS)], MARKERS[position % len(MARKERS)]
 
 
 def _style(axes: Axes) -> None:

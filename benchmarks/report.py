@@ -28,13 +28,13 @@ def progress(label: str, steps: int) -> Iterator[Callable[[float], None]]:
         total=steps,
         desc=label,
         mininterval=0.2 if sys.stderr.isatty() else 30.0,
-        bar_format="{desc:<17}{percentage:3.0f}%|{bar:24}|{n_fmt}/{total_fmt} steps"
+        bar_format="{desc:<16} {percentage:3.0f}%|{bar:24}|{n_fmt}/{total_fmt} steps"
         " [{elapsed}<{remaining}]{postfix}",
     ) as bar:
 
         def on_loss(loss: float) -> None:
             times.append(time.perf_counter())
-            shown = f"loss {loss:.1f}"
+            shown = f"loss {loss:#.4g}"
             if len(times) > 1:
                 # The median passes over the gaps in which the loss was evaluated.
                 spent = statistics.median(later - at for at, later in pairwise(times))
@@ -52,42 +52,66 @@ def evaluated_on(examples: Batch) -> str:
     return f"the first {EVALUATION_EXAMPLES:,} of {count:,}" if limited else f"all {count:,}"
 
 
-def table(runs: Sequence[Run]) -> str:
-    """One line per method; a run that ended early shows its last finished epoch, and why."""
-    header = ("method", "training loss", "test loss", "seconds", "s/step", "compile s", "")
-    rows = [header, *(_row(run) for run in runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
-            + [row[-1]]
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * (sum(widths[:-1]) + 2 * (len(header) - 2)), *lines[1:]])
+def table(runs: Sequence[Run], more: Mapping[str, Sequence[str]] | None = None) -> str:
+    """One line per method; a run that ended early shows its last finished epoch, and why.
+
+    Args:
+      runs: the methods' runs.
+      more: title -> cells, one for each run: further columns after the losses.
+    """
+    more = more or {}
+    header = ("method", "training loss", "test loss", *more, "seconds", "s/step", "compile s")
+    extra = zip(*more.values(), strict=True) if more else [()] * len(runs)
+    rows = [_row(run, cells) for run, cells in zip(runs, extra, strict=True)]
+    return aligned(header, rows, [_note(run) for run in runs])
 
 
-def _row(run: Run) -> tuple[str, ...]:
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """A text table: the first column is flush left, the others right, notes stand after them."""
+    notes = notes or [""] * len(rows)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(row: Sequence[str], note: str = "") -> str:
+        first, *rest = zip(row, widths, strict=True)
+        cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+        return "  ".join([*cells, note]).rstrip()
+
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    lines = [line(row, note) for row, note in zip(rows, notes, strict=True)]
+    return "\n".join([line(header), rule, *lines])
+
+
+def _note(run: Run) -> str:
+    return f"{run.stopped}; shown: epoch {run.curve[-1].epoch}" if run.stopped else ""
+
+
+def _row(run: Run, more: Sequence[str]) -> tuple[str, ...]:
     last = run.curve[-1]
-    note = f"{run.stopped}; shown: epoch {last.epoch}" if run.stopped else ""
     return (
         run.label,
-        f"{last.train_loss:.2f}",
-        "-" if last.test_loss is None else f"{last.test_loss:.2f}",
+        f"{last.train_loss:#.5g}",
+        "-" if last.test_loss is None else f"{last.test_loss:#.5g}",
+        *more,
         f"{last.seconds:.1f}",
         f"{last.seconds / last.step:.3f}" if last.step else "-",
         f"{run.compile_seconds:.1f}",
-        note,
     )
 
 
-def results(runs: Sequence[Run], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a plot or a later comparison needs, for `write_json`."""
-    device = jax.devices()[0]
+def machine() -> dict[str, str]:
+    return {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+
+
+def results(
+    runs: Sequence[Run],
+    settings: Mapping[str, Any],
+    more: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """All that a plot or a later comparison needs, for `write_json`; `more` by the runs' names."""
+    more = more or {}
     return {
         "settings": dict(settings),
-        "machine": {"jax": jax.__version__, "device": device.device_kind},
+        "machine": machine(),
         "runs": {
             run.method: {
                 "label": run.label,
@@ -96,6 +120,7 @@ def results(runs: Sequence[Run], settings: Mapping[str, Any]) -> dict[str, Any]:
                 "compile_seconds": run.compile_seconds,
                 "curve": [record._asdict() for record in run.curve],
                 "step_losses": run.step_losses,
+                **more.get(run.method, {}),
             }
             for run in runs
         },

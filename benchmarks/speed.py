@@ -29,7 +29,7 @@ from benchmarks.autoencoder import make_problem
 from benchmarks.cli import positive_int
 from benchmarks.data import Dataset
 from benchmarks.tuned import write_json
-from locoprop_jax._coordinates import path_flops
+from locoprop_jax._coordinates import cheapest_path
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -75,8 +75,8 @@ def local_products(
     for layer in layers.values():
         d_in, d_out, more = layer.d_in, layer.d_out, iterations - 1
         linear = not matching or (layer.transfer.is_identity and not layer.uses_head)
-        costs = path_flops(rows, d_in, d_out, iterations)
-        if linear and costs["gram"] < costs["direct"]:
+        usable = ["direct", "gram"] if linear else ["direct"]
+        if cheapest_path(rows, d_in, d_out, iterations, usable) == "gram":
             products[Product((rows, d_in), (rows, d_in), True)] += 1
             products[Product((d_in, d_in), (d_in, d_out), False)] += more
         else:

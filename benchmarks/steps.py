@@ -54,7 +54,7 @@ def slice_examples(examples: Batch, start: int, size: int) -> Batch:
     return jax.tree.map(lambda leaf: leaf[start : start + size], examples)
 
 
-def make_step(loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs, capture: bool) -> Step:
+def make_step(loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs, method: Method) -> Step:
     """One training step, to be jitted: the whole training set and a batch's indices go in.
 
     The set lives on the device, so that a step moves a few kilobytes of indices and no images.
@@ -64,8 +64,9 @@ def make_step(loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs, captur
         state: State, examples: Batch, indices: Int[Any, " batch"]
     ) -> tuple[State, Float[Array, ""]]:
         batch = jax.tree.map(lambda leaf: leaf[indices], examples)
-        if capture:
-            loss, grads, captured = lp.value_grad_and_capture(loss_fn)(state.params, batch)
+        if method.needs_capture:
+            capture = lp.value_grad_and_capture(loss_fn, transferred=method.transferred)
+            loss, grads, captured = capture(state.params, batch)
             extra = {"captured": captured}
         else:
             loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
@@ -92,7 +93,7 @@ def compile_step(
     tx = method.build(layers, schedule, **hyperparameters)
     # Under jit the state's arrays are fresh buffers of settled types: safe to donate, no retrace.
     state = jax.jit(lambda params: State(params, tx.init(params)))(params)
-    step = jax.jit(make_step(loss_fn, tx, method.needs_capture), donate_argnums=0)
+    step = jax.jit(make_step(loss_fn, tx, method), donate_argnums=0)
     indices = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     return state, step.lower(state, examples, indices).compile()
 

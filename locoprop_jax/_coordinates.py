@@ -10,7 +10,7 @@ iterate. Choose by their flops:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +49,15 @@ def path_flops(rows: int, d_in: int, d_out: int, iterations: int) -> dict[str, i
     }
 
 
-def coordinates(problem: LocalProblem, iterations: int, path: str, allowed: Any) -> Coordinates:
+def cheapest_path(rows: int, d_in: int, d_out: int, iterations: int, usable: Sequence[str]) -> str:
+    """What "auto" takes of the usable paths."""
+    costs = path_flops(rows, d_in, d_out, iterations)
+    return min(usable, key=lambda path: costs[path])
+
+
+def coordinates(
+    problem: LocalProblem, iterations: int, path: str, allowed: Sequence[str]
+) -> Coordinates:
     """The cheapest coordinates for so many iterations, or those that `path` names.
 
     Args:
@@ -60,10 +68,9 @@ def coordinates(problem: LocalProblem, iterations: int, path: str, allowed: Any)
     """
     x, gain, slope = problem.inputs, problem.gain, problem.slope
     d_out = next(iter(slope.values())).shape[-1]
-    costs = path_flops(x.shape[0], x.shape[1], d_out, iterations)
     usable = [p for p in allowed if p != "gram" or gain is None]
     if path == "auto":
-        path = min(usable, key=lambda p: costs[p])
+        path = cheapest_path(x.shape[0], x.shape[1], d_out, iterations, usable)
     elif path not in usable:
         raise ValueError(f"The {path} path cannot be taken here, only {', '.join(usable)}.")
     return {"direct": _direct, "gram": _gram, "dual": _dual}[path](problem)
