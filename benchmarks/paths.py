@@ -92,7 +92,8 @@ def solve(cell: Cell, iterations: int, path: str, arrays: Mapping[str, jax.Array
 
 def affordable(cell: Cell, iterations: int, speed: float, limit: float) -> list[str]:
     """The paths that fit into the limit together, the cheapest first."""
-    costs = path_flops(cell.rows, cell.d_in, cell.d_out, iterations)
+    linear = cell.loss == "squared"
+    costs = path_flops(cell.rows, cell.d_in, cell.d_out, iterations, linear=linear)
     fitting, seconds = [], 0.0
     for path in sorted(USABLE[cell.loss], key=lambda path: costs[path]):
         seconds += LEAST_CALLS * costs[path] / speed
@@ -124,7 +125,8 @@ def measure_cell(
 ) -> dict[str, Any]:
     """Seconds by path, the path that "auto" takes, and its seconds relative to the best."""
     usable = USABLE[cell.loss]
-    auto = cheapest_path(cell.rows, cell.d_in, cell.d_out, iterations, usable)
+    linear = cell.loss == "squared"
+    auto = cheapest_path(cell.rows, cell.d_in, cell.d_out, iterations, usable, linear=linear)
     paths = affordable(cell, iterations, speed, limit)
     seconds: dict[str, float] = {}
     if paths:

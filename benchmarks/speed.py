@@ -76,7 +76,7 @@ def local_products(
         d_in, d_out, more = layer.d_in, layer.d_out, iterations - 1
         linear = not matching or (layer.transfer.is_identity and not layer.uses_head)
         usable = ["direct", "gram"] if linear else ["direct"]
-        if cheapest_path(rows, d_in, d_out, iterations, usable) == "gram":
+        if cheapest_path(rows, d_in, d_out, iterations, usable, linear=linear) == "gram":
             products[Product((rows, d_in), (rows, d_in), True)] += 1
             products[Product((d_in, d_in), (d_in, d_out), False)] += more
         else:

@@ -100,9 +100,12 @@ def measure_layer(rows: int, d_in: int, d_out: int, iterations: int) -> dict[str
         "paper_flops": weights,
     }
     for name, usable in PATHS.items():
-        path = cheapest_path(rows, d_in, d_out, iterations, usable)
+        linear = "gram" in usable
+        path = cheapest_path(rows, d_in, d_out, iterations, usable, linear=linear)
         step = compile_with(name, {"iterations": iterations})
-        once, all_ = (path_flops(rows, d_in, d_out, t)[path] for t in (2, max(2, iterations)))
+        once, all_ = (
+            path_flops(rows, d_in, d_out, t, linear=linear)[path] for t in (2, max(2, iterations))
+        )
         repeated = all_ - once + (iterations - 1) * optimizer_flops(d_in, d_out)
         by_gram = path == "gram"
         gram = " + d1^2 (X'X)" if by_gram else ""
@@ -116,7 +119,7 @@ def measure_layer(rows: int, d_in: int, d_out: int, iterations: int) -> dict[str
             f"(inputs, outputs, cotangents: in part the gradient's too); flops {flops} ({path})",
             "formula_bytes": FLOAT * (3 * weights + d_in**2 * by_gram + rows * (d_in + 2 * d_out)),
             "paper_flops": rows * iterations * weights,
-            "formula_flops": path_flops(rows, d_in, d_out, iterations)[path],
+            "formula_flops": path_flops(rows, d_in, d_out, iterations, linear=linear)[path],
         }
     return table
 

@@ -39,20 +39,32 @@ class Coordinates(NamedTuple):
     block: Callable[[Any], Block]
 
 
-def path_flops(rows: int, d_in: int, d_out: int, iterations: int) -> dict[str, int]:
-    """The flops of each path's matrix products for `iterations`, of which the first is free."""
+def path_flops(
+    rows: int, d_in: int, d_out: int, iterations: int, *, linear: bool
+) -> dict[str, int]:
+    """The flops of each path's matrix products for `iterations`, of which the first is free.
+
+    `linear` says that the loss is squared: gram is for such losses only, and dual then cheaper.
+    """
     later = iterations - 1
+    dual = 2 * rows**2 * d_in + 4 * rows * d_in * d_out
+    if linear and rows < d_out:  # one square matrix is iterated for all outputs
+        dual += later * 2 * rows**3 + 2 * rows**2 * d_out
+    else:
+        dual += later * 2 * rows**2 * d_out
     return {
         "direct": later * 4 * rows * d_in * d_out,
         "gram": 2 * rows * d_in**2 + later * 2 * d_in**2 * d_out,
-        "dual": 2 * rows**2 * d_in + 4 * rows * d_in * d_out + later * 2 * rows**2 * d_out,
+        "dual": dual,
     }
 
 
-def cheapest_path(rows: int, d_in: int, d_out: int, iterations: int, usable: Sequence[str]) -> str:
+def cheapest_path(
+    rows: int, d_in: int, d_out: int, iterations: int, usable: Sequence[str], *, linear: bool
+) -> str:
     """What "auto" takes of the usable paths."""
-    costs = path_flops(rows, d_in, d_out, iterations)
-    return min(usable, key=lambda path: costs[path])
+    costs = path_flops(rows, d_in, d_out, iterations, linear=linear)
+    return min((p for p in usable if linear or p != "gram"), key=lambda path: costs[path])
 
 
 def coordinates(
@@ -68,10 +80,11 @@ def coordinates(
     """
     x, gain, slope = problem.inputs, problem.gain, problem.slope
     d_out = next(iter(slope.values())).shape[-1]
-    usable = [p for p in allowed if p != "gram" or gain is None]
     if path == "auto":
-        path = cheapest_path(x.shape[0], x.shape[1], d_out, iterations, usable)
-    elif path not in usable:
+        rows, d_in = x.shape
+        path = cheapest_path(rows, d_in, d_out, iterations, allowed, linear=gain is None)
+    usable = [p for p in allowed if p != "gram" or gain is None]
+    if path not in usable:
         raise ValueError(f"The {path} path cannot be taken here, only {', '.join(usable)}.")
     return {"direct": _direct, "gram": _gram, "dual": _dual}[path](problem)
 
@@ -107,23 +120,29 @@ def _gram(problem: LocalProblem) -> Coordinates:
 
 
 def _dual(problem: LocalProblem) -> Coordinates:
-    """Delta = s slope + X'Y, so that the outputs move by s X slope + XX'Y."""
+    """Delta = s slope + X'Y, so that the outputs move by s X slope + XX'Y.
+
+    For squared losses every Y is a square matrix times X slope: that matrix alone is iterated where
+    it is smaller.
+    """
     x, gain, slope = problem.inputs, problem.gain, problem.slope
     moved = push(x, slope)
+    by_matrix = gain is None and len(x) < moved.shape[1]
+    start = jnp.eye(len(x), dtype=x.dtype) if by_matrix else moved
     products = x @ x.T if "kernel" in slope else jnp.zeros((len(x), len(x)), x.dtype)
     if "bias" in slope:
         products += 1
     one, zero = jnp.ones((), x.dtype), jnp.zeros((), x.dtype)
 
     def gained(at: dict[str, Array]) -> dict[str, Array]:
-        change = at["slope"] * moved + products @ at["rows"]
+        change = at["slope"] * start + products @ at["rows"]
         return {"slope": zero, "rows": change if gain is None else gain(change)}
 
     def block(at: dict[str, Array]) -> Block:
-        pulled = pull(x, at["rows"], slope)
+        pulled = pull(x, at["rows"] @ moved if by_matrix else at["rows"], slope)
         return jax.tree.map(lambda s, p: at["slope"] * s + p, slope, pulled)
 
-    return Coordinates({"slope": one, "rows": jnp.zeros_like(moved)}, gained, block)
+    return Coordinates({"slope": one, "rows": jnp.zeros_like(start)}, gained, block)
 
 
 def gradient(at: Coordinates, penalty: Penalty, delta: Any) -> Any:

@@ -221,12 +221,13 @@ def test_the_masked_part_of_a_layer_is_held_fixed_on_each_path(moving, path):
 
 
 def test_the_path_is_the_one_of_the_fewest_flops():
-    def fewest(rows, d_in, d_out):
-        costs = _coordinates.path_flops(rows, d_in, d_out, 10)
-        return min(costs, key=lambda path: costs[path])
+    def fewest(rows, d_in, d_out, linear=True):
+        paths = _coordinates.PATHS
+        return _coordinates.cheapest_path(rows, d_in, d_out, 10, paths, linear=linear)
 
-    assert fewest(100, 1000, 500) == "dual"
+    assert fewest(100, 1000, 500) == fewest(100, 1000, 500, linear=False) == "dual"
     assert fewest(8192, 64, 64) == "gram"
+    assert fewest(8192, 64, 64, linear=False) == "direct"
     assert fewest(1000, 1000, 30) == "direct"
 
 
