@@ -266,12 +266,14 @@ def _where(condition: Bool[Array, ""], true: Any, false: Any) -> Any:
     return jax.tree.map(lambda t, f: jnp.where(condition, t, f), true, false)
 
 
-def _all_finite(tree: Any) -> Array:
+def _all_finite(tree: Any) -> Bool[Array, ""]:
     """Whether all entries are finite, by their sums: far quicker to compile than `isfinite`."""
     leaves = jax.tree.leaves(tree)
-    wide = [jnp.float64 if x.dtype == jnp.float64 else jnp.float32 for x in leaves]
-    sums = [jnp.isfinite(jnp.sum(x, dtype=t)) for x, t in zip(leaves, wide, strict=True)]
-    return jnp.all(jnp.asarray(sums))  # there may be none: all may be masked
+    wide = jnp.float64 if any(x.dtype == jnp.float64 for x in leaves) else jnp.float32
+    sums = jnp.asarray([jnp.sum(x, dtype=wide) for x in leaves], wide)
+    # In a loop, because XLA would add the scalars anew in each of the many kernels that ask.
+    add = lambda i, total: total + sums[i]  # noqa: E731
+    return jnp.isfinite(jax.lax.fori_loop(0, len(leaves), add, jnp.zeros((), wide)))
 
 
 # --- checks --------------------------------------------------------------------------------------

@@ -61,10 +61,16 @@ def run(names: str, data_dir: Path, more: str = "") -> int:
 @pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_every_ablation_end_to_end(
-    name: str, data_dir: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    data_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Its first and its last run: each takes seconds to compile."""
+    ablation = ABLATIONS[name]
+    variants = ablation.variants[0], ablation.variants[-1]
+    monkeypatch.setitem(ABLATIONS, name, ablation._replace(variants=variants))
     assert run(name, data_dir) == 0
-    variants = ABLATIONS[name].variants
     printed = capsys.readouterr().out
     assert all(variant.title in printed for variant in variants)
     assert (data_dir / "out" / name / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -56,7 +56,7 @@ def fisher(net, cotangents, damping):
 # --- oracle 2: one iteration is BackProp ---------------------------------------------------------
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(
     net=nets(),
     divergence=st.sampled_from(DIVERGENCES),
@@ -107,7 +107,7 @@ def iterate(net, params, batch, divergence, eta, gamma, iterations, l2=0.0):
     return new
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
     net=nets(),
     divergence=st.sampled_from(DIVERGENCES),
@@ -162,7 +162,7 @@ def test_post_activation_divergences_refuse_functions_that_the_model_does_not_ap
 # --- the three paths -----------------------------------------------------------------------------
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
     net=nets(),
     divergence=st.sampled_from(DIVERGENCES),
@@ -252,7 +252,7 @@ def closed_form(net, params, batch, eta, gamma):
     return new
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(
     net=nets(),
     solver=st.sampled_from([lp.exact(), lp.conjugate_gradient(12), lp.anderson(16, memory=16)]),
@@ -348,7 +348,7 @@ def test_the_l2_term_is_what_the_reviews_fixed_algorithm_adds_to_algorithm_1_as_
 # --- targets -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(
     net=nets(),
     divergence=st.sampled_from(["squared", "matching"]),
@@ -480,7 +480,7 @@ def test_the_fisher_of_a_natural_target_is_averaged_over_batches_without_bias():
         assert_blocks(net, params, {"layer0": expected})
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(net=nets(), damping=st.floats(1e-2, 1.0), seed=st.integers(0, 99))
 def test_proposition_1_natural_targets_solved_exactly_are_k_fac_with_factored_damping(
     net, damping, seed
@@ -551,7 +551,7 @@ def test_l1_is_proximal_gradient_descent():
     assert_blocks(net, new, expected)
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(net=nets(), exactly=st.booleans(), damping=st.floats(1e-2, 1.0), seed=st.integers(0, 99))
 def test_the_fisher_metric_gives_the_natural_gradient_and_the_kronecker_solution(
     net, exactly, damping, seed
@@ -623,7 +623,7 @@ def test_newtons_first_step_for_small_gamma_is_the_per_output_solution(transfer)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(net=nets(), gamma=st.floats(0.1, 1.0), seed=st.integers(0, 99))
 def test_newton_converges_to_where_the_local_gradient_vanishes(net, gamma, seed):
     eta = 0.3
@@ -821,7 +821,7 @@ def corrected(net, params, batch, matching, eta, gamma, iterations, correction):
     return new
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(
     net=nets().filter(lambda net: net.transfers),
     matching=st.booleans(),
