@@ -128,7 +128,7 @@ def our_step(setting: Setting, params: Params) -> Step:
         gamma=GAMMA,
         iterations=setting.iterations,
         optimizer=optimizer,
-        correction=setting.correction,
+        correction=setting.correction or None,
     )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

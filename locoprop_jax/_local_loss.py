@@ -60,7 +60,7 @@ def scale_by_local_loss(
     target: str | Target | None = None,
     regularizer: Regularizer | None = None,
     solver: Solver,
-    correction: float = 0.0,
+    correction: float | None = None,
     stack: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replace the gradient by the displacement that improves each layer's local loss.
@@ -86,9 +86,9 @@ def scale_by_local_loss(
         `mahalanobis(...)`.
       solver: `inner(optimizer, iterations)`, `fixed_point`, `anderson`, `conjugate_gradient`,
         `newton` or `exact`.
-      correction: above 0 the layers are solved one after the other, and each sees its input move
-        towards what the new weights of the layer that feeds it make of theirs: by at most this
-        much times sqrt(d_in), over the whole batch. 0 is the paper's: all at once.
+      correction: None is the paper's: all layers at once. With a number they are solved one after
+        the other, and each sees its input move towards what the new weights of the layer that
+        feeds it make of theirs: by at most this much times sqrt(d_in), over the whole batch.
       stack: whether to solve for all layers of equal shapes at once; None for what is fastest:
         apart on a CPU, stacked elsewhere.
 
@@ -170,7 +170,7 @@ def scale_by_local_loss(
             delta, target = _where(ok, (delta, target), (zeros, arrays.target))
             return Result(delta, inner, target)
 
-        if correction:
+        if correction is not None:
             results = _one_by_one(layers, data, improve, correction)
         else:
             results = _at_once(layers, data, improve, stack)
@@ -258,7 +258,7 @@ def _one_by_one(
 def _limited(change: Float[Array, "rows d"], correction: float) -> Float[Array, "rows d"]:
     """Shortened to correction * sqrt(d), over all rows together."""
     norm = jnp.linalg.norm(change) + jnp.finfo(change.dtype).tiny
-    most = jnp.asarray(correction * change.shape[1] ** 0.5, change.dtype)
+    most = jnp.asarray(correction, change.dtype) * change.shape[1] ** 0.5
     return change * (jnp.minimum(norm, most) / norm)
 
 
@@ -269,6 +269,8 @@ def _where(condition: Bool[Array, ""], true: Any, false: Any) -> Any:
 def _all_finite(tree: Any) -> Bool[Array, ""]:
     """Whether all entries are finite, by their sums: far quicker to compile than `isfinite`."""
     leaves = jax.tree.leaves(tree)
+    if not leaves:  # all may be masked
+        return jnp.asarray(True)
     wide = jnp.float64 if any(x.dtype == jnp.float64 for x in leaves) else jnp.float32
     sums = jnp.asarray([jnp.sum(x, dtype=wide) for x in leaves], wide)
     # In a loop, because XLA would add the scalars anew in each of the many kernels that ask.
@@ -279,10 +281,12 @@ def _all_finite(tree: Any) -> Bool[Array, ""]:
 # --- checks --------------------------------------------------------------------------------------
 
 
-def _check_correction(layers: Layers, correction: float) -> None:
-    if correction < 0:
+def _check_correction(layers: Layers, correction: Any) -> None:
+    if correction is None:
+        return
+    if _is_number(correction) and correction < 0:
         raise ValueError(f"`correction` must not be negative, got {correction}.")
-    if correction and not any(layer.source in layers for layer in layers.values()):
+    if not any(layer.source in layers for layer in layers.values()):
         raise ValueError(
             "`correction` moves the input of a layer after the layer that feeds it, but no layer "
             f"is fed by another's transfer function alone: {', '.join(layers)}."

@@ -42,7 +42,7 @@ def locoprop_s(
     iterations: int = 10,
     optimizer: Optimizer = RMSPROP,
     regularizer: Regularizer | None = None,
-    correction: float = 0.0,
+    correction: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LocoProp with local squared losses (LocoProp, eq. 3, Algorithm 1).
 
@@ -57,7 +57,7 @@ def locoprop_s(
       optimizer: the local optimizer's constructor, called with the learning rate of each step.
       regularizer: None, as in the paper's Algorithms; `l2()` adds 1/(2 eta) |W~ - W|^2, as in its
         eq. 3 and in the review's Algorithm 2 ("fixed").
-      correction: 0 for the paper's: all layers at once. Above, one after the other, as
+      correction: None for the paper's: all layers at once. With a number one after the other, as
         `scale_by_local_loss` describes.
 
     Returns:
@@ -79,7 +79,7 @@ def locoprop_m(
     iterations: int = 10,
     optimizer: Optimizer = RMSPROP,
     regularizer: Regularizer | None = None,
-    correction: float = 0.0,
+    correction: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LocoProp with local matching losses (LocoProp, eq. 7, Algorithm 2).
 
@@ -211,7 +211,7 @@ def _complete(
     rates: tuple[optax.ScalarOrSchedule, float],
     regularizer: Regularizer | None,
     solver: Solver,
-    correction: float = 0.0,
+    correction: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     local = scale_by_local_loss(
         layers,
