@@ -364,19 +364,8 @@ def parse_arguments(
         help="before each run, train one epoch with each of K learning rates around its own, a "
         "factor of sqrt(10) apart, and go on with the best (default: %(default)s, no search)",
     )
-    parser.add_argument(
-        "--hyperparameters",
-        type=Path,
-        default=TUNED,
-        metavar="FILE",
-        help="JSON file of tuned values (default: the committed benchmarks/tuned.json)",
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("out/ablations"),
-        metavar="DIR",
-        help="where the results go, a folder for each ablation (default: %(default)s)",
+    cli.add_result_arguments(
+        parser, "out/ablations", "where the results go, a folder for each ablation"
     )
     args = cli.parse(parser, QUICK, argv)
     args.names = list(dict.fromkeys(args.names)) or list(ABLATIONS)

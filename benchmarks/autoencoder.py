@@ -26,7 +26,7 @@ from benchmarks.data import DataError, Dataset
 from benchmarks.methods import Hyperparameters
 from benchmarks.steps import Params
 from benchmarks.training import Problem, Run, Settings
-from benchmarks.tuned import TUNED, TunedError, load_hyperparameters, write_json
+from benchmarks.tuned import TunedError, load_hyperparameters, write_json
 
 NAME = "autoencoder"
 DEFAULTS = {"epochs": 5, "train_images": 20_000, "batch_size": 1000}
@@ -114,20 +114,7 @@ def parse_arguments(
     )
     cli.add_quick_argument(parser, QUICK)
     cli.add_training_arguments(parser, DEFAULTS)
-    parser.add_argument(
-        "--hyperparameters",
-        type=Path,
-        default=TUNED,
-        metavar="FILE",
-        help="JSON file of tuned values (default: the committed benchmarks/tuned.json)",
-    )
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("out/autoencoder"),
-        metavar="DIR",
-        help="where the results go (default: %(default)s)",
-    )
+    cli.add_result_arguments(parser, "out/autoencoder", "where the results go")
     args = cli.parse(parser, QUICK, argv)
     cli.check_training_arguments(parser, args)
     return parser, args

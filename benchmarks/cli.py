@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.data import DATASETS, Dataset, load_dataset, subset
 from benchmarks.methods import METHODS
+from benchmarks.tuned import TUNED
 
 
 def positive_int(text: str) -> int:
@@ -29,6 +30,52 @@ def seed(text: str) -> int:
             f"must be a whole number from 0 to 2**32 - 1, got {text!r}"
         )
     return value
+
+
+def add_numbers(
+    parser: argparse.ArgumentParser, options: Mapping[str, tuple[int | Sequence[int], str]]
+) -> None:
+    """Options that are positive whole numbers: name -> default (several for a list), and what."""
+    for option, (default, what) in options.items():
+        several = not isinstance(default, int)
+        shown = " ".join(map(str, default)) if several else default
+        parser.add_argument(
+            f"--{option}",
+            type=positive_int,
+            nargs="+" if several else None,
+            default=default,
+            metavar="N",
+            help=f"{what} (default: {shown})",
+        )
+
+
+def add_output_argument(parser: argparse.ArgumentParser, default: Path) -> None:
+    """--output, the JSON file of a measurement."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=default,
+        metavar="FILE",
+        help=f"where the numbers go (default: benchmarks/results/{default.name})",
+    )
+
+
+def add_result_arguments(parser: argparse.ArgumentParser, directory: str, what: str) -> None:
+    """--hyperparameters and --output-dir."""
+    parser.add_argument(
+        "--hyperparameters",
+        type=Path,
+        default=TUNED,
+        metavar="FILE",
+        help="JSON file of tuned values (default: the committed benchmarks/tuned.json)",
+    )
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path(directory),
+        metavar="DIR",
+        help=f"{what} (default: %(default)s)",
+    )
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, int]) -> None:

@@ -15,7 +15,6 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any, NamedTuple
 
@@ -25,8 +24,7 @@ import numpy as np
 import optax
 
 import locoprop_jax as lp
-from benchmarks import autoencoder
-from benchmarks.cli import positive_int
+from benchmarks import autoencoder, cli
 from benchmarks.data import Dataset
 from benchmarks.report import aligned, machine
 from benchmarks.speed import RESULTS, Compiled, Product, clock, compile_call, compile_product
@@ -220,39 +218,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Time the paths of LocoProp's plain gradient steps, and the choice between "
         "them.",
     )
-    for option, default, what in (
-        ("batch-sizes", [32, 128, 512, 2048, 8192], "rows of the layers"),
-        ("widths", [64, 256, 1024, 4096], "their inputs, and as many outputs"),
-    ):
-        parser.add_argument(
-            f"--{option}",
-            type=positive_int,
-            nargs="+",
-            default=default,
-            metavar="N",
-            help=f"{what} (default: {' '.join(map(str, default))})",
-        )
-    for option, default, what in (
-        ("iterations", 10, "local steps T"),
-        ("rounds", 9, "of all paths in turn, at most"),
-        ("limit", 30, "seconds for each batch size, width and local loss"),
-        ("autoencoder-batch", 100, "rows of the autoencoder's update"),
-        ("shrink", 1, "divide the autoencoder's widths by this"),
-    ):
-        parser.add_argument(
-            f"--{option}",
-            type=positive_int,
-            default=default,
-            metavar="N",
-            help=f"{what} (default: %(default)s)",
-        )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=RESULTS / "paths.json",
-        metavar="FILE",
-        help="where the numbers go (default: benchmarks/results/paths.json)",
+    cli.add_numbers(
+        parser,
+        {
+            "batch-sizes": ([32, 128, 512, 2048, 8192], "rows of the layers"),
+            "widths": ([64, 256, 1024, 4096], "their inputs, and as many outputs"),
+            "iterations": (10, "local steps T"),
+            "rounds": (9, "of all paths in turn, at most"),
+            "limit": (30, "seconds for each batch size, width and local loss"),
+            "autoencoder-batch": (100, "rows of the autoencoder's update"),
+            "shrink": (1, "divide the autoencoder's widths by this"),
+        },
     )
+    cli.add_output_argument(parser, RESULTS / "paths.json")
     return parser.parse_args(argv)
 
 

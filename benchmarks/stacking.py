@@ -10,7 +10,6 @@ import argparse
 import functools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -62,15 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.stacking",
         description="What stacking equal layers costs and saves, on the deep autoencoder.",
     )
-    parser.add_argument("--rounds", type=cli.positive_int, default=5, metavar="N")
-    parser.add_argument("--batch-size", type=cli.positive_int, default=1000, metavar="N")
-    parser.add_argument("--iterations", type=cli.positive_int, default=10, metavar="T")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=RESULTS / f"stacking_{jax.default_backend()}.json",
-        metavar="FILE",
+    cli.add_numbers(
+        parser,
+        {
+            "rounds": (5, "of compilations and of steps"),
+            "batch-size": (1000, "rows"),
+            "iterations": (10, "T, local iterations"),
+        },
     )
+    cli.add_output_argument(parser, RESULTS / f"stacking_{jax.default_backend()}.json")
     args = parser.parse_args(argv)
     images = np.random.default_rng(0).uniform(size=(args.batch_size, 784)).astype(np.float32)
     make = functools.partial(compile_step, images=images, iterations=args.iterations)

@@ -12,7 +12,6 @@ to `benchmarks/results/table1.json`.
 import argparse
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,8 +20,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from benchmarks import autoencoder
-from benchmarks.cli import positive_int
+from benchmarks import autoencoder, cli
 from benchmarks.data import Dataset
 from benchmarks.methods import ALL_METHODS, METHODS, Hyperparameters, tensorflow_rmsprop
 from benchmarks.report import aligned, machine
@@ -193,35 +191,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "layer, measured beside the formulas of the paper's Table 1; and the memory of the "
         "autoencoder's step as T grows. Compiles, but runs nothing.",
     )
-    for option, default, what in (
-        ("d-in", 1000, "d1, the layer's inputs"),
-        ("d-out", 500, "d2, its outputs"),
-        ("batch-size", 1000, "b, for the layer and for the autoencoder"),
-        ("iterations", 10, "T, local iterations of the layer"),
-        ("shrink", 1, "divide the autoencoder's widths by this"),
-    ):
-        parser.add_argument(
-            f"--{option}",
-            type=positive_int,
-            default=default,
-            metavar="N",
-            help=f"{what} (default: %(default)s)",
-        )
-    parser.add_argument(
-        "--autoencoder-iterations",
-        type=positive_int,
-        nargs="+",
-        default=[1, 10, 50],
-        metavar="T",
-        help="of the autoencoder (default: 1 10 50)",
+    cli.add_numbers(
+        parser,
+        {
+            "d-in": (1000, "d1, the layer's inputs"),
+            "d-out": (500, "d2, its outputs"),
+            "batch-size": (1000, "b, for the layer and for the autoencoder"),
+            "iterations": (10, "T, local iterations of the layer"),
+            "shrink": (1, "divide the autoencoder's widths by this"),
+            "autoencoder-iterations": ([1, 10, 50], "T, of the autoencoder"),
+        },
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=RESULTS / "table1.json",
-        metavar="FILE",
-        help="where the numbers go (default: benchmarks/results/table1.json)",
-    )
+    cli.add_output_argument(parser, RESULTS / "table1.json")
     return parser.parse_args(argv)
 
 

@@ -259,10 +259,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.torch_peer",
         description="Time LocoProp-M here against the PyPI package `locoprop` (PyTorch).",
     )
-    parser.add_argument("--steps", type=cli.positive_int, default=30, metavar="N")
-    parser.add_argument("--train-images", type=cli.positive_int, default=10_000, metavar="N")
+    steps = {"steps": (30, "timed steps of each setting"), "train-images": (10_000, "to draw from")}
+    cli.add_numbers(parser, steps)
     parser.add_argument("--seed", type=cli.seed, default=0, metavar="N")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE")
+    cli.add_output_argument(parser, RESULTS)
     args = parser.parse_args(argv)
     if torch is None:
         parser.error('the peer is not installed: pip install ".[peers]"')

@@ -76,11 +76,7 @@ def _layout(traced: Traced, site: Site, piece: Piece | None) -> Layout:
         inputs=_chains.group((), data_shape, inputs),
         outputs=to_rows,
         outputs_back=_chains.inverse(to_rows, program.shape(site.output)),
-        transferred=(
-            None
-            if piece is None
-            else (*_chains.inverse(piece.chain, program.shape(site.output)), *to_rows)
-        ),
+        transferred=None if piece is None else _transferred(traced, site, piece),
     )
 
 
@@ -101,24 +97,27 @@ def _rows_per_example(traced: Traced, site: Site) -> int | None:
     return math.prod(traced.program.shape(data)[i] for i in shared)
 
 
-def _piece(traced: Traced, site: Site) -> Piece | None:
-    """What the network applies to a layer's outputs; None where that is the identity."""
-    piece = _flow.transfer_piece(traced.program, traced.detection.live, site.output)
-    return piece if piece.equations else None
+def _piece(traced: Traced, site: Site) -> Piece:
+    """What the network applies to a layer's outputs."""
+    return _flow.transfer_piece(traced.program, traced.detection.live, site.output)
 
 
-def _sources(traced: Traced, names: Sequence[str]) -> list[str | None]:
+def _transferred(traced: Traced, site: Site, piece: Piece) -> Chain:
+    """How to read what a piece ends in as (batch, shared, d_out)."""
+    back = _chains.inverse(piece.chain, traced.program.shape(site.output))
+    return (*back, *_outputs(traced, site))
+
+
+def _sources(traced: Traced, names: Sequence[str], pieces: Sequence[Piece]) -> list[str | None]:
     """For each layer the one that feeds it, with nothing but the transfer function in between.
 
-    Both have to see the same rows in the same order: the batch axes are those of one value, and
-    the features are the last axis for the one and the contracted axis for the other.
+    Both have to see the same rows and features in the same order.
     """
     program, sites = traced.program, traced.detection.sites
-    ends = {}
-    for site, name in zip(sites, names, strict=True):
-        piece = _flow.transfer_piece(program, traced.detection.live, site.output)
-        chain = (*_chains.inverse(piece.chain, program.shape(site.output)), *_outputs(traced, site))
-        ends[piece.end] = (name, chain)
+    ends = {
+        piece.end: (name, _transferred(traced, site, piece))
+        for site, name, piece in zip(sites, names, pieces, strict=True)
+    }
     result: list[str | None] = []
     for site in sites:
         equation = program.equations[site.position]
@@ -177,10 +176,9 @@ def _struct(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
-def _transfer_of(traced: Traced, site: Site) -> Transfer:
+def _transfer_of(traced: Traced, piece: Piece) -> Transfer:
     """Find what the network applies to a layer's outputs."""
     program = traced.program
-    piece = _flow.transfer_piece(program, traced.detection.live, site.output)
     if not piece.equations:
         return _transfer.identity(piece.note)
 
@@ -253,7 +251,8 @@ def find_layers(
             f"{', '.join(names) or 'none'}."
         )
     ends = _detect.output_sites(traced.program, traced.detection)
-    sources = _sources(traced, names)
+    pieces = [_piece(traced, site) for site in traced.detection.sites]
+    sources = _sources(traced, names, pieces)
     layers = [
         Layer(
             name=name,
@@ -262,7 +261,7 @@ def find_layers(
             transfer=(
                 _transfer.given(overrides[name])
                 if name in overrides
-                else _transfer_of(traced, site)
+                else _transfer_of(traced, pieces[i])
             ),
             is_output=i in ends,
             source=sources[i],
@@ -374,10 +373,11 @@ def value_grad_and_capture(
         program, sites, names = traced.program, traced.detection.sites, _names(traced)
         ends = sorted(_detect.output_sites(program, traced.detection))
         heads = {i: _head_plan(traced, sites[i]) for i in ends}
-        pieces = [
+        found = [
             _piece(traced, site) if transferred and i not in ends else None
             for i, site in enumerate(sites)
         ]
+        pieces = [piece if piece and piece.equations else None for piece in found]
         layouts = [_layout(traced, site, piece) for site, piece in zip(sites, pieces, strict=True)]
         targets: tuple[Target, ...] = ()
         if curvature in _curvature.PULLED:

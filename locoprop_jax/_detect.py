@@ -193,28 +193,8 @@ def _rearranged(program: Program, equation: Equation, kinds: Sequence[Label]) ->
     seen = [k for k in kinds if isinstance(k, Weight | Output)]
     if len(seen) != 1 or len(kinds) != 1:
         return None
-    chain = _structural(program, equation, seen[0].chain)
+    chain = _flow.rearranged(program, equation, seen[0].chain)
     return None if chain is None else seen[0]._replace(chain=chain)
-
-
-def _structural(program: Program, equation: Equation, chain: Chain) -> Chain | None:
-    """The chain through one more equation, None if that does more than rearrange."""
-    shape = program.shape(equation.inputs[0])
-    result = program.shape(equation.outputs[0])
-    if equation.primitive in _jaxpr.CAST | _jaxpr.SAME:
-        return chain
-    if equation.primitive in _jaxpr.TRANSPOSE:
-        return _chains.extend(chain, shape, "transpose", tuple(equation.params["permutation"]))
-    if equation.primitive in _jaxpr.RESHAPE:
-        return _chains.extend(chain, shape, "reshape", result)
-    if equation.primitive in _jaxpr.BROADCAST:
-        axes = equation.params["broadcast_dimensions"]
-        spread = [1] * len(result)
-        for size, axis in zip(shape, axes, strict=True):
-            spread[axis] = size
-        chain = _chains.extend(chain, shape, "reshape", tuple(spread))
-        return _chains.extend(chain, tuple(spread), "broadcast", result)
-    return None
 
 
 def _unsupported(equation: Equation, kinds: Sequence[Label]) -> str:

@@ -25,9 +25,8 @@ import optax
 from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
+from locoprop_jax._blocks import Rows
 from locoprop_jax._transfer import Transfer
-
-Rows = Float[Array, "rows d_out"]
 
 # --- divergences ---------------------------------------------------------------------------------
 
@@ -159,12 +158,9 @@ def natural(
     Raises:
       ValueError: a negative damping, a decay outside [0, 1), or an unknown source.
     """
-    if isinstance(damping, int | float) and damping < 0:
-        raise ValueError(f"`natural` takes a damping that is not negative, got {damping}.")
+    check_fisher("natural", damping, curvature)
     if isinstance(decay, int | float) and not 0 <= decay < 1:
         raise ValueError(f"`natural` takes a decay from 0 to below 1, got {decay}.")
-    if curvature not in ("empirical", "captured"):
-        raise ValueError(f"`curvature` is 'empirical' or 'captured', got {curvature!r}.")
 
     def init(d_out: int, dtype: Any) -> NaturalState:
         shape = (d_out,) if diagonal else (d_out, d_out)
@@ -186,6 +182,18 @@ def natural(
         return precondition, state
 
     return Target("natural", init, update, curvature)
+
+
+def check_fisher(method: str, damping: Any, curvature: str) -> None:
+    """Refuse a negative damping and an unknown source of curvature.
+
+    Raises:
+      ValueError: as it says.
+    """
+    if isinstance(damping, int | float) and damping < 0:
+        raise ValueError(f"`{method}` takes a damping that is not negative, got {damping}.")
+    if curvature not in ("empirical", "captured"):
+        raise ValueError(f"`curvature` is 'empirical' or 'captured', got {curvature!r}.")
 
 
 def oracle(transform: optax.GradientTransformation) -> Target:

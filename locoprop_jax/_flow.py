@@ -154,6 +154,26 @@ def downstream(program: Program, live: Sequence[bool], value: int) -> set[int]:
     return reached
 
 
+def rearranged(program: Program, equation: Equation, chain: Chain) -> Chain | None:
+    """The chain through one more equation, None if that does more than rearrange."""
+    shape = program.shape(equation.inputs[0])
+    result = program.shape(equation.outputs[0])
+    if equation.primitive in _jaxpr.CAST | _jaxpr.SAME:
+        return chain
+    if equation.primitive in _jaxpr.TRANSPOSE:
+        return _chains.extend(chain, shape, "transpose", tuple(equation.params["permutation"]))
+    if equation.primitive in _jaxpr.RESHAPE:
+        return _chains.extend(chain, shape, "reshape", result)
+    if equation.primitive in _jaxpr.BROADCAST:
+        axes = equation.params["broadcast_dimensions"]
+        spread = [1] * len(result)
+        for size, axis in zip(shape, axes, strict=True):
+            spread[axis] = size
+        chain = _chains.extend(chain, shape, "reshape", tuple(spread))
+        return _chains.extend(chain, tuple(spread), "broadcast", result)
+    return None
+
+
 class Piece(NamedTuple):
     """An elementwise piece of a program that starts at a layer's output.
 
@@ -180,11 +200,7 @@ def transfer_piece(program: Program, live: Sequence[bool], output: int) -> Piece
         after = program.equations[uses[0]]
         if after.primitive not in _jaxpr.TRANSPOSE | _jaxpr.RESHAPE:
             break
-        turned = after.primitive in _jaxpr.TRANSPOSE
-        result = program.shape(after.outputs[0])
-        step = tuple(after.params["permutation"]) if turned else result
-        kind = "transpose" if turned else "reshape"
-        chain = _chains.extend(chain, program.shape(output), kind, step)
+        chain = rearranged(program, after, chain) or ()
         output = after.outputs[0]
     shape = program.shape(output)
     uniform = {

@@ -338,7 +338,7 @@ def is_elementwise(equation: Any) -> bool:
     return all(
         is_elementwise(inner)
         or (inner.primitive in BROADCAST and getattr(inner.invars[0].aval, "size", 0) == 1)
-        for jaxpr in jex.jaxprs_in_params(equation.params)
+        for jaxpr in inner_jaxprs(equation)
         for inner in jaxpr.eqns
     )
 

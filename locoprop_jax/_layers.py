@@ -20,11 +20,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from locoprop_jax import _chains
+from locoprop_jax import _chains, _jaxpr
 from locoprop_jax._chains import Chain, Shape
 from locoprop_jax._transfer import Transfer
 
@@ -286,7 +285,7 @@ class Head:
     def loss(self, outputs: Float[Array, "batch shared d_out"]) -> Float[Array, ""]:
         """The loss, were these the layer's outputs."""
         raw = _chains.apply(self.layout.outputs_back, outputs).astype(self.dtype)
-        return jex.jaxpr_as_fun(self.function.closed)(raw, *self.free)[0]
+        return _jaxpr.as_callable(self.function.closed)(raw, *self.free)[0]
 
     def gradient(
         self, outputs: Float[Array, "batch shared d_out"]

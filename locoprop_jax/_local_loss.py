@@ -216,7 +216,7 @@ def _at_once(
         stacked = jax.vmap(each)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays))
         for i, name in enumerate(names):
             results[name] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-    return {name: results[name] for name in data}
+    return results
 
 
 def _groups(layers: Layers, data: Mapping[str, LayerData]) -> list[list[str]]:

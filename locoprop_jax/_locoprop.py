@@ -66,9 +66,15 @@ def locoprop_s(
     Raises:
       ValueError, TypeError: as `scale_by_local_loss`.
     """
-    solver = inner(optimizer, iterations)
-    rates = learning_rate, gamma
-    return _complete("squared", None, layers, rates, regularizer, solver, correction)
+    return _complete(
+        layers,
+        learning_rate,
+        gamma=gamma,
+        divergence="squared",
+        regularizer=regularizer,
+        solver=inner(optimizer, iterations),
+        correction=correction,
+    )
 
 
 def locoprop_m(
@@ -89,9 +95,15 @@ def locoprop_m(
 
     Arguments, result and errors are those of `locoprop_s`.
     """
-    solver = inner(optimizer, iterations)
-    rates = learning_rate, gamma
-    return _complete("matching", None, layers, rates, regularizer, solver, correction)
+    return _complete(
+        layers,
+        learning_rate,
+        gamma=gamma,
+        divergence="matching",
+        regularizer=regularizer,
+        solver=inner(optimizer, iterations),
+        correction=correction,
+    )
 
 
 def pocoprop_s(
@@ -111,9 +123,14 @@ def pocoprop_s(
     Arguments, result and errors are those of `locoprop_s`; the arrays have to come from
     `value_grad_and_capture(loss_fn, transferred=True)`.
     """
-    solver = inner(optimizer, iterations)
-    rates = learning_rate, gamma
-    return _complete("post_squared", None, layers, rates, regularizer, solver)
+    return _complete(
+        layers,
+        learning_rate,
+        gamma=gamma,
+        divergence="post_squared",
+        regularizer=regularizer,
+        solver=inner(optimizer, iterations),
+    )
 
 
 def pocoprop_m(
@@ -134,9 +151,14 @@ def pocoprop_m(
     Arguments, result and errors are those of `locoprop_s`; the arrays have to come from
     `value_grad_and_capture(loss_fn, transferred=True)`.
     """
-    solver = inner(optimizer, iterations)
-    rates = learning_rate, gamma
-    return _complete("dual_matching", None, layers, rates, regularizer, solver)
+    return _complete(
+        layers,
+        learning_rate,
+        gamma=gamma,
+        divergence="dual_matching",
+        regularizer=regularizer,
+        solver=inner(optimizer, iterations),
+    )
 
 
 def proxprop(
@@ -200,27 +222,18 @@ def locoprop_kfac(
     Raises:
       ValueError, TypeError: as `scale_by_local_loss`.
     """
-    target = target or _divergences.natural()
-    return _complete("squared", target, layers, (learning_rate, gamma), l2(), exact())
+    return _complete(
+        layers,
+        learning_rate,
+        gamma=gamma,
+        target=target or _divergences.natural(),
+        regularizer=l2(),
+        solver=exact(),
+    )
 
 
 def _complete(
-    divergence: str,
-    target: Target | None,
-    layers: Layers,
-    rates: tuple[optax.ScalarOrSchedule, float],
-    regularizer: Regularizer | None,
-    solver: Solver,
-    correction: float | None = None,
+    layers: Layers, learning_rate: optax.ScalarOrSchedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    local = scale_by_local_loss(
-        layers,
-        rates[0],
-        gamma=rates[1],
-        divergence=divergence,
-        target=target,
-        regularizer=regularizer,
-        solver=solver,
-        correction=correction,
-    )
+    local = scale_by_local_loss(layers, learning_rate, **options)
     return optax.chain(local, optax.scale(-1.0))

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
-from locoprop_jax._blocks import Block, extend, matrix, unmatrix
-
-Rows = Float[Array, "rows d_out"]
+from locoprop_jax._blocks import Block, Rows, extend, matrix, unmatrix
+from locoprop_jax._divergences import check_fisher
 
 # A weight of 1 / learning_rate is infinite where a schedule starts at 0; there this stands in.
 SMALLEST_RATE = 1e-12
@@ -145,10 +144,7 @@ def mahalanobis(
       ValueError: a negative weight or damping, or an unknown source of curvature.
     """
     _check_weight("mahalanobis", weight)
-    if isinstance(damping, int | float) and damping < 0:
-        raise ValueError(f"`mahalanobis` takes a damping that is not negative, got {damping}.")
-    if curvature not in ("empirical", "captured"):
-        raise ValueError(f"`curvature` is 'empirical' or 'captured', got {curvature!r}.")
+    check_fisher("mahalanobis", damping, curvature)
 
     def penalty(layer: Layerwise) -> Penalty:
         by = _weight(weight, layer)

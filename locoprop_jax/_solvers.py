@@ -49,6 +49,11 @@ def _count(what: str, value: Any, hint: str = "") -> int:
     return value
 
 
+def _rounds(problem: LocalProblem, iterations: int) -> Array:
+    """None for a batch that is not finite: the state stays as it is, at no cost."""
+    return jnp.where(problem.ok, iterations, 0)
+
+
 def _stateless(block: Block) -> tuple:
     del block
     return ()
@@ -111,7 +116,7 @@ def inner(
             delta = _linalg.add(delta, _linalg.scale(_slope(problem, at, k, delta), -eta))
             return delta if shrink is None else shrink(delta, eta)
 
-        count = jnp.where(problem.ok, iterations, 0)
+        count = _rounds(problem, iterations)
         delta = jax.lax.fori_loop(0, count, step, _linalg.zeros_like(at.slope))
         return at.block(delta), state
 
@@ -125,8 +130,7 @@ def inner(
             updates, state = optimizer(rate(problem, k)).update(slope, state, weights)
             return jax.tree.map(lambda d, u: d + u.astype(d.dtype), delta, updates), state
 
-        # Without iterations the state stays as it is, at no cost.
-        count = jnp.where(problem.ok, iterations, 0)
+        count = _rounds(problem, iterations)
         return jax.lax.fori_loop(0, count, step, (_linalg.zeros_like(problem.slope), state))
 
     def _slope(problem: LocalProblem, at: Coordinates, k: Array, delta: Any) -> Any:
@@ -185,7 +189,7 @@ def fixed_point(iterations: int = 10, *, relaxation: float = 1.0, path: str = "a
         allowed = ["direct", "gram", *(["dual"] if problem.penalty.weight is not None else [])]
         at = _coordinates.coordinates(problem, iterations, path, allowed)
         step = _fixed_point_step(problem, at, relaxation)
-        count = jnp.where(problem.ok, iterations, 0)
+        count = _rounds(problem, iterations)
         start = _linalg.zeros_like(at.slope)
         return at.block(jax.lax.fori_loop(0, count, lambda k, d: step(d), start)), state
 
@@ -212,7 +216,7 @@ def anderson(iterations: int = 10, *, memory: int = 5, relaxation: float = 1.0) 
     def solve(problem: LocalProblem, state: Any) -> tuple[Block, Any]:
         at = _coordinates.coordinates(problem, iterations, "auto", ["direct", "gram"])
         step = _fixed_point_step(problem, at, relaxation)
-        count = jnp.where(problem.ok, iterations, 0)
+        count = _rounds(problem, iterations)
         start = _linalg.zeros_like(at.slope)
         return at.block(_linalg.anderson(step, start, count, min(memory, iterations))), state
 
@@ -277,7 +281,7 @@ def conjugate_gradient(iterations: int = 10) -> Solver:
 
         right = jax.tree.map(jnp.negative, at.slope)
         inner_product = _linalg.dot_by_column if _acts_as_number(problem) else _linalg.dot
-        count = jnp.where(problem.ok, iterations, 0)
+        count = _rounds(problem, iterations)
         return _linalg.conjugate_gradient(apply, right, inner_product, count)[0], state
 
     def refuse(divergence: Divergence, regularizer: Regularizer | None) -> str:
@@ -413,7 +417,7 @@ def newton(iterations: int = 3, *, cg_iterations: int = 10) -> Solver:
             )
 
         start = _linalg.zeros_like(problem.slope)
-        count = jnp.where(problem.ok, iterations, 0)
+        count = _rounds(problem, iterations)
         change = jnp.zeros_like(problem.cotangents)
         return jax.lax.fori_loop(0, count, step, (start, change))[0], state
 

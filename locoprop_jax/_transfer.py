@@ -17,11 +17,12 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import jax.scipy.special
 import numpy as np
 from jaxtyping import Array, Float
+
+from locoprop_jax import _jaxpr
 
 Elementwise = Callable[[Array], Array]
 
@@ -88,7 +89,7 @@ class TracedPiece:
         return hash(self._key)
 
     def __call__(self, a: Float[Array, ...]) -> Float[Array, ...]:
-        run = jex.jaxpr_as_fun(self.closed)
+        run = _jaxpr.as_callable(self.closed)
         size = math.prod(self.shape)
         flat = jnp.ravel(a).astype(self.dtype)
         chunks = jnp.pad(flat, (0, -flat.size % size)).reshape(-1, *self.shape)
