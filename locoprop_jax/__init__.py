@@ -3,12 +3,18 @@
 import typing as _typing
 
 from locoprop_jax import losses as losses
+from locoprop_jax._boosting import LnbState as LnbState
+from locoprop_jax._boosting import lnb as lnb
+from locoprop_jax._boosting import scale_by_lnb as scale_by_lnb
 from locoprop_jax._capture import find_layers as find_layers
 from locoprop_jax._capture import value_grad_and_capture as value_grad_and_capture
 from locoprop_jax._divergences import Divergence as Divergence
 from locoprop_jax._divergences import Target as Target
 from locoprop_jax._divergences import natural as natural
 from locoprop_jax._divergences import oracle as oracle
+from locoprop_jax._foof import FoofState as FoofState
+from locoprop_jax._foof import foof as foof
+from locoprop_jax._foof import scale_by_foof as scale_by_foof
 from locoprop_jax._layers import Captured as Captured
 from locoprop_jax._layers import Layer as Layer
 from locoprop_jax._layers import LayerArrays as LayerArrays
@@ -22,6 +28,7 @@ from locoprop_jax._locoprop import locoprop_s as locoprop_s
 from locoprop_jax._locoprop import pocoprop_m as pocoprop_m
 from locoprop_jax._locoprop import pocoprop_s as pocoprop_s
 from locoprop_jax._locoprop import proxprop as proxprop
+from locoprop_jax._metric import scale_by_metric_norm as scale_by_metric_norm
 from locoprop_jax._regularizers import Penalty as Penalty
 from locoprop_jax._regularizers import Regularizer as Regularizer
 from locoprop_jax._regularizers import l1 as l1

@@ -6,12 +6,15 @@ of the two. `matrix` makes it the W of the papers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from locoprop_jax._layers import Layer, Layers, leaves_by_path
+from locoprop_jax._layers import Layer, Layers, leaves_by_path, path_name
+from locoprop_jax._linalg import second_moment
 
 Block = dict[str, Array]  # {"kernel": (d_in, d_out), "bias": (d_out,)}, or one of the two
 Rows = Float[Array, "rows d_out"]
@@ -43,6 +46,32 @@ def write(layer: Layer, block: Block) -> dict[str, Array]:
     return {parts[part].path: parts[part].write(value) for part, value in block.items()}
 
 
+def replace(
+    layers: Layers,
+    tree: Any,
+    new: Mapping[str, Block],
+    other: Callable[[Array], Array] = lambda leaf: leaf,
+) -> Any:
+    """The tree with the layers' new blocks in it, in its own dtypes, and `other` of the rest."""
+    by_path = {
+        path: value
+        for name, block in new.items()
+        for path, value in write(layers[name], block).items()
+    }
+
+    def replaced(path: Any, leaf: Array) -> Array:
+        name = path_name(path)
+        return by_path[name].astype(leaf.dtype) if name in by_path else other(leaf)
+
+    return jax.tree_util.tree_map_with_path(replaced, tree)
+
+
+def others(layers: Layers, tree: Any) -> list[Array]:
+    """The leaves that are in no layer."""
+    inside = {parameter.path for layer in layers.values() for parameter in layer.parameters}
+    return [leaf for path, leaf in leaves_by_path(tree).items() if path not in inside]
+
+
 # --- rows ----------------------------------------------------------------------------------------
 
 
@@ -60,6 +89,31 @@ def pull(inputs: Float[Array, "rows d_in"], rows: Rows, like: Block) -> Block:
     """X' rows, in the parts that `like` has."""
     parts = {"kernel": lambda: inputs.T @ rows, "bias": lambda: rows.sum(0)}
     return {part: parts[part]() for part in like}
+
+
+def gram(inputs: Float[Array, "rows d_in"]) -> Callable[[Block], Block]:
+    """The map delta -> X'X delta, with X'X computed once."""
+    products, total, rows = second_moment(inputs), inputs.sum(0), len(inputs)
+
+    def apply(delta: Block) -> Block:
+        kernel, bias = delta.get("kernel"), delta.get("bias")
+        result = {}
+        if kernel is not None:
+            result["kernel"] = products @ kernel
+            if bias is not None:
+                result["kernel"] += total[:, None] * bias[None]
+        if bias is not None:
+            result["bias"] = rows * bias
+            if kernel is not None:
+                result["bias"] += total @ kernel
+        return result
+
+    return apply
+
+
+def as_rows(x: Float[Array, "... d"], dtype: Any) -> Float[Array, "rows d"]:
+    """All axes but the last joined, in the dtype of a block."""
+    return x.reshape(-1, x.shape[-1]).astype(dtype)
 
 
 def extend(inputs: Float[Array, "rows d_in"], like: Block) -> Float[Array, "rows d"]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from locoprop_jax import _linalg
-from locoprop_jax._blocks import Block, pull, push
+from locoprop_jax._blocks import Block, gram, pull, push
 from locoprop_jax._local_problem import LocalProblem
 from locoprop_jax._regularizers import Penalty
 
@@ -100,23 +100,7 @@ def _direct(problem: LocalProblem) -> Coordinates:
 
 
 def _gram(problem: LocalProblem) -> Coordinates:
-    x = problem.inputs
-    gram, total, rows = x.T @ x, x.sum(0), len(x)
-
-    def gained(delta: Block) -> Block:
-        kernel, bias = delta.get("kernel"), delta.get("bias")
-        result = {}
-        if kernel is not None:
-            result["kernel"] = gram @ kernel
-            if bias is not None:
-                result["kernel"] += total[:, None] * bias[None]
-        if bias is not None:
-            result["bias"] = rows * bias
-            if kernel is not None:
-                result["bias"] += total @ kernel
-        return result
-
-    return Coordinates(problem.slope, gained, lambda delta: delta)
+    return Coordinates(problem.slope, gram(problem.inputs), lambda delta: delta)
 
 
 def _dual(problem: LocalProblem) -> Coordinates:

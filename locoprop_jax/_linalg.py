@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg
 from jax.lax import Precision
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 Tree = Any
 Dot = Callable[[Tree, Tree], Array]
@@ -27,7 +27,7 @@ def add(a: Tree, b: Tree) -> Tree:
     return jax.tree.map(jnp.add, a, b)
 
 
-def scale(tree: Tree, by: Array) -> Tree:
+def scale(tree: Tree, by: float | Array) -> Tree:
     """Times a number, or a number for each entry of the last axis."""
 
     def product(x: Array) -> Array:
@@ -41,9 +41,17 @@ def zeros_like(tree: Tree) -> Tree:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
+def wide(tree: Tree) -> Tree:
+    """In float32 at least, where products of half-precision entries do not overflow."""
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32), tree
+    )
+
+
 def dot(a: Tree, b: Tree) -> Float[Array, ""]:
     """The inner product of two trees."""
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
+    products = jax.tree.leaves(jax.tree.map(jnp.vdot, a, b))
+    return functools.reduce(jnp.add, products) if products else jnp.zeros(())
 
 
 def dot_by_column(a: Tree, b: Tree) -> Float[Array, " d"]:
@@ -53,6 +61,46 @@ def dot_by_column(a: Tree, b: Tree) -> Float[Array, " d"]:
         return (x * y).sum(tuple(range(x.ndim - 1)))
 
     return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(columns, a, b)))
+
+
+def where(condition: Bool[Array, ""], true: Tree, false: Tree) -> Tree:
+    """One of two trees as a whole."""
+    return jax.tree.map(lambda t, f: jnp.where(condition, t, f), true, false)
+
+
+def all_finite(tree: Tree) -> Bool[Array, ""]:
+    """Whether all entries are finite, by their sums: far quicker to compile than `isfinite`."""
+    leaves = jax.tree.leaves(tree)
+    if not leaves:  # all may be masked
+        return jnp.asarray(True)
+    wide = jnp.float64 if any(x.dtype == jnp.float64 for x in leaves) else jnp.float32
+    sums = jnp.asarray([jnp.sum(x, dtype=wide) for x in leaves], wide)
+    # In a loop, because XLA would add the scalars anew in each of the many kernels that ask.
+    sum_up = lambda i, total: total + sums[i]  # noqa: E731
+    return jnp.isfinite(jax.lax.fori_loop(0, len(leaves), sum_up, jnp.zeros((), wide)))
+
+
+# --- moving averages -----------------------------------------------------------------------------
+
+
+def power(decay: float | Array, steps: Int[Array, ""], dtype: Any) -> Float[Array, ""]:
+    """What is left of a moving average after some steps."""
+    return jnp.asarray(decay, dtype) ** steps.astype(dtype)
+
+
+def average(total: Tree, new: Tree, kept: float | Array) -> Tree:
+    """The running sum of a moving average, with one more term."""
+
+    def add_to(old: Array, term: Array) -> Array:
+        share = jnp.asarray(kept, old.dtype)
+        return share * old + (1 - share) * term
+
+    return jax.tree.map(add_to, total, new)
+
+
+def debiased(total: Tree, decay: float | Array, steps: Int[Array, ""]) -> Tree:
+    """The moving average itself, by the sum of its weights after these steps."""
+    return jax.tree.map(lambda x: x / (1 - power(decay, steps, x.dtype)), total)
 
 
 # --- direct --------------------------------------------------------------------------------------
@@ -68,14 +116,14 @@ def second_moment(
 
 def damped(
     matrix: Float[Array, "n n"] | Float[Array, " n"],
-    damping: float | Array,
+    damping: float | Float[Array, ""] | Float[Array, " n"],
     *,
     relative: bool = False,
 ) -> Float[Array, "n n"] | Float[Array, " n"]:
     """Add damping to a positive semi-definite matrix, or to one given by its diagonal.
 
-    Relative damping is in units of the mean eigenvalue. A zero matrix gets a tiny multiple of the
-    identity rather than stay singular.
+    It is one number, or one for each coordinate. Relative damping is in units of the mean
+    eigenvalue. A zero matrix gets a tiny multiple of the identity rather than stay singular.
     """
     eigenvalues = matrix if matrix.ndim == 1 else jnp.diagonal(matrix)
     amount = jnp.asarray(damping, matrix.dtype)
@@ -84,7 +132,7 @@ def damped(
     amount = jnp.maximum(amount, jnp.finfo(matrix.dtype).tiny)
     if matrix.ndim == 1:
         return matrix + amount
-    return matrix + amount * jnp.eye(len(matrix), dtype=matrix.dtype)
+    return matrix + jnp.diag(jnp.broadcast_to(amount, len(matrix)))
 
 
 def solve(
@@ -97,6 +145,36 @@ def solve(
     return jax.scipy.linalg.cho_solve(factor, right)
 
 
+def inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """The inverse of a positive definite matrix, by Cholesky."""
+    return solve(matrix, jnp.eye(len(matrix), dtype=matrix.dtype))
+
+
+def ridge(
+    inputs: Float[Array, "rows d"],
+    right: Float[Array, "d m"],
+    cotangents: Float[Array, "rows m"],
+    weight: float | Float[Array, ""],
+) -> Float[Array, "d m"]:
+    """(X'X + weight I)^-1 right, by the smaller of the systems of X'X and XX'.
+
+    With one equation per row it is X'(XX' + weight I)^-1 C for the part X'C of the right-hand side
+    that the rows make, and what is left of the rest.
+    """
+    if not solves_by_rows(*inputs.shape, right.shape[1]):
+        return solve(damped(second_moment(inputs), weight), right)
+    rest = right - inputs.T @ cotangents
+    system = damped(second_moment(inputs.T), weight)
+    rows = solve(system, cotangents - inputs @ rest / weight)
+    return inputs.T @ rows + rest / weight
+
+
+def solves_by_rows(rows: int, d_in: int, d_out: int) -> bool:
+    """Whether the system with one equation per row is the cheaper one."""
+    by_rows = 2 * rows**2 * (d_in + d_out) + rows**3 / 3 + 6 * rows * d_in * d_out
+    return by_rows < 2 * d_in**2 * (rows + d_out) + d_in**3 / 3
+
+
 # --- iterative -----------------------------------------------------------------------------------
 
 
@@ -107,9 +185,15 @@ def _ratio(numerator: Array, denominator: Array) -> Array:
 
 
 def conjugate_gradient(
-    apply: Callable[[Tree], Tree], right: Tree, dot: Dot, iterations: int | Array
+    apply: Callable[[Tree], Tree],
+    right: Tree,
+    dot: Dot,
+    iterations: int | Array,
+    *,
+    start: Tree | None = None,
+    precondition: Callable[[Tree], Tree] = lambda residual: residual,
 ) -> tuple[Tree, Tree]:
-    """Iterations of conjugate gradient from zero on `apply(x) = right`.
+    """Iterations of conjugate gradient on `apply(x) = right`.
 
     Args:
       apply: a positive semi-definite linear map.
@@ -117,24 +201,37 @@ def conjugate_gradient(
       dot: an inner product; `dot_by_column` solves each column as a system of its own, for maps
         that do not mix columns.
       iterations: how many, static or not.
+      start: a guess. Its best multiple is where the iterations start, zero if they would have to
+        turn back: so the quadratic that they lower is never above its value at zero, and the
+        solution a direction of descent. It costs one more `apply`. None for zero.
+      precondition: a positive semi-definite linear map like the inverse of `apply`.
 
     Returns:
       The solution and its residual, right - apply(x).
     """
-    start = dot(right, right)
+    x, residual = zeros_like(right), right
     # Of a singular system rounding errors would be all that is left, and grow.
-    solved = (10 * jnp.finfo(start.dtype).eps) ** 2 * start
+    preconditioned = precondition(right)
+    size = dot(right, preconditioned)
+    solved = (10 * jnp.finfo(size.dtype).eps) ** 2 * size
+    if start is not None:
+        image = apply(start)
+        multiple = _ratio(jnp.maximum(dot(start, right), 0), dot(start, image))
+        x, residual = scale(start, multiple), add(right, scale(image, -multiple))
+        preconditioned = precondition(residual)
+        size = dot(residual, preconditioned)
 
     def body(_: Array, carry: tuple) -> tuple:
-        x, residual, direction, squared = carry
+        x, residual, direction, size = carry
         image = apply(direction)
-        step = _ratio(jnp.where(squared > solved, squared, 0), dot(direction, image))
+        step = _ratio(jnp.where(size > solved, size, 0), dot(direction, image))
         x = add(x, scale(direction, step))
         residual = add(residual, scale(image, -step))
-        new = dot(residual, residual)
-        return x, residual, add(residual, scale(direction, _ratio(new, squared))), new
+        preconditioned = precondition(residual)
+        new = dot(residual, preconditioned)
+        return x, residual, add(preconditioned, scale(direction, _ratio(new, size))), new
 
-    carry = (zeros_like(right), right, right, start)
+    carry = (x, residual, preconditioned, size)
     x, residual, _, _ = jax.lax.fori_loop(0, iterations, body, carry)
     return x, residual
 

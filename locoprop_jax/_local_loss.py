@@ -18,15 +18,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from locoprop_jax import _layers
-from locoprop_jax._blocks import Block, blocks, pull, push, write
+from locoprop_jax import _layers, _linalg
+from locoprop_jax._blocks import Block, blocks, pull, push, replace
+from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._divergences import DIVERGENCES, Divergence, Target
 from locoprop_jax._layers import Captured, Layers
 from locoprop_jax._local_problem import LayerData, layer_data, local_problem
 from locoprop_jax._regularizers import Regularizer
 from locoprop_jax._solvers import Solver
+from locoprop_jax._stacking import map_layers
 
 
 class LocalLossState(NamedTuple):
@@ -154,7 +156,7 @@ def scale_by_local_loss(
             for name, slope in slopes.items()
         }
         # A batch that is not finite leaves everything as it is, in all layers.
-        ok = _all_finite((updates, [layer.inputs for layer in data.values()]))
+        ok = _linalg.all_finite((updates, [layer.inputs for layer in data.values()]))
 
         def improve(name: str, arrays: LayerData) -> Result:
             problem, target = local_problem(
@@ -167,27 +169,20 @@ def scale_by_local_loss(
             )
             delta, inner = solver.solve(problem, arrays.inner)
             zeros = jax.tree.map(jnp.zeros_like, delta)
-            delta, target = _where(ok, (delta, target), (zeros, arrays.target))
+            delta, target = _linalg.where(ok, (delta, target), (zeros, arrays.target))
             return Result(delta, inner, target)
 
         if correction is not None:
             results = _one_by_one(layers, data, improve, correction)
         else:
-            results = _at_once(layers, data, improve, stack)
-        moved = {
-            path: value
-            for name, result in results.items()
-            for path, value in write(layers[name], result.delta).items()
-        }
+            results = map_layers(improve, data, kind=functools.partial(_kind, layers), stack=stack)
+        moved = {name: jax.tree.map(jnp.negative, result.delta) for name, result in results.items()}
 
-        def displacement(path: Any, g: Array) -> Array:
-            name = _layers.path_name(path)
-            if name in moved:
-                return -moved[name].astype(g.dtype)
+        def backprop(g: Array) -> Array:
             step = jnp.asarray(eta, g.dtype) * jnp.asarray(gamma, g.dtype) * g
             return jnp.where(ok, step, jnp.zeros_like(step))
 
-        return jax.tree_util.tree_map_with_path(displacement, updates), LocalLossState(
+        return replace(layers, updates, moved, backprop), LocalLossState(
             jnp.asarray(optax.safe_increment(state.count)),
             {name: results[name].inner for name in slopes},
             {name: results[name].target for name in slopes if transform is not None},
@@ -201,33 +196,9 @@ def scale_by_local_loss(
 Improve = Callable[[str, LayerData], Result]
 
 
-def _at_once(
-    layers: Layers, data: Mapping[str, LayerData], improve: Improve, stack: bool | None
-) -> dict[str, Result]:
-    """All layers from the same captured arrays, those of equal shapes together if stacked."""
-    if stack is None:  # on a CPU batched products are slow, and copies cost more than they save
-        stack = jax.default_backend() != "cpu"
-    results: dict[str, Result] = {}
-    for names in _groups(layers, data) if stack else [[name] for name in data]:
-        each, arrays = functools.partial(improve, names[0]), [data[name] for name in names]
-        if len(names) == 1:
-            results[names[0]] = each(arrays[0])
-            continue
-        stacked = jax.vmap(each)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays))
-        for i, name in enumerate(names):
-            results[name] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-    return results
-
-
-def _groups(layers: Layers, data: Mapping[str, LayerData]) -> list[list[str]]:
-    """The layers that one solver can take at once: equal in shapes and transfer function."""
-    groups: dict[Any, list[str]] = {}
-    for name, arrays in data.items():
-        leaves, structure = jax.tree.flatten(arrays)
-        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        apart = name if layers[name].uses_head else None
-        groups.setdefault((apart, layers[name].transfer, structure, shapes), []).append(name)
-    return list(groups.values())
+def _kind(layers: Layers, name: str) -> Any:
+    """What solves for one layer solves for others of its kind; output layers have a loss each."""
+    return name if layers[name].uses_head else layers[name].transfer
 
 
 def _one_by_one(
@@ -262,40 +233,18 @@ def _limited(change: Float[Array, "rows d"], correction: float) -> Float[Array, 
     return change * (jnp.minimum(norm, most) / norm)
 
 
-def _where(condition: Bool[Array, ""], true: Any, false: Any) -> Any:
-    return jax.tree.map(lambda t, f: jnp.where(condition, t, f), true, false)
-
-
-def _all_finite(tree: Any) -> Bool[Array, ""]:
-    """Whether all entries are finite, by their sums: far quicker to compile than `isfinite`."""
-    leaves = jax.tree.leaves(tree)
-    if not leaves:  # all may be masked
-        return jnp.asarray(True)
-    wide = jnp.float64 if any(x.dtype == jnp.float64 for x in leaves) else jnp.float32
-    sums = jnp.asarray([jnp.sum(x, dtype=wide) for x in leaves], wide)
-    # In a loop, because XLA would add the scalars anew in each of the many kernels that ask.
-    add = lambda i, total: total + sums[i]  # noqa: E731
-    return jnp.isfinite(jax.lax.fori_loop(0, len(leaves), add, jnp.zeros((), wide)))
-
-
 # --- checks --------------------------------------------------------------------------------------
 
 
 def _check_correction(layers: Layers, correction: Any) -> None:
     if correction is None:
         return
-    if _is_number(correction) and correction < 0:
-        raise ValueError(f"`correction` must not be negative, got {correction}.")
+    check_not_negative(correction=correction)
     if not any(layer.source in layers for layer in layers.values()):
         raise ValueError(
             "`correction` moves the input of a layer after the layer that feeds it, but no layer "
             f"is fed by another's transfer function alone: {', '.join(layers)}."
         )
-
-
-def _is_number(x: Any) -> bool:
-    """Whether a value is known when the transformation is built (not under inject_hyperparams)."""
-    return isinstance(x, int | float)
 
 
 def _named_divergence(divergence: str | Divergence) -> Divergence:
@@ -316,11 +265,7 @@ def _check_arguments(
     regularizer: Any,
     solver: Any,
 ) -> None:
-    if not isinstance(layers, Mapping) or not layers:
-        raise ValueError(
-            "`scale_by_local_loss` needs the layers of the model: "
-            f"`layers = locoprop_jax.find_layers(loss_fn, params, batch)`; got {layers!r}."
-        )
+    check_layers(layers, "scale_by_local_loss")
     if not isinstance(target, Target) and target not in (None, divergence.target):
         raise ValueError(
             f"The {divergence.name} divergence starts at the gradient only with the target "
@@ -336,9 +281,7 @@ def _check_arguments(
             f"`{solver.name}` cannot solve the {divergence.name} divergence with {penalty} "
             f"regularizer: {reason}."
         )
-    for name, value in (("gamma", gamma), ("learning_rate", learning_rate)):
-        if _is_number(value) and value < 0:
-            raise ValueError(f"`{name}` must not be negative, got {value}.")
+    check_not_negative(gamma=gamma, learning_rate=learning_rate)
     if divergence.after_transfer:
         given = [name for name, layer in layers.items() if layer.transfer.given]
         if given:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from locoprop_jax._blocks import Block, Rows, pull
+from locoprop_jax._blocks import Block, Rows, as_rows, pull
 from locoprop_jax._divergences import Divergence, Target
 from locoprop_jax._layers import Captured, Layer, LayerArrays
 from locoprop_jax._regularizers import Layerwise, Penalty, Regularizer, penalty_of
@@ -81,10 +81,6 @@ class LayerData(NamedTuple):
 # --- from captured arrays ------------------------------------------------------------------------
 
 
-def _rows(x: Float[Array, "... d"], dtype: Any) -> Float[Array, "rows d"]:
-    return x.reshape(-1, x.shape[-1]).astype(dtype)
-
-
 def layer_data(
     layer: Layer,
     captured: Captured,
@@ -97,10 +93,10 @@ def layer_data(
     is_after = _is_after_transfer(divergence, layer)
     for_target, for_penalty = curvatures
     return LayerData(
-        inputs=_rows(arrays.inputs, dtype),
-        outputs=_rows(arrays.outputs, dtype),
-        cotangents=_rows(arrays.cotangents, dtype),
-        transferred=_rows(arrays.transferred_cotangents, dtype) if is_after else None,
+        inputs=as_rows(arrays.inputs, dtype),
+        outputs=as_rows(arrays.outputs, dtype),
+        cotangents=as_rows(arrays.cotangents, dtype),
+        transferred=as_rows(arrays.transferred_cotangents, dtype) if is_after else None,
         target_curvature=_curvature(captured, arrays, for_target, is_after, dtype),
         curvature=_curvature(captured, arrays, for_penalty, False, dtype),
         weights=blocks[0],
@@ -122,9 +118,9 @@ def _curvature(
     if source is None:
         return None
     if source == "captured":
-        return _rows(arrays.transferred_curvature if is_after else arrays.curvature, dtype)
+        return as_rows(arrays.transferred_curvature if is_after else arrays.curvature, dtype)
     empirical = arrays.transferred_cotangents if is_after else arrays.cotangents
-    return _rows(empirical, dtype) * jnp.sqrt(jnp.asarray(captured.terms, dtype))
+    return as_rows(empirical, dtype) * jnp.sqrt(jnp.asarray(captured.terms, dtype))
 
 
 def local_problem(
@@ -194,7 +190,7 @@ def _gain_of_head(arrays: LayerArrays, a: Float[Array, "rows d_out"]) -> Callabl
     assert head is not None
 
     def gradient(a: Float[Array, "rows d_out"]) -> Float[Array, "rows d_out"]:
-        return _rows(head.gradient(a.reshape(shape)), a.dtype)
+        return as_rows(head.gradient(a.reshape(shape)), a.dtype)
 
     start = gradient(a)  # the cotangents, unless a correction moved the outputs
 

@@ -324,22 +324,8 @@ def exact() -> Solver:
 def _exact_l2(problem: LocalProblem) -> Block:
     slope, weight = problem.slope, problem.penalty.weight
     assert weight is not None
-    x, right = extend(problem.inputs, slope), matrix(slope)
-    if exact_by_rows(x.shape[0], x.shape[1], right.shape[1]):
-        # X'(w + XX')^-1 C for what the rows make of the slope; the rest of it never met the data.
-        rest = right - x.T @ problem.cotangents
-        system = _linalg.damped(_linalg.second_moment(x.T), weight)
-        rows = _linalg.solve(system, problem.cotangents - x @ rest / weight)
-        delta = -(x.T @ rows) - rest / weight
-    else:
-        delta = -_linalg.solve(_linalg.damped(_linalg.second_moment(x), weight), right)
-    return unmatrix(delta, slope)
-
-
-def exact_by_rows(rows: int, d_in: int, d_out: int) -> bool:
-    """Whether the system with one equation per row is the cheaper one."""
-    by_rows = 2 * rows**2 * (d_in + d_out) + rows**3 / 3 + 6 * rows * d_in * d_out
-    return by_rows < 2 * d_in**2 * (rows + d_out) + d_in**3 / 3
+    x = extend(problem.inputs, slope)
+    return unmatrix(-_linalg.ridge(x, matrix(slope), problem.cotangents, weight), slope)
 
 
 def _exact_kronecker(problem: LocalProblem) -> Block:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import locoprop_jax as lp
-from locoprop_jax import _coordinates
+from locoprop_jax import _coordinates, _linalg
 from tests.dense_nets import (
     DEEP,
     TRANSFERS,
@@ -270,10 +270,8 @@ def test_exact_conjugate_gradient_and_anderson_reach_the_closed_form(net, solver
 @pytest.mark.parametrize("rows, d_in, by_rows", [(2, 9, True), (12, 3, False)])
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_both_systems_of_the_exact_solver_give_the_closed_form(rows, d_in, by_rows, decay):
-    from locoprop_jax import _solvers
-
     net = Net(widths=(d_in, 2), biases=(True,), batch=rows, decay=decay)
-    assert _solvers.exact_by_rows(rows, d_in + 1, 2) == by_rows
+    assert _linalg.solves_by_rows(rows, d_in + 1, 2) == by_rows
     tx = local_loss(net, 0.3, gamma=2.0, regularizer=lp.l2(), solver=lp.exact())
     new, _ = take_step(net, tx)
     assert_blocks(net, new, closed_form(net, net.params(), net.data(), 0.3, 2.0))

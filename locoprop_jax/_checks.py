@@ -1,0 +1,48 @@
+"""What constructors refuse, in the same words everywhere.
+
+Under `optax.inject_hyperparams` a hyperparameter is traced, and has no value to check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def is_number(value: Any) -> bool:
+    """Whether a hyperparameter's value is known when the transformation is built."""
+    return isinstance(value, int | float)
+
+
+def check_layers(layers: Any, method: str) -> None:
+    """Refuse what is not the layers of a model, or none at all."""
+    if not isinstance(layers, Mapping) or not layers:
+        raise ValueError(
+            f"`{method}` needs the layers of the model: "
+            f"`layers = locoprop_jax.find_layers(loss_fn, params, batch)`; got {layers!r}."
+        )
+
+
+def check_not_negative(**values: Any) -> None:
+    for name, value in values.items():
+        if is_number(value) and not value >= 0:
+            raise ValueError(f"`{name}` must not be negative, got {value}.")
+
+
+def check_positive(**values: Any) -> None:
+    for name, value in values.items():
+        if is_number(value) and not value > 0:
+            raise ValueError(f"`{name}` must be positive, got {value}.")
+
+
+def check_decay(**values: Any) -> None:
+    for name, value in values.items():
+        if is_number(value) and not 0 <= value < 1:
+            raise ValueError(f"`{name}` must be from 0 to below 1, got {value}.")
+
+
+def check_whole(**values: Any) -> None:
+    """Numbers that shape the program: they have to be Python's."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.")

@@ -1,0 +1,105 @@
+"""The metric step: a direction made as long as its own metric says."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from locoprop_jax import _linalg
+from locoprop_jax._checks import check_decay, check_not_negative, check_positive
+
+
+def scale_by_metric_norm(
+    inner: optax.GradientTransformation, *, floor: float = 1e-4
+) -> optax.GradientTransformationExtraArgs:
+    """Scale a direction d = M^-1 g to length one in its metric: d / sqrt(max(z, floor)), z = d'g.
+
+    The length is that of all parameters together. Followed by a learning rate of sqrt(eps) it is
+    the step of size eps that Linear Neuron Boosting takes (eq. 1, Algorithms 1 and 2), for any
+    method here that solves its system exactly. Such a step cannot be too long, however stale the
+    statistics behind M. An average of gradients has to come before it, so that d is solved for the
+    same g; an average of steps comes after it, and is shorter where they disagree.
+
+    Args:
+      inner: what makes d of g: `scale_by_foof(...)`.
+      floor: z below which the step shrinks with the gradient instead of keeping its length.
+
+    Returns:
+      A transformation with the state and the extra arguments of `inner`. Where d does not descend
+      (z <= 0) its update is zero.
+
+    Raises:
+      ValueError: the floor is not positive.
+
+    References:
+      Linear Neuron Boosting, sections 2.2 and 3.2.
+    """
+    check_positive(floor=floor)
+    with_extra_args = optax.with_extra_args_support(inner)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, optax.OptState]:
+        direction, state = with_extra_args.update(updates, state, params, **extra_args)
+        z = _linalg.dot(_linalg.wide(direction), _linalg.wide(updates))
+        factor = metric_factor(z, floor)
+        return jax.tree.map(lambda d: d * factor.astype(d.dtype), direction), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def metric_factor(z: Float[Array, ""], floor: float | Array) -> Float[Array, ""]:
+    """What makes a direction of squared length z as long as one, or shorter below the floor."""
+    length = jnp.sqrt(jnp.maximum(z, jnp.asarray(floor, z.dtype)))
+    return jnp.where(z > 0, 1 / length, 0)
+
+
+def scale_by_root_of_learning_rate(
+    learning_rate: optax.ScalarOrSchedule,
+) -> optax.GradientTransformation:
+    """Times -sqrt(eps), where the learning rate or its schedule is eps."""
+    if callable(learning_rate):
+        return optax.scale_by_learning_rate(lambda count: jnp.sqrt(learning_rate(count)))
+    check_not_negative(learning_rate=learning_rate)
+    return optax.scale_by_learning_rate(jnp.sqrt(learning_rate))
+
+
+class AverageState(NamedTuple):
+    """State of `average_directions`.
+
+    Attributes:
+      count: directions so far. shape=(), dtype=int32
+      sum: the running sum, like the parameters, in float32 at least.
+    """
+
+    count: Int[Array, ""]
+    sum: Any
+
+
+def average_directions(decay: float) -> optax.GradientTransformation:
+    """The debiased moving average of directions of length one.
+
+    Where they disagree from step to step the average is shorter than they are. A direction of
+    zeros, which is what becomes of a batch that is not finite, passes and is forgotten.
+    """
+    check_decay(momentum=decay)
+
+    def init(params: Any) -> AverageState:
+        return AverageState(jnp.zeros([], jnp.int32), _linalg.zeros_like(_linalg.wide(params)))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AverageState]:
+        del params
+        directions, count = _linalg.wide(updates), state.count + 1
+        total = _linalg.average(state.sum, directions, decay)
+        averages = _linalg.debiased(total, decay, count)
+        ok = _linalg.dot(directions, directions) > 0
+        averages, new = _linalg.where(
+            ok, (averages, AverageState(count, total)), (directions, state)
+        )
+        return jax.tree.map(lambda u, x: x.astype(u.dtype), updates, averages), new
+
+    return optax.GradientTransformation(init, update)
