@@ -35,6 +35,8 @@ LOCOPROP_SPACE: SearchSpace = {  # locoprop, Table 5
     **FIRST_ORDER_SPACE,
 }
 
+METRIC_SPACE: dict[str, LogUniform | Choice] = {"learning_rate": LogUniform(0.03, 300.0)}
+
 
 class Method(NamedTuple):
     """How a method is built and what may be tuned.
@@ -128,7 +130,7 @@ def _locoprop(
     )
 
 
-def _foof(
+def _exact(
     layers: Any, learning_rate: optax.Schedule, *, gamma: float
 ) -> optax.GradientTransformationExtraArgs:
     """LocoProp-S solved exactly; 1 / learning_rate is the damping."""
@@ -175,6 +177,8 @@ METHODS: Mapping[str, Method] = {
         options=("iterations",),
         starts=LOCOPROP_STARTS,
     ),
+    "foof": Method("FOOF", lp.foof, METRIC_SPACE | {"damping": LogUniform(0.03, 30.0)}),
+    "lnb": Method("LNB", lp.lnb, METRIC_SPACE | {"ridge": LogUniform(0.03, 30.0)}),
     "rmsprop": Method(
         "RMSProp",
         functools.partial(_first_order, tensorflow_rmsprop),
@@ -240,7 +244,7 @@ MORE_METHODS: Mapping[str, Method] = {
     "locoprop_m_sgd": _local("LocoProp-M", lp.locoprop_m, optax.sgd),
     "locoprop_m_momentum": _local("LocoProp-M", lp.locoprop_m, momentum, "one_minus_beta1"),
     "locoprop_m_adam": _local("LocoProp-M", lp.locoprop_m, adam, *ADAPTIVE),
-    "foof": Method("LocoProp-S, exact (FOOF)", _foof, _space("gamma", "learning_rate")),
+    "locoprop_s_exact": Method("LocoProp-S, exact", _exact, _space("gamma", "learning_rate")),
     "sgd": _baseline("SGD", optax.sgd),
     "momentum": _baseline("Momentum", momentum, "one_minus_beta1"),
     "nesterov": _baseline(

@@ -22,7 +22,7 @@ from locoprop_jax._checks import (
     is_number,
 )
 from locoprop_jax._layers import Captured, LayerArrays, Layers
-from locoprop_jax._metric import average_directions, metric_factor, scale_by_root_of_learning_rate
+from locoprop_jax._metric import average_directions, descend, metric_factor
 from locoprop_jax._stacking import map_layers
 
 
@@ -117,6 +117,9 @@ def scale_by_lnb(
       Linear Neuron Boosting: eqs. 10 to 12, Algorithms 1 and 2.
     """
     _check(layers, ridge, iterations, moment_decay, shrinkage, fraction, floor)
+    solve = functools.partial(
+        _solve, ridge=ridge, relative=relative, iterations=iterations, shrinkage=shrinkage
+    )
 
     def init(params: Any) -> LnbState:
         zero = jnp.zeros([], jnp.int32)
@@ -150,36 +153,34 @@ def scale_by_lnb(
         assert captured is not None
         slopes = blocks(layers, updates)
         inputs = {name: _rows(captured[name], slopes[name], fraction) for name in slopes}
-        ok = _linalg.all_finite((updates, inputs))
-        count = state.count + 1
-        moments = {name: _moments(inputs[name]) for name in slopes if "kernel" in slopes[name]}
-        sums = moments
-        if online:
-            sums = _linalg.average(state.moments, moments, moment_decay)
-            moments = _linalg.debiased(sums, moment_decay, count)
-        systems = {
-            name: LayerSystem(
-                inputs[name], slopes[name], moments.get(name), state.solution.get(name)
-            )
-            for name in slopes
-        }
-        solve = functools.partial(
-            _solve, ridge=ridge, relative=relative, iterations=iterations, shrinkage=shrinkage
+
+        def boost() -> tuple[Any, LnbState]:
+            count = state.count + 1
+            sums = {name: _moments(inputs[name]) for name in slopes if "kernel" in slopes[name]}
+            moments = sums
+            if online:
+                sums = _linalg.average(state.moments, moments, moment_decay)
+                moments = _linalg.debiased(sums, moment_decay, count)
+            systems = {
+                name: LayerSystem(
+                    inputs[name], slopes[name], moments.get(name), state.solution.get(name)
+                )
+                for name in slopes
+            }
+            solved = map_layers(lambda _, system: solve(system), systems)
+            thetas = {name: theta for name, (theta, _) in solved.items()}
+            images = {name: image for name, (_, image) in solved.items()}
+            rest = _linalg.wide(others(layers, updates))
+            factor = metric_factor(_linalg.dot((rest, thetas), (rest, images)), floor)
+            steps = _linalg.scale(thetas, factor)
+            direction = replace(layers, updates, steps, lambda g: g * factor.astype(g.dtype))
+            return direction, LnbState(count, sums, thetas) if online else LnbState(count, {}, {})
+
+        return jax.lax.cond(
+            _linalg.all_finite((updates, inputs)),
+            boost,
+            lambda: (_linalg.zeros_like(updates), state),
         )
-        solved = map_layers(lambda _, system: solve(system), systems)
-        thetas = {name: theta for name, (theta, _) in solved.items()}
-        images = {name: image for name, (_, image) in solved.items()}
-        rest = _linalg.wide(others(layers, updates))
-        z = _linalg.dot((rest, thetas), (rest, images))
-        factor = metric_factor(z, floor)
-
-        def step(leaf: Array) -> Array:
-            return jnp.where(ok, leaf * factor.astype(leaf.dtype), jnp.zeros_like(leaf))
-
-        direction = replace(layers, updates, jax.tree.map(step, thetas), step)
-        if not online:
-            sums, thetas = {}, {}
-        return direction, _linalg.where(ok, LnbState(count, sums, thetas), state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -239,8 +240,7 @@ def lnb(
     return optax.chain(
         boosted,
         average_directions(momentum),
-        optax.add_decayed_weights(weight_decay),
-        scale_by_root_of_learning_rate(learning_rate),
+        descend(learning_rate, weight_decay),
     )
 
 
@@ -294,7 +294,8 @@ def _metric(
     inputs: Float[Array, "rows d_in"], like: Block, ridge: Float[Array, ""], products: int
 ) -> Callable[[Block], Block]:
     """The map v -> M v: the layer's linear function forward and transposed (eq. 11), or X'X."""
-    flops = metric_flops(*inputs.shape, like["kernel"].shape[1], products)
+    rows, d_in = inputs.shape
+    flops = metric_flops(rows, d_in, like["kernel"].shape[1], products)
     if flops["gram"] < flops["direct"]:
         moment = gram(inputs)
     else:
@@ -303,7 +304,7 @@ def _metric(
         moment = lambda v: transposed(linear(v))[0]  # noqa: E731
 
     def apply(v: Block) -> Block:
-        image = _linalg.scale(moment(v), 1 / len(inputs))
+        image = _linalg.scale(moment(v), 1 / rows)
         return {**image, "kernel": image["kernel"] + ridge * v["kernel"]}
 
     return apply

@@ -21,8 +21,8 @@ from locoprop_jax._checks import (
 from locoprop_jax._layers import Captured, LayerArrays, Layers
 from locoprop_jax._metric import (
     average_directions,
+    descend,
     scale_by_metric_norm,
-    scale_by_root_of_learning_rate,
 )
 from locoprop_jax._stacking import map_layers
 
@@ -141,14 +141,22 @@ def scale_by_foof(
             for name, slope in slopes.items()
         }
         ok = _linalg.all_finite((updates, [own.samples for own in rows.values()]))
-        due = _is_due(state.count, inverse_period)
+        return jax.lax.cond(
+            ok,
+            lambda: precondition(updates, slopes, rows, state),
+            lambda: (_linalg.zeros_like(updates), state),
+        )
+
+    def precondition(
+        updates: Any, slopes: dict[str, Block], rows: dict[str, LayerRows], state: FoofState
+    ) -> tuple[Any, FoofState]:
         gram, gathered = state.gram, state.gathered
         inverse, failures = state.inverse, state.failures
-
+        due = _is_due(state.count, inverse_period)
         if is_averaged:
             soon = (-state.count) % inverse_period < statistics_steps
             gram, gathered = jax.lax.cond(
-                ok & (due | soon),
+                due | soon,
                 lambda: (_average(rows, state, decay), state.count + 1),
                 lambda: (state.gram, state.gathered),
             )
@@ -163,9 +171,9 @@ def scale_by_foof(
         def invert(_: str, arrays: tuple[LayerRows, Any]) -> Float[Array, "d d"]:
             return _linalg.inverse(damped(*arrays))
 
-        def apply(_: str, arrays: tuple[LayerRows, Any]) -> Float[Array, "d d_out"]:
-            own, inverse = arrays
-            return inverse @ own.updates
+        def apply(_: str, arrays: tuple[Array, Array]) -> Float[Array, "d d_out"]:
+            inverse, slope = arrays
+            return inverse @ slope
 
         def has_free_bias(name: str) -> bool:
             return "bias" in slopes[name] and not damp_bias
@@ -179,22 +187,17 @@ def scale_by_foof(
         with_gram = {name: (own, gram.get(name)) for name, own in rows.items()}
         if is_amortised:
             inverse, failures = jax.lax.cond(
-                ok & due,
+                due,
                 lambda: _keep_finite(map_layers(invert, with_gram), inverse, failures),
                 lambda: (inverse, failures),
             )
-            new = map_layers(apply, {name: (own, inverse[name]) for name, own in rows.items()})
+            new = map_layers(apply, {n: (inverse[n], own.updates) for n, own in rows.items()})
         else:
             new = map_layers(solve, with_gram, kind=has_free_bias)
-            new, failed = _keep_finite(new, _linalg.zeros_like(new), failures)
-            failures = jnp.where(ok, failed, failures)
-
-        def unless_broken(leaf: Array) -> Array:
-            return jnp.where(ok, leaf, jnp.zeros_like(leaf))
-
-        directions = {name: unmatrix(unless_broken(new[name]), slopes[name]) for name in slopes}
-        return replace(layers, updates, directions, unless_broken), FoofState(
-            state.count + ok.astype(jnp.int32), gathered, failures, gram, inverse
+            new, failures = _keep_finite(new, _linalg.zeros_like(new), failures)
+        directions = {name: unmatrix(new[name], slopes[name]) for name in slopes}
+        return replace(layers, updates, directions), FoofState(
+            state.count + 1, gathered, failures, gram, inverse
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -255,8 +258,7 @@ def foof(
     return optax.chain(
         scale_by_metric_norm(direction, floor=floor),
         average_directions(momentum),
-        optax.add_decayed_weights(weight_decay),
-        scale_by_root_of_learning_rate(learning_rate),
+        descend(learning_rate, weight_decay),
     )
 
 

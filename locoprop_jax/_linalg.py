@@ -8,7 +8,7 @@ many systems at once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,8 +50,7 @@ def wide(tree: Tree) -> Tree:
 
 def dot(a: Tree, b: Tree) -> Float[Array, ""]:
     """The inner product of two trees."""
-    products = jax.tree.leaves(jax.tree.map(jnp.vdot, a, b))
-    return functools.reduce(jnp.add, products) if products else jnp.zeros(())
+    return total(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
 
 
 def dot_by_column(a: Tree, b: Tree) -> Float[Array, " d"]:
@@ -68,16 +67,21 @@ def where(condition: Bool[Array, ""], true: Tree, false: Tree) -> Tree:
     return jax.tree.map(lambda t, f: jnp.where(condition, t, f), true, false)
 
 
+def total(terms: Sequence[Float[Array, ""]], dtype: Any = None) -> Float[Array, ""]:
+    """The sum of scalars that many kernels will ask for."""
+    if not terms:  # all may be masked
+        return jnp.zeros((), dtype)
+    scalars = jnp.stack(terms)
+    # In a loop, because XLA would add them anew in each of those kernels.
+    add_one = lambda i, so_far: so_far + scalars[i]  # noqa: E731
+    return jax.lax.fori_loop(0, len(terms), add_one, jnp.zeros((), scalars.dtype))
+
+
 def all_finite(tree: Tree) -> Bool[Array, ""]:
     """Whether all entries are finite, by their sums: far quicker to compile than `isfinite`."""
     leaves = jax.tree.leaves(tree)
-    if not leaves:  # all may be masked
-        return jnp.asarray(True)
-    wide = jnp.float64 if any(x.dtype == jnp.float64 for x in leaves) else jnp.float32
-    sums = jnp.asarray([jnp.sum(x, dtype=wide) for x in leaves], wide)
-    # In a loop, because XLA would add the scalars anew in each of the many kernels that ask.
-    sum_up = lambda i, total: total + sums[i]  # noqa: E731
-    return jnp.isfinite(jax.lax.fori_loop(0, len(leaves), sum_up, jnp.zeros((), wide)))
+    dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in leaves) else jnp.float32
+    return jnp.isfinite(total([jnp.sum(x, dtype=dtype) for x in leaves], dtype))
 
 
 # --- moving averages -----------------------------------------------------------------------------
@@ -161,12 +165,13 @@ def ridge(
     With one equation per row it is X'(XX' + weight I)^-1 C for the part X'C of the right-hand side
     that the rows make, and what is left of the rest.
     """
-    if not solves_by_rows(*inputs.shape, right.shape[1]):
+    rows, d_in = inputs.shape
+    if not solves_by_rows(rows, d_in, right.shape[1]):
         return solve(damped(second_moment(inputs), weight), right)
     rest = right - inputs.T @ cotangents
     system = damped(second_moment(inputs.T), weight)
-    rows = solve(system, cotangents - inputs @ rest / weight)
-    return inputs.T @ rows + rest / weight
+    solution = solve(system, cotangents - inputs @ rest / weight)
+    return inputs.T @ solution + rest / weight
 
 
 def solves_by_rows(rows: int, d_in: int, d_out: int) -> bool:
@@ -209,29 +214,26 @@ def conjugate_gradient(
     Returns:
       The solution and its residual, right - apply(x).
     """
-    x, residual = zeros_like(right), right
-    # Of a singular system rounding errors would be all that is left, and grow.
     preconditioned = precondition(right)
     size = dot(right, preconditioned)
+    # Of a singular system rounding errors would be all that is left, and grow.
     solved = (10 * jnp.finfo(size.dtype).eps) ** 2 * size
-    if start is not None:
-        image = apply(start)
-        multiple = _ratio(jnp.maximum(dot(start, right), 0), dot(start, image))
-        x, residual = scale(start, multiple), add(right, scale(image, -multiple))
-        preconditioned = precondition(residual)
-        size = dot(residual, preconditioned)
 
     def body(_: Array, carry: tuple) -> tuple:
         x, residual, direction, size = carry
         image = apply(direction)
-        step = _ratio(jnp.where(size > solved, size, 0), dot(direction, image))
+        along = jnp.where(size > solved, jnp.maximum(dot(direction, residual), 0), 0)
+        step = _ratio(along, dot(direction, image))
         x = add(x, scale(direction, step))
         residual = add(residual, scale(image, -step))
         preconditioned = precondition(residual)
         new = dot(residual, preconditioned)
         return x, residual, add(preconditioned, scale(direction, _ratio(new, size))), new
 
-    carry = (x, residual, preconditioned, size)
+    carry = (zeros_like(right), right, preconditioned, size)
+    if start is not None:  # the first direction, and none to be conjugate to
+        carry = (*carry[:2], start, jnp.full_like(size, jnp.inf))
+        iterations += 1
     x, residual, _, _ = jax.lax.fori_loop(0, iterations, body, carry)
     return x, residual
 

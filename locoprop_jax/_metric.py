@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_decay, check_not_negative, check_positive
+from locoprop_jax._checks import check_decay, check_not_negative, check_positive, is_number
 
 
 def scale_by_metric_norm(
@@ -58,14 +58,33 @@ def metric_factor(z: Float[Array, ""], floor: float | Array) -> Float[Array, ""]
     return jnp.where(z > 0, 1 / length, 0)
 
 
-def scale_by_root_of_learning_rate(
-    learning_rate: optax.ScalarOrSchedule,
+def descend(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Times -sqrt(eps), where the learning rate or its schedule is eps."""
-    if callable(learning_rate):
-        return optax.scale_by_learning_rate(lambda count: jnp.sqrt(learning_rate(count)))
-    check_not_negative(learning_rate=learning_rate)
-    return optax.scale_by_learning_rate(jnp.sqrt(learning_rate))
+    """-sqrt(eps) (d + rho W) for directions d, with the learning rate or its schedule eps."""
+    check_not_negative(weight_decay=weight_decay)
+    if not callable(learning_rate):
+        check_not_negative(learning_rate=learning_rate)
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        eps = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        if not is_number(weight_decay) or weight_decay > 0:
+            if params is None:
+                raise ValueError(
+                    "Weight decay needs the parameters: call "
+                    "`tx.update(grads, opt_state, params, captured=captured)`."
+                )
+            updates = jax.tree.map(
+                lambda u, p: u + jnp.asarray(weight_decay, u.dtype) * p, updates, params
+            )
+        steps = jax.tree.map(lambda u: -jnp.sqrt(jnp.asarray(eps, u.dtype)) * u, updates)
+        return steps, optax.ScaleByScheduleState(jnp.asarray(optax.safe_increment(state.count)))
+
+    return optax.GradientTransformation(init, update)
 
 
 class AverageState(NamedTuple):
@@ -93,13 +112,15 @@ def average_directions(decay: float) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AverageState]:
         del params
-        directions, count = _linalg.wide(updates), state.count + 1
-        total = _linalg.average(state.sum, directions, decay)
-        averages = _linalg.debiased(total, decay, count)
-        ok = _linalg.dot(directions, directions) > 0
-        averages, new = _linalg.where(
-            ok, (averages, AverageState(count, total)), (directions, state)
+        directions = _linalg.wide(updates)
+
+        def average() -> tuple[Any, AverageState]:
+            new = AverageState(state.count + 1, _linalg.average(state.sum, directions, decay))
+            return _linalg.debiased(new.sum, decay, new.count), new
+
+        averages, state = jax.lax.cond(
+            _linalg.dot(directions, directions) > 0, average, lambda: (directions, state)
         )
-        return jax.tree.map(lambda u, x: x.astype(u.dtype), updates, averages), new
+        return jax.tree.map(lambda u, x: x.astype(u.dtype), updates, averages), state
 
     return optax.GradientTransformation(init, update)

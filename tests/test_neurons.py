@@ -1,6 +1,7 @@
 """Gradient descent on neurons and Linear Neuron Boosting, against dense mathematics."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def direction(net, tx, params=None, batch=None, state=None):
 # --- FOOF ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     net=nets(),
     damping=st.floats(0.01, 2),
@@ -142,11 +143,12 @@ def test_one_step_periods_average_as_amortised_ones_that_gather_always():
     net = DEEP
     every = lp.scale_by_foof(net.layers(), decay=0.9)
     amortised = lp.scale_by_foof(net.layers(), decay=0.9, inverse_period=4, statistics_steps=4)
-    states = [tx.init(net.params()) for tx in (every, amortised)]
+    steps = [update_function(net, tx) for tx in (every, amortised)]
+    states: list = [tx.init(net.params()) for tx in (every, amortised)]
     for step in range(5):
         results = [
-            update_function(net, tx)(net.params(), state, *net.data(step))
-            for tx, state in zip((every, amortised), states, strict=True)
+            update(net.params(), state, *net.data(step))
+            for update, state in zip(steps, states, strict=True)
         ]
         states = [state for _, state in results]
         if step in (0, 1, 2, 4):  # where both invert
@@ -180,7 +182,7 @@ def test_benzings_toy_reaches_the_optimum_of_both_points_in_one_step():
         lp.scale_by_foof(layers, damping=0.0, decay=0.0),
         lp.scale_by_foof(layers, damping=0.0, relative=False, inverse_period=5),
     ):
-        updates, _ = tx.update(grads, tx.init(params), params, captured=captured)
+        updates: Any = tx.update(grads, tx.init(params), params, captured=captured)[0]
         np.testing.assert_allclose(-updates["w"][:, 0], [-1, 4], rtol=1e-9)
         assert loss_fn({"w": -updates["w"]}, x) < 1e-18
     np.testing.assert_allclose(grads["w"][:, 0], [-1, -0.5])  # gradient descent harms the second
@@ -211,7 +213,7 @@ def test_a_failed_factorisation_is_counted_and_keeps_the_last_inverse(monkeypatc
 # --- oracle 6: equivalences ----------------------------------------------------------------------
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(net=nets(), damping=st.floats(0.05, 2), alpha=st.floats(0.01, 1), seed=st.integers(0, 99))
 def test_foof_is_locoprop_s_solved_exactly(net, damping, alpha, seed):
     rows = net.batch * (net.tokens or 1)
@@ -231,7 +233,7 @@ def test_foof_is_locoprop_s_solved_exactly(net, damping, alpha, seed):
     assert_equal_to_rounding(jax.tree.map(lambda u: alpha * u, updates), expected, 1e-8)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(net=nets(), ridge=st.floats(0.05, 2), online=st.booleans(), seed=st.integers(0, 99))
 def test_boosting_solved_to_the_end_is_foof_with_a_metric_step(net, ridge, online, seed):
     foof = lp.scale_by_metric_norm(
@@ -250,7 +252,7 @@ def test_boosting_solved_to_the_end_is_foof_with_a_metric_step(net, ridge, onlin
 # --- the metric step -----------------------------------------------------------------------------
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(net=nets(), scale=st.floats(0.1, 10), seed=st.integers(0, 99))
 def test_a_metric_step_has_length_one_in_its_metric(net, scale, seed):
     params, batch = net.params(seed), net.data(seed)
@@ -271,7 +273,8 @@ def test_below_the_floor_steps_shrink_with_the_gradient():
     g = {"w": jnp.asarray([3.0, 4.0])}
     for floor, expected in ((1e-4, [0.6, 0.8]), (2500.0, [0.06, 0.08])):
         tx = lp.scale_by_metric_norm(optax.identity(), floor=floor)
-        np.testing.assert_allclose(tx.update(g, tx.init(g))[0]["w"], expected)
+        updates: Any = tx.update(g, tx.init(g))[0]
+        np.testing.assert_allclose(updates["w"], expected)
 
 
 def test_what_does_not_descend_is_not_followed():
@@ -526,17 +529,18 @@ def test_one_boosting_step_is_a_gradient_step_with_whitened_inputs():
 
 @pytest.mark.parametrize("alias", [lp.foof, lp.lnb])
 def test_the_learning_rate_and_its_schedule_are_the_squared_length(alias):
-    net = DEEP
-    updates = {}
-    for name, rate in {"one": 1.0, "nine": 9.0, "schedule": lambda count: 9.0 - count.astype(float)}.items():
-        updates[name], _ = direction(net, alias(net.layers(), rate))
-    assert_equal_to_rounding(updates["nine"], jax.tree.map(lambda u: 3 * u, updates["one"]), 1e-6)
-    assert_equal_to_rounding(updates["schedule"], updates["nine"], 1e-6)
+    net = Net(widths=(3, 2), biases=(True,))
+
+    def updates(rate):
+        return direction(net, alias(net.layers(), rate))[0]
+
+    scheduled = updates(lambda count: 9.0 - count.astype(float))
+    assert_equal_to_rounding(scheduled, jax.tree.map(lambda u: 3 * u, updates(1.0)), 1e-6)
 
 
 @pytest.mark.parametrize("alias", [lp.foof, lp.lnb])
 def test_weights_decay_by_the_root_of_the_learning_rate(alias):
-    net = DEEP
+    net = Net(widths=(3, 2), biases=(True,))
     plain, _ = direction(net, alias(net.layers(), 0.25))
     decayed, _ = direction(net, alias(net.layers(), 0.25, weight_decay=0.1))
     expected = jax.tree.map(lambda u, p: u - 0.5 * 0.1 * p, plain, net.params())
@@ -615,6 +619,8 @@ def test_a_batch_that_is_not_finite_leaves_everything_as_it_was(method, value):
     params, before, _ = step(params, tx.init(params), x)
     _, after, updates = step(params, before, x.at[0, 0].set(value))
     assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+    if not isinstance(after, lp.FoofState):  # a chain: its last part counts for a schedule
+        after, before = after[:-1], before[:-1]
     jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
