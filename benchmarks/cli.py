@@ -112,6 +112,11 @@ def add_run_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, in
             metavar="N",
             help=f"{what} (default: %(default)s)",
         )
+    add_data_arguments(parser)
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """--dataset, --data-dir, --seed."""
     parser.add_argument(
         "--dataset",
         choices=DATASETS,

@@ -27,7 +27,7 @@ import locoprop_jax as lp
 from benchmarks import autoencoder, cli
 from benchmarks.data import Dataset
 from benchmarks.report import aligned, machine
-from benchmarks.speed import RESULTS, Compiled, Product, clock, compile_call, compile_product
+from benchmarks.speed import RESULTS, Compiled, Product, clock, compile_call, compile_kernel
 from benchmarks.steps import interrupt_deferred
 from benchmarks.tuned import write_json
 from locoprop_jax._blocks import pull
@@ -52,7 +52,7 @@ class Cell(NamedTuple):
 
 def flops_per_second() -> float:
     product = Product((PROBE, PROBE), (PROBE, PROBE), False)
-    compiled = compile_product(product, jax.random.key(0))
+    compiled = compile_kernel(product, jax.random.key(0))
     return product.flops / min(clock(compiled.call) for _ in range(4))
 
 

@@ -39,6 +39,7 @@ def plot_losses(
     path: Path,
     looks: Mapping[str, Look] | None = None,
     test: bool = False,
+    log: bool = False,
 ) -> None:
     """Training loss at the end of each epoch, against epochs and against seconds of training.
 
@@ -51,6 +52,7 @@ def plot_losses(
       path: where it goes.
       looks: by the runs' names; otherwise a method has its colour whichever others are there.
       test: whether to plot the test losses as well, dashed.
+      log: whether the losses have a logarithmic axis.
     """
     if looks is None:
         looks = {name: look(position, position) for position, name in enumerate(METHODS)}
@@ -63,6 +65,7 @@ def plot_losses(
         (by_seconds, "seconds", "seconds of training, without compilation and evaluation"),
     ):
         _style(axes)
+        axes.set_yscale("log" if log else "linear")
         axes.set_xlabel(label, color=TEXT)
         ends = {}
         for run in runs:
@@ -124,17 +127,19 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> Non
     """Write each curve's name beside its end, pushed upwards where two would overlap."""
     axes.margins(x=0.02)
     left, right = axes.get_xlim()
-    low, high = axes.get_ylim()
+    scale = axes.yaxis.get_transform().transform
+    low, high = scale(axes.get_ylim())
     placed: list[tuple[float, float]] = []
     for label, (x, y, colour) in sorted(ends.items(), key=lambda item: item[1][1]):
         floors = [
             at + LABEL_GAP for place, at in placed if abs(x - place) < LABEL_WIDTH * (right - left)
         ]
-        height = max([(y - low) / (high - low), *floors])
+        height = max([(float(scale(y)) - low) / (high - low), *floors])
         placed.append((x, height))
         axes.annotate(
             label,
-            (x, low + height * (high - low)),
+            (x, height),
+            xycoords=("data", "axes fraction"),
             xytext=(7, 0),
             textcoords="offset points",
             color=colour,

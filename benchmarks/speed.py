@@ -1,12 +1,12 @@
-"""What capture and LocoProp cost on the autoencoder, as ratios taken in one run.
+"""What capture and the methods cost on the autoencoder, as ratios taken in one run.
 
     python -m benchmarks.speed
 
 Machines are noisy, so every round times all the parts one after the other and the ratios are
 taken within a round; the medians over the rounds are printed, and written with the smallest and
 largest to `benchmarks/results/speed_<backend>.json`. Two floors are measured beside the steps:
-`jax.value_and_grad` for the capture, and the matrix products alone (each shape timed bare, times
-how often the step needs it) for LocoProp.
+`jax.value_and_grad` for the capture, and for the methods their matrix products, factorisations and
+triangular solves alone (each shape timed bare, times how often the step needs it).
 """
 
 import argparse
@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.scipy.linalg import cho_factor, cho_solve
 
 import locoprop_jax as lp
 from benchmarks.autoencoder import make_problem
@@ -32,6 +33,7 @@ from benchmarks.tuned import write_json
 from locoprop_jax._coordinates import cheapest_path
 
 RESULTS = Path(__file__).parent / "results"
+PERIOD = 20  # of FOOF's inversions
 
 
 class Product(NamedTuple):
@@ -47,6 +49,20 @@ class Product(NamedTuple):
         return 2 * rows * inner * self.right[1]
 
 
+class Solve(NamedTuple):
+    """A positive definite system with some right-hand sides: Cholesky and two triangular solves."""
+
+    size: int
+    columns: int
+
+    @property
+    def flops(self) -> int:
+        return self.size**3 // 3 + 2 * self.size**2 * self.columns
+
+
+Kernel = Product | Solve
+
+
 class Compiled(NamedTuple):
     """A compiled function with its arguments."""
 
@@ -56,9 +72,9 @@ class Compiled(NamedTuple):
     output: int  # bytes
 
 
-def gradient_products(layers: lp.Layers, rows: int) -> Counter[Product]:
+def gradient_products(layers: lp.Layers, rows: int) -> Counter[Kernel]:
     """The matrix products of a gradient: forward, by the weights, by the inputs."""
-    products: Counter[Product] = Counter()
+    products: Counter[Kernel] = Counter()
     for i, layer in enumerate(layers.values()):
         products[Product((rows, layer.d_in), (layer.d_in, layer.d_out), False)] += 1
         products[Product((rows, layer.d_in), (rows, layer.d_out), True)] += 1
@@ -67,11 +83,33 @@ def gradient_products(layers: lp.Layers, rows: int) -> Counter[Product]:
     return products
 
 
+def foof_kernels(layers: lp.Layers, rows: int) -> Counter[Kernel]:
+    """What FOOF needs with an inversion for each step: X'X and the solution of its system."""
+    kernels: Counter[Kernel] = Counter()
+    for layer in layers.values():
+        d = layer.d_in + (layer.bias is not None)
+        kernels[Product((rows, d), (rows, d), True)] += 1
+        kernels[Solve(d, layer.d_out)] += 1
+    return kernels
+
+
+def metric_products(layers: lp.Layers, rows: int, count: int) -> Counter[Kernel]:
+    """Products with each layer's metric, forward and transposed: LNB's floor as the paper has it.
+
+    Where X'X is cheaper LNB goes through that, and may take less than this.
+    """
+    kernels: Counter[Kernel] = Counter()
+    for layer in layers.values():
+        kernels[Product((rows, layer.d_in), (layer.d_in, layer.d_out), False)] += count
+        kernels[Product((rows, layer.d_in), (rows, layer.d_out), True)] += count
+    return kernels
+
+
 def local_products(
     layers: lp.Layers, rows: int, iterations: int, matching: bool
-) -> Counter[Product]:
+) -> Counter[Kernel]:
     """The matrix products of LocoProp's local iterations, all but the first (which needs none)."""
-    products: Counter[Product] = Counter()
+    products: Counter[Kernel] = Counter()
     for layer in layers.values():
         d_in, d_out, more = layer.d_in, layer.d_out, iterations - 1
         linear = not matching or (layer.transfer.is_identity and not layer.uses_head)
@@ -99,12 +137,17 @@ def compile_call(function: Callable[..., Any], *args: Any) -> Compiled:
     )
 
 
-def compile_product(product: Product, key: jax.Array) -> Compiled:
-    left = jax.random.normal(key, product.left)
-    right = jax.random.normal(key, product.right)
+def compile_kernel(kernel: Kernel, key: jax.Array) -> Compiled:
+    if isinstance(kernel, Solve):
+        root = jax.random.normal(key, (kernel.size, kernel.size))
+        system = root @ root.T + kernel.size * jnp.eye(kernel.size)
+        right = jax.random.normal(key, (kernel.size, kernel.columns))
+        return compile_call(lambda a, b: cho_solve(cho_factor(a), b), system, right)
+    left = jax.random.normal(key, kernel.left)
+    right = jax.random.normal(key, kernel.right)
 
     def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
-        return (a.T if product.transposed else a) @ b
+        return (a.T if kernel.transposed else a) @ b
 
     return compile_call(multiply, left, right)
 
@@ -116,8 +159,8 @@ def clock(call: Callable[[], Any]) -> float:
 
 
 def measure(
-    parts: Mapping[str, Compiled], products: Mapping[Product, Compiled], rounds: int
-) -> list[tuple[dict[str, float], dict[Product, float]]]:
+    parts: Mapping[str, Compiled], products: Mapping[Kernel, Compiled], rounds: int
+) -> list[tuple[dict[str, float], dict[Kernel, float]]]:
     """Seconds of each part and each product, round by round after one to warm up."""
     return [
         (
@@ -160,6 +203,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods = {
         "LocoProp-M": lp.locoprop_m(layers, 1e-5, iterations=iterations),
         "LocoProp-S": lp.locoprop_s(layers, 1e-5, iterations=iterations),
+        "FOOF, T=1": lp.foof(layers, inverse_period=1),
+        "LNB": lp.lnb(layers),
+        "LNB, half the rows": lp.lnb(layers, fraction=0.5),
+        "LNB, a quarter": lp.lnb(layers, fraction=0.25),
         "Adam": optax.with_extra_args_support(optax.adam(1e-5)),
     }
     parts = {
@@ -169,22 +216,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     for name, tx in methods.items():
         parts[name] = compile_call(functools.partial(step, tx), params, tx.init(params), batch)
+    # One step of a period gathers statistics and inverts them, the others do not.
+    foof = lp.foof(layers, inverse_period=PERIOD)
+    _, first = jax.jit(functools.partial(step, foof))(params, foof.init(params), batch)
+    for name, count in (("FOOF, inverting", PERIOD), ("FOOF, between", PERIOD + 1)):
+        state = optax.tree.set(first, count=jnp.asarray(count, jnp.int32))
+        parts[name] = compile_call(functools.partial(step, foof), params, state, batch)
     gradient = gradient_products(layers, rows)
     needed = {
         "value_and_grad": gradient,
         "LocoProp-M": gradient + local_products(layers, rows, iterations, matching=True),
         "LocoProp-S": gradient + local_products(layers, rows, iterations, matching=False),
+        "FOOF, T=1": gradient + foof_kernels(layers, rows),
+        "LNB": gradient + metric_products(layers, rows, 3),
     }
     distinct = set().union(*needed.values())
-    products = {product: compile_product(product, jax.random.key(1)) for product in distinct}
+    products = {product: compile_kernel(product, jax.random.key(1)) for product in distinct}
     rounds = measure(parts, products, args.rounds)
 
-    def ratio(name: str, floor: Callable[[dict, dict], float]) -> tuple[float, float, float]:
-        values = sorted(seconds[name] / floor(seconds, bare) for seconds, bare in rounds)
+    def spread(of: Callable[[dict, dict], float]) -> tuple[float, float, float]:
+        values = sorted(of(seconds, bare) for seconds, bare in rounds)
         return median(values), values[0], values[-1]
+
+    def ratio(name: str, floor: Callable[[dict, dict], float]) -> tuple[float, float, float]:
+        return spread(lambda seconds, bare: seconds[name] / floor(seconds, bare))
 
     def matmuls(name: str) -> Callable[[dict, dict], float]:
         return lambda _, bare: sum(count * bare[p] for p, count in needed[name].items())
+
+    def amortised(seconds: dict, bare: dict) -> float:
+        del bare
+        inverting, between = seconds["FOOF, inverting"], seconds["FOOF, between"]
+        return ((PERIOD - 1) * between + inverting) / PERIOD
+
+    def foof_by_adam(seconds: dict, bare: dict) -> float:
+        return amortised(seconds, bare) / seconds["Adam"]
 
     plain = parts["value_and_grad"]
     arrays = bytes_of(capture(params, batch)[2])
@@ -203,6 +269,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"time: LocoProp-S step, T={iterations} / its matmuls": ratio(
             "LocoProp-S", matmuls("LocoProp-S")
         ),
+        f"time: FOOF step, T={PERIOD} / Adam step": spread(foof_by_adam),
+        "time: FOOF step, T=1 / its matmuls and solves": ratio("FOOF, T=1", matmuls("FOOF, T=1")),
+        "time: LNB step / nine matmuls": ratio("LNB", matmuls("LNB")),
+        "time: LNB step, half the rows / LNB step": ratio(
+            "LNB, half the rows", lambda s, _: s["LNB"]
+        ),
+        "time: LNB step, a quarter of the rows / LNB step": ratio(
+            "LNB, a quarter", lambda s, _: s["LNB"]
+        ),
+        "time: LNB step / Adam step": ratio("LNB", lambda s, _: s["Adam"]),
         "time: LocoProp-M step / Adam step": ratio("LocoProp-M", lambda s, _: s["Adam"]),
         "time: LocoProp-S step / Adam step": ratio("LocoProp-S", lambda s, _: s["Adam"]),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from locoprop_jax import _layers, _linalg
-from locoprop_jax._blocks import Block, as_rows, blocks, extend, matrix, replace, unmatrix
+from locoprop_jax._blocks import Block, as_rows, blocks, replace
 from locoprop_jax._checks import (
     check_decay,
     check_layers,
@@ -26,7 +27,27 @@ from locoprop_jax._metric import (
 )
 from locoprop_jax._stacking import map_layers
 
-Matrices = dict[str, Float[Array, "d d"]]  # by layer; d is d_in, one more with a bias
+
+class Statistics(NamedTuple):
+    """Of a layer's inputs over N rows: X'X / N and their mean."""
+
+    second: Float[Array, "d_in d_in"]
+    mean: Float[Array, " d_in"]
+
+
+class Metric(NamedTuple):
+    """The damped second moment M of (x, 1), or of x, with the bias eliminated.
+
+    Attributes:
+      kernel: what then remains for the kernel, or its inverse: with a free bias the damped
+        covariance of the inputs.
+      mean: of the inputs.
+      bias: the inverse of the bias's own entry, zero without a bias.
+    """
+
+    kernel: Float[Array, "d_in d_in"]
+    mean: Float[Array, " d_in"]
+    bias: Float[Array, ""]
 
 
 class FoofState(NamedTuple):
@@ -37,31 +58,29 @@ class FoofState(NamedTuple):
       gathered: `count` after the last batch whose statistics were gathered. shape=(), dtype=int32
       failures: factorisations that did not succeed; their layers kept the inverse they had, or
         stood still. shape=(), dtype=int32
-      gram: the running sum behind the average of X'X / N. Empty for the current batch's alone.
-      inverse: the damped inverse. Empty if every step has its own.
+      statistics: their running sums by layer. Empty for the current batch's alone.
+      inverse: the metric with its inverse by layer. Empty if every step solves its own.
     """
 
     count: Int[Array, ""]
     gathered: Int[Array, ""]
     failures: Int[Array, ""]
-    gram: Matrices
-    inverse: Matrices
+    statistics: dict[str, Statistics]
+    inverse: dict[str, Metric]
 
 
 class LayerRows(NamedTuple):
     """One layer.
 
     Attributes:
-      samples: the rows of the statistics, with a one for the bias.
-      cotangents: those that `samples` meets in the updates; zeros if there are none.
+      inputs: the rows of the statistics.
+      cotangents: those that the inputs meet in the updates; zeros if there are none.
       updates: the incoming block.
-      damping: of each row of the block.
     """
 
-    samples: Float[Array, "rows d"]
+    inputs: Float[Array, "rows d_in"]
     cotangents: Float[Array, "rows d_out"]
-    updates: Float[Array, "d d_out"]
-    damping: Float[Array, " d"]
+    updates: Block
 
 
 def scale_by_foof(
@@ -89,7 +108,7 @@ def scale_by_foof(
 
     Args:
       layers: from `find_layers`.
-      damping: lambda, in units of the mean eigenvalue of S, or absolute.
+      damping: lambda, in units of the mean eigenvalue of the inputs' second moment, or absolute.
       relative: which of the two.
       damp_bias: whether the bias is damped like the kernel.
       decay: m, how much of the average of S is left after a step; 0 for the current batch alone.
@@ -117,12 +136,18 @@ def scale_by_foof(
     _check(layers, damping, decay, inverse_period, statistics_steps, shared)
     is_amortised = inverse_period > 1
     is_averaged = not is_number(decay) or decay > 0
+    damped = Damping(damping, relative, damp_bias)
 
     def init(params: Any) -> FoofState:
-        zeros, zero = _zeros(layers, params), jnp.zeros([], jnp.int32)
-        return FoofState(
-            zero, zero, zero, zeros if is_averaged else {}, zeros if is_amortised else {}
-        )
+        zero, shapes = jnp.zeros([], jnp.int32), _kernels(layers, params)
+        statistics, inverse = {}, {}
+        for name, (d, dtype) in shapes.items():
+            square, vector = jnp.zeros((d, d), dtype), jnp.zeros(d, dtype)
+            if is_averaged:
+                statistics[name] = Statistics(square, vector)
+            if is_amortised:
+                inverse[name] = Metric(square, vector, jnp.zeros((), dtype))
+        return FoofState(zero, zero, zero, statistics, inverse)
 
     def update(
         updates: Any,
@@ -136,68 +161,69 @@ def scale_by_foof(
         _layers.check_captured(layers, captured, "scale_by_foof")
         assert captured is not None
         slopes = blocks(layers, updates)
-        rows = {
-            name: _layer_rows(captured[name], slope, damping, damp_bias, shared)
-            for name, slope in slopes.items()
-        }
-        ok = _linalg.all_finite((updates, [own.samples for own in rows.values()]))
+        rows = {name: _layer_rows(captured[name], slopes[name], shared) for name in slopes}
         return jax.lax.cond(
-            ok,
-            lambda: precondition(updates, slopes, rows, state),
+            _linalg.all_finite((updates, [own.inputs for own in rows.values()])),
+            lambda: precondition(updates, rows, state),
             lambda: (_linalg.zeros_like(updates), state),
         )
 
     def precondition(
-        updates: Any, slopes: dict[str, Block], rows: dict[str, LayerRows], state: FoofState
+        updates: Any, rows: dict[str, LayerRows], state: FoofState
     ) -> tuple[Any, FoofState]:
-        gram, gathered = state.gram, state.gathered
-        inverse, failures = state.inverse, state.failures
+        with_kernel = {name: own for name, own in rows.items() if "kernel" in own.updates}
         due = _is_due(state.count, inverse_period)
+        statistics, gathered = state.statistics, state.gathered
+        inverse, failures = state.inverse, state.failures
         if is_averaged:
             soon = (-state.count) % inverse_period < statistics_steps
-            gram, gathered = jax.lax.cond(
+            statistics, gathered = jax.lax.cond(
                 due | soon,
-                lambda: (_average(rows, state, decay), state.count + 1),
-                lambda: (state.gram, state.gathered),
+                lambda: (_average(with_kernel, state, decay), state.count + 1),
+                lambda: (statistics, gathered),
             )
 
-        def damped(own: LayerRows, gram: Float[Array, "d d"] | None) -> Float[Array, "d d"]:
-            if gram is None:
-                mean = _second_moment(own)
+        def metric(own: LayerRows, average: Statistics | None) -> Metric:
+            if average is None:
+                now = _statistics(own.inputs)
             else:
-                mean = _linalg.debiased(gram, decay, gathered)
-            return _linalg.damped(mean, own.damping, relative=relative)
+                now = _linalg.debiased(average, decay, gathered)
+            return _metric(now, own.updates, damped)
 
-        def invert(_: str, arrays: tuple[LayerRows, Any]) -> Float[Array, "d d"]:
-            return _linalg.inverse(damped(*arrays))
+        def invert(_: str, arrays: tuple[LayerRows, Statistics | None]) -> Metric:
+            system = metric(*arrays)
+            return system._replace(kernel=_linalg.inverse(system.kernel))
 
-        def apply(_: str, arrays: tuple[Array, Array]) -> Float[Array, "d d_out"]:
-            inverse, slope = arrays
-            return inverse @ slope
+        def apply(_: str, arrays: tuple[Block, Metric]) -> Block:
+            slope, inverse = arrays
+            return _divide(slope, inverse, lambda right: inverse.kernel @ right)
 
-        def has_free_bias(name: str) -> bool:
-            return "bias" in slopes[name] and not damp_bias
+        def solve(_: str, arrays: tuple[LayerRows, Statistics | None]) -> Block:
+            own, average = arrays
+            if average is None and _has_few_rows(own):
+                return _solve_by_rows(own, damped)
+            system = metric(own, average)
+            return _divide(own.updates, system, lambda right: _linalg.solve(system.kernel, right))
 
-        def solve(name: str, arrays: tuple[LayerRows, Any]) -> Float[Array, "d d_out"]:
-            own, gram = arrays
-            if gram is None:
-                return _solve_by_fewest(own, relative, has_free_bias(name))
-            return _linalg.solve(damped(own, gram), own.updates)
-
-        with_gram = {name: (own, gram.get(name)) for name, own in rows.items()}
+        sources = {name: (own, statistics.get(name)) for name, own in with_kernel.items()}
         if is_amortised:
             inverse, failures = jax.lax.cond(
                 due,
-                lambda: _keep_finite(map_layers(invert, with_gram), inverse, failures),
+                lambda: _keep_finite(map_layers(invert, sources), inverse, failures),
                 lambda: (inverse, failures),
             )
-            new = map_layers(apply, {n: (inverse[n], own.updates) for n, own in rows.items()})
+            pairs = {name: (own.updates, inverse[name]) for name, own in with_kernel.items()}
+            new = map_layers(apply, pairs)
         else:
-            new = map_layers(solve, with_gram, kind=has_free_bias)
+            new = map_layers(solve, sources)
             new, failures = _keep_finite(new, _linalg.zeros_like(new), failures)
-        directions = {name: unmatrix(new[name], slopes[name]) for name in slopes}
-        return replace(layers, updates, directions), FoofState(
-            state.count + 1, gathered, failures, gram, inverse
+        alone = {
+            name: _linalg.scale(slope, _inverse_of_bias(slope, damped.of(jnp.ones(())), damped))
+            for name, (_, _, slope) in rows.items()
+            if "kernel" not in slope
+        }
+        return replace(layers, updates, new | alone), FoofState(
+            state.count + 1, gathered, failures, statistics, inverse
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -265,30 +291,24 @@ def foof(
 # --- statistics ----------------------------------------------------------------------------------
 
 
-def _layer_rows(
-    arrays: LayerArrays, slope: Block, damping: Any, damp_bias: bool, shared: str
-) -> LayerRows:
-    updates = matrix(slope)
-    dtype = updates.dtype
+def _layer_rows(arrays: LayerArrays, slope: Block, shared: str) -> LayerRows:
+    dtype = next(iter(slope.values())).dtype
     x, e = arrays.inputs, as_rows(arrays.cotangents, dtype)
     if shared == "reduce":
         x, e = x.astype(dtype).mean(1), jnp.zeros((len(x), e.shape[1]), dtype)
-    damped = jnp.full(len(updates), damping, dtype)
-    if "bias" in slope and not damp_bias:
-        damped = damped.at[-1].set(0)
-    return LayerRows(extend(as_rows(x, dtype), slope), e, updates, damped)
+    return LayerRows(as_rows(x, dtype), e, slope)
 
 
-def _second_moment(own: LayerRows) -> Float[Array, "d d"]:
-    return _linalg.second_moment(own.samples) / len(own.samples)
+def _statistics(inputs: Float[Array, "rows d_in"]) -> Statistics:
+    return Statistics(_linalg.second_moment(inputs) / len(inputs), inputs.mean(0))
 
 
-def _average(rows: dict[str, LayerRows], state: FoofState, decay: Any) -> Matrices:
-    """The running sum with this batch; what it forgets is counted in steps."""
-    dtype = jnp.result_type(*state.gram.values())
-    kept = _linalg.power(decay, state.count + 1 - state.gathered, dtype)
-    new = {name: _second_moment(own) for name, own in rows.items()}
-    return _linalg.average(state.gram, new, kept)
+def _average(rows: dict[str, LayerRows], state: FoofState, decay: Any) -> dict[str, Statistics]:
+    """The running sums with this batch; what they forget is counted in steps."""
+    new = {name: _statistics(own.inputs) for name, own in rows.items()}
+    steps = state.count + 1 - state.gathered
+    dtype = jnp.result_type(*jax.tree.leaves(new)) if new else jnp.float32
+    return _linalg.average(state.statistics, new, _linalg.power(decay, steps, dtype))
 
 
 def _is_due(count: Int[Array, ""], period: int) -> Bool[Array, ""]:
@@ -300,33 +320,77 @@ def _is_due(count: Int[Array, ""], period: int) -> Bool[Array, ""]:
 # --- solving -------------------------------------------------------------------------------------
 
 
-def _solve_by_fewest(
-    own: LayerRows, relative: bool, has_free_bias: bool
-) -> Float[Array, "d d_out"]:
-    """With the current batch alone, by its rows where these are fewer than the inputs.
+class Damping(NamedTuple):
+    """What is added to M's diagonal: for the kernel, and for the bias where it is damped."""
 
-    A bias that is not damped is eliminated, which centres the inputs.
+    amount: Any
+    relative: bool
+    bias: bool
+
+    def of(self, mean_eigenvalue: Float[Array, ""]) -> Float[Array, ""]:
+        """The number for inputs of this mean square."""
+        amount = jnp.asarray(self.amount, mean_eigenvalue.dtype)
+        amount = amount * mean_eigenvalue if self.relative else amount
+        return jnp.maximum(amount, jnp.finfo(amount.dtype).tiny)
+
+
+def _metric(now: Statistics, slope: Block, damping: Damping) -> Metric:
+    second, mean = now
+    amount = damping.of(jnp.diagonal(second).mean())
+    bias = _inverse_of_bias(slope, amount, damping)
+    kernel = _linalg.damped(second - bias * mean[:, None] * mean[None], amount)
+    return Metric(kernel, mean, bias)
+
+
+def _inverse_of_bias(slope: Block, amount: Float[Array, ""], damping: Damping) -> Float[Array, ""]:
+    """M's entry for the bias is one, and its damping."""
+    if "bias" not in slope:
+        return jnp.zeros_like(amount)
+    return 1 / (1 + amount) if damping.bias else jnp.ones_like(amount)
+
+
+def _divide(slope: Block, metric: Metric, solve: Callable[[Array], Array]) -> Block:
+    """M^-1 slope, where `solve` divides by what remains for the kernel."""
+    if "bias" not in slope:
+        return {"kernel": solve(slope["kernel"])}
+    bias = metric.bias * slope["bias"]
+    kernel = solve(slope["kernel"] - metric.mean[:, None] * bias[None])
+    return {"kernel": kernel, "bias": bias - metric.bias * (metric.mean @ kernel)}
+
+
+def _solve_by_rows(own: LayerRows, damping: Damping) -> Block:
+    """With the current batch's statistics alone, by a system of the size of its rows.
+
+    What remains for the kernel is the second moment of the centred rows, and of a row more for what
+    a damped bias leaves of the mean.
     """
-    x, right = own.samples, own.updates
-    rows, d = x.shape
-    damping = own.damping[0]
-    if relative:
-        damping = damping * jnp.vdot(x, x) / (rows * d)
-    weight = rows * jnp.maximum(damping, jnp.finfo(damping.dtype).tiny)
-    if not has_free_bias:
-        return rows * _linalg.ridge(x, right, own.cotangents, weight)
-    mean, bias = x[:, :-1].mean(0), right[-1:]
-    centred, right = x[:, :-1] - mean[None], right[:-1] - mean[:, None] * bias
-    kernel = rows * _linalg.ridge(centred, right, own.cotangents, weight)
-    return jnp.concatenate([kernel, bias - mean[None] @ kernel])
+    x, e, rows = own.inputs, own.cotangents, len(own.inputs)
+    amount, mean = damping.of(jnp.square(x).mean()), x.mean(0)
+    bias = _inverse_of_bias(own.updates, amount, damping)
+    if "bias" in own.updates:
+        x = x - mean[None]
+        if damping.bias:
+            rest = jnp.sqrt(1 - bias)
+            x = jnp.concatenate([x, rows**0.5 * rest * mean[None]])
+            e = jnp.concatenate([e, rest / rows**0.5 * e.sum(0, keepdims=True)])
+    return _divide(
+        own.updates,
+        Metric(jnp.zeros((0, 0)), mean, bias),
+        lambda right: rows * _linalg.ridge(x, right, e, rows * amount),
+    )
+
+
+def _has_few_rows(own: LayerRows) -> bool:
+    rows, d_in = own.inputs.shape
+    return _linalg.solves_by_rows(rows, d_in, own.cotangents.shape[1])
 
 
 def _keep_finite(
-    new: dict[str, Array], old: dict[str, Array], failures: Int[Array, ""]
-) -> tuple[dict[str, Array], Int[Array, ""]]:
-    """The new arrays where they are finite, the old ones elsewhere, and how often that was."""
-    finite = {name: _linalg.all_finite(array) for name, array in new.items()}
-    kept = {name: jnp.where(finite[name], new[name], old[name]) for name in new}
+    new: dict[str, Any], old: dict[str, Any], failures: Int[Array, ""]
+) -> tuple[dict[str, Any], Int[Array, ""]]:
+    """The new trees where they are finite, the old ones elsewhere, and how often that was."""
+    finite = {name: _linalg.all_finite(tree) for name, tree in new.items()}
+    kept = {name: _linalg.where(finite[name], new[name], old[name]) for name in new}
     failed = [1 - flag.astype(jnp.int32) for flag in finite.values()]
     return kept, sum(failed, start=failures)
 
@@ -334,15 +398,15 @@ def _keep_finite(
 # --- checks --------------------------------------------------------------------------------------
 
 
-def _zeros(layers: Layers, params: Any) -> Matrices:
-    """Zeros in the place of each layer's statistics."""
+def _kernels(layers: Layers, params: Any) -> dict[str, tuple[int, Any]]:
+    """d_in and dtype of each kernel among the parameters, by layer."""
     if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
-        return dict.fromkeys(layers, jnp.zeros((1, 1)))
-    result = {}
-    for name, block in blocks(layers, params).items():
-        like = matrix(block)
-        result[name] = jnp.zeros((len(like), len(like)), like.dtype)
-    return result
+        return dict.fromkeys(layers, (1, jnp.float32))
+    return {
+        name: (len(block["kernel"]), block["kernel"].dtype)
+        for name, block in blocks(layers, params).items()
+        if "kernel" in block
+    }
 
 
 def _check(

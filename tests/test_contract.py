@@ -57,6 +57,7 @@ METHODS = {
         {"damping": 0.5, "inverse_period": 3, "statistics_steps": 2, "momentum": 0.5},
         static=("relative", "damp_bias", "inverse_period", "statistics_steps"),
         is_joint=True,
+        statistics=("statistics", "inverse"),
     ),
     "foof, every step": Method(
         lp.foof,
@@ -64,6 +65,7 @@ METHODS = {
         {"inverse_period": 1, "decay": 0.5},
         static=("relative", "damp_bias", "inverse_period", "statistics_steps"),
         is_joint=True,
+        statistics=("statistics", "inverse"),
     ),
     "lnb": Method(
         lp.lnb,

@@ -1,0 +1,403 @@
+"""The experiments of Linear Neuron Boosting and of gradient descent on neurons.
+
+    python -m benchmarks.neurons [NAME ...]
+
+runs all of them, or those named: each method once with its default learning rate, and with others
+a factor of sqrt(10) apart, the same number for each. Every experiment prints a table of both and
+writes results.json, best.png and defaults.png to out/neurons/NAME/. The papers' sizes are
+
+    python -m benchmarks.neurons mlp autoencoder --train-images 60000 --epochs 10
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.scipy.sparse.linalg import cg
+from jaxtyping import Array, Float
+
+import locoprop_jax as lp
+from benchmarks import autoencoder, classifier, cli, plots, report
+from benchmarks.classifier import Classifier
+from benchmarks.comparison import Job, train_all
+from benchmarks.data import DataError, Dataset
+from benchmarks.methods import Method
+from benchmarks.steps import Params
+from benchmarks.training import Problem, Run, Settings
+from benchmarks.tuned import write_json
+
+QUICK = {"epochs": 1, "train_images": 400, "trials": 1, "shrink": 16}
+RATE_STEP = 10**0.5  # between the learning rates that are tried
+MNIST_MEAN, MNIST_DEVIATION = 0.1307, 0.3081  # what Benzing standardised Fashion-MNIST with
+
+
+class Contestant(NamedTuple):
+    """A method with what its users would try first.
+
+    Attributes:
+      label: its name in tables and plots.
+      build: (layers, learning rate) -> optimizer.
+      learning_rate: the default.
+      needs_capture: whether its step captures activations and cotangents.
+    """
+
+    label: str
+    build: Callable[..., optax.GradientTransformation]
+    learning_rate: float
+    needs_capture: bool = False
+
+    def method(self) -> Method:
+        def build(layers: Any, schedule: optax.Schedule) -> Any:
+            arguments = (layers,) if self.needs_capture else ()
+            return optax.with_extra_args_support(self.build(*arguments, schedule))
+
+        return Method(self.label, build, {}, needs_capture=self.needs_capture)
+
+
+FOOF = Contestant("FOOF", lp.foof, 4.0, needs_capture=True)
+LNB = Contestant("LNB", lp.lnb, 4.0, needs_capture=True)
+ADAM = Contestant("Adam", optax.adam, 1e-3)
+MOMENTUM = Contestant("Momentum", functools.partial(optax.sgd, momentum=0.9), 1e-1)
+MUON = Contestant("Muon", optax.contrib.muon, 2e-2)
+
+
+class Experiment(NamedTuple):
+    """A problem, or several that are compared, and the methods that train it.
+
+    Attributes:
+      title: of the plots.
+      problems: what sets a problem apart from the others -> how to make it from the images and a
+        divisor of all widths.
+      contestants: by their keys in the results.
+      epochs, batch_size: unless the command line has them. An epoch of the factorisation is a step.
+      log: whether the plots' losses have a logarithmic axis.
+    """
+
+    title: str
+    problems: Mapping[str, Callable[[Dataset, int], Problem]]
+    contestants: Callable[[Problem], Mapping[str, Contestant]]
+    epochs: int
+    batch_size: int
+    log: bool = False
+
+
+# --- problems ------------------------------------------------------------------------------------
+
+
+def inverted(dataset: Dataset) -> Dataset:
+    """Every pixel as one minus itself."""
+    return dataset._replace(train=1 - dataset.train, test=1 - dataset.test)
+
+
+def standardised(dataset: Dataset) -> Dataset:
+    scaled = {
+        name: ((getattr(dataset, name) - MNIST_MEAN) / MNIST_DEVIATION).astype(np.float32)
+        for name in ("train", "test")
+    }
+    return dataset._replace(**scaled)
+
+
+def boosting_mlp(dataset: Dataset, shrink: int) -> Problem:
+    """Two layers of 800 tanh units, Glorot's initial weights (LNB, section 5.2)."""
+    hidden = autoencoder.narrower((800, 800), shrink)
+    network = Classifier(hidden, kernel_init=nn.initializers.glorot_normal())
+    return classifier.make_problem(dataset, network)
+
+
+def benzing_mlp(dataset: Dataset, shrink: int) -> Problem:
+    """Three layers of 1000 units without biases, He's initial weights (Benzing, appendix D)."""
+    hidden = autoencoder.narrower((1000,) * 3, shrink)
+    network = Classifier(hidden, nn.relu, False, nn.initializers.he_normal())
+    return classifier.make_problem(standardised(dataset), network)
+
+
+def deep_autoencoder(dataset: Dataset, shrink: int) -> Problem:
+    return autoencoder.make_problem(dataset, autoencoder.make_network(shrink=shrink))
+
+
+def factorisation(
+    dataset: Dataset, shrink: int, *, condition: float = 1e5, samples: int = 1000
+) -> Problem:
+    """Fit y = A x with two linear layers (Recht, 2017; LNB, section 5.1); the images play no part.
+
+    The rows of A grow from 1 to its condition number. The loss is in units of the mean squared
+    length of y.
+    """
+    del dataset
+    width, outputs = autoencoder.narrower((60, 100), shrink)
+    rng = np.random.default_rng(0)
+    a = np.linspace(1, condition, outputs)[:, None] * rng.normal(size=(outputs, width)) / condition
+    x = rng.normal(size=(samples, width)).astype(np.float32)
+    y = (x @ a.T).astype(np.float32)
+    unit = float(np.mean(np.sum(y**2, 1)))
+
+    def init(key: Array) -> Params:
+        first, second = jax.random.split(key)
+        scale = width**-0.5
+        return {
+            "first": {"kernel": scale * jax.random.normal(first, (width, width))},
+            "second": {"kernel": scale * jax.random.normal(second, (width, outputs))},
+        }
+
+    def loss_fn(params: Params, batch: Mapping[str, Array]) -> Float[Array, ""]:
+        return jnp.square(factors(params, batch["x"]) - batch["y"]).sum(-1).mean() / unit
+
+    return Problem("factorisation", init, loss_fn, {"x": x, "y": y}, None)
+
+
+def factors(params: Params, x: Float[Array, "rows d_in"]) -> Float[Array, "rows d_out"]:
+    return x @ params["first"]["kernel"] @ params["second"]["kernel"]
+
+
+def gauss_newton(
+    learning_rate: optax.ScalarOrSchedule, *, problem: Problem, iterations: int = 100
+) -> optax.GradientTransformation:
+    """The Gauss-Newton direction of the factorisation, by conjugate gradient on all its data."""
+    x = jnp.asarray(problem.train["x"])
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        loss_of = functools.partial(_loss_of_outputs, problem)
+        outputs, forward = jax.linearize(lambda p: factors(p, x), params)
+        backward = jax.linear_transpose(forward, params)
+        curvature = jax.grad(loss_of)
+
+        def product(v: Any) -> Any:
+            image = jax.jvp(curvature, (outputs,), (forward(v),))[1]
+            return jax.tree.map(lambda a, b: a + 1e-8 * b, backward(image)[0], v)
+
+        return cg(product, updates, maxiter=iterations)[0], state
+
+    direction = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
+
+
+def _loss_of_outputs(problem: Problem, outputs: Float[Array, "rows d_out"]) -> Float[Array, ""]:
+    y = jnp.asarray(problem.train["y"])
+    return jnp.square(outputs - y).sum(-1).mean() / jnp.square(y).sum(-1).mean()
+
+
+# --- experiments ---------------------------------------------------------------------------------
+
+
+def _everyone(problem: Problem) -> Mapping[str, Contestant]:
+    del problem
+    return {"foof": FOOF, "lnb": LNB, "momentum": MOMENTUM, "adam": ADAM, "muon": MUON}
+
+
+def _few(problem: Problem) -> Mapping[str, Contestant]:
+    del problem
+    return {"foof": FOOF, "lnb": LNB, "adam": ADAM}
+
+
+def _second_order(problem: Problem) -> Mapping[str, Contestant]:
+    newton = Contestant("Gauss-Newton", functools.partial(gauss_newton, problem=problem), 1.0)
+    return {"lnb": LNB, "foof": FOOF, "gauss_newton": newton, "adam": ADAM}
+
+
+EXPERIMENTS: Mapping[str, Experiment] = {
+    "factorisation": Experiment(
+        "Matrix factorisation, condition number 1e5",
+        {"": factorisation},
+        _second_order,
+        epochs=300,
+        batch_size=1000,
+        log=True,
+    ),
+    "inverted": Experiment(
+        "Two layers of 800 tanh units, on images and on 1 - images",
+        {
+            "images": boosting_mlp,
+            "1 - images": lambda dataset, shrink: boosting_mlp(inverted(dataset), shrink),
+        },
+        _few,
+        epochs=10,
+        batch_size=1000,
+    ),
+    "mlp": Experiment(
+        "Three layers of 1000 ReLU units, batches of 100",
+        {"": benzing_mlp},
+        _everyone,
+        epochs=3,
+        batch_size=100,
+    ),
+    "autoencoder": Experiment(
+        "Deep autoencoder", {"": deep_autoencoder}, _everyone, epochs=5, batch_size=1000
+    ),
+}
+
+
+class Attempt(NamedTuple):
+    """A method on a problem with one learning rate."""
+
+    key: str
+    problem: str
+    contestant: Contestant
+    learning_rate: float
+
+    @property
+    def title(self) -> str:
+        return f"{self.contestant.label}, {self.problem}" if self.problem else self.contestant.label
+
+    @property
+    def name(self) -> str:
+        return f"{self.title}, {self.learning_rate:.3g}"
+
+
+def attempts(
+    experiment: Experiment, dataset: Dataset, args: argparse.Namespace
+) -> Iterator[tuple[Attempt, Job]]:
+    """The default learning rate first, then the others from small to large."""
+    settings = Settings(args.epochs or experiment.epochs, experiment.batch_size, args.seed)
+    for name, make in experiment.problems.items():
+        problem = make(dataset, args.shrink)
+        if args.train_images < settings.batch_size and problem.name != "factorisation":
+            settings = settings._replace(batch_size=args.train_images)
+        for key, contestant in experiment.contestants(problem).items():
+            powers = [i - args.trials // 2 for i in range(args.trials)]
+            for power in sorted(powers, key=lambda power: power != 0):
+                rate = contestant.learning_rate * RATE_STEP**power
+                attempt = Attempt(key, name, contestant, rate)
+                method = contestant.method()._replace(label=attempt.name)
+                yield attempt, Job(attempt.name, method, {"learning_rate": rate}, problem, settings)
+
+
+def run_experiment(name: str, dataset: Dataset, args: argparse.Namespace) -> bool:
+    """Train with all methods and learning rates, print both tables, write results and plots.
+
+    Returns:
+      Whether Ctrl-C cut it short; what was finished is written then too.
+    """
+    experiment, directory = EXPERIMENTS[name], args.output_dir / name
+    directory.mkdir(parents=True, exist_ok=True)
+    planned = list(attempts(experiment, dataset, args))
+    by_name = {attempt.name: attempt for attempt, _ in planned}
+    settings = {
+        "experiment": f"neurons/{name}",
+        "dataset": dataset.name,
+        "train_images": args.train_images,
+        "epochs": args.epochs or experiment.epochs,
+        "batch_size": experiment.batch_size,
+        "shrink": args.shrink,
+        "trials": args.trials,
+        "seed": args.seed,
+    }
+    print(f"\n{name}: {experiment.title}", flush=True)
+
+    def keep(runs: Sequence[Run]) -> None:
+        write_json(directory / "results.json", report.results(runs, settings))
+        jax.clear_caches()  # each run compiles a step of its own
+
+    runs, interrupted = train_all((job for _, job in planned), keep)
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(by_name[run.method].title, []).append(run)
+    chosen = {
+        "defaults": [group[0] for group in groups.values()],
+        "best": [min(group, key=_final_loss) for group in groups.values()],
+    }
+    for kind, some in chosen.items():
+        if some:
+            title = {"defaults": "default learning rates", "best": f"best of {args.trials} each"}
+            print(f"\n{title[kind]}:\n\n{report.table(some)}\n")
+            _plot(experiment, dataset, some, by_name, title[kind], directory / f"{kind}.png")
+    print(f"Wrote results.json, best.png and defaults.png to {directory}.", flush=True)
+    return interrupted
+
+
+def _final_loss(run: Run) -> float:
+    return float("inf") if run.stopped else run.curve[-1].train_loss
+
+
+def _plot(
+    experiment: Experiment,
+    dataset: Dataset,
+    runs: Sequence[Run],
+    by_name: Mapping[str, Attempt],
+    kind: str,
+    path: Path,
+) -> None:
+    keys = list(dict.fromkeys(attempt.key for attempt in by_name.values()))
+    problems = list(experiment.problems)
+    looks = {
+        run.method: plots.look(
+            keys.index(by_name[run.method].key), problems.index(by_name[run.method].problem)
+        )
+        for run in runs
+    }
+    of = "" if experiment.log else f": {dataset.name}, {len(dataset.train):,} images"
+    plots.plot_losses(runs, f"{experiment.title}{of}; {kind}", path, looks, log=experiment.log)
+
+
+def parse_arguments(
+    argv: Sequence[str] | None,
+) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.neurons",
+        description="Run the experiments of LNB and FOOF. Each prints its tables, and writes its "
+        "curves as JSON and PNG.",
+    )
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"which to run, in this order: {', '.join(EXPERIMENTS)} (default: all)",
+    )
+    cli.add_quick_argument(parser, QUICK, "a look at small sizes, seconds for each run")
+    parser.add_argument(
+        "--epochs",
+        type=cli.positive_int,
+        metavar="N",
+        help="passes over the training images (default: the experiment's own)",
+    )
+    cli.add_numbers(
+        parser,
+        {
+            "train-images": (10_000, "how many of them to use"),
+            "trials": (3, "learning rates to try with each method, the default among them"),
+            "shrink": (1, "divide the width of every layer by this"),
+        },
+    )
+    cli.add_data_arguments(parser)
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("out/neurons"),
+        metavar="DIR",
+        help="where the results go, a folder for each experiment (default: %(default)s)",
+    )
+    args = cli.parse(parser, QUICK, argv)
+    args.names = list(dict.fromkeys(args.names)) or list(EXPERIMENTS)
+    for name in args.names:
+        if name not in EXPERIMENTS:
+            parser.error(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+    return parser, args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 130 after Ctrl-C, as shells have it."""
+    parser, args = parse_arguments(argv)
+    try:
+        dataset = cli.load_images(args, labels=True)
+    except DataError as error:
+        parser.error(str(error))
+    cli.make_output_dir(parser, args.output_dir)
+    print(
+        f"{dataset.name} ({dataset.source}): {len(dataset.train):,} training images, "
+        f"on {jax.devices()[0].device_kind}."
+    )
+    for name in args.names:
+        if run_experiment(name, dataset, args):
+            return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
