@@ -78,6 +78,7 @@ class Experiment(NamedTuple):
         divisor of all widths.
       contestants: by their keys in the results.
       epochs, batch_size: unless the command line has them. An epoch of the factorisation is a step.
+      labels: whether the images need theirs.
       log: whether the plots' losses have a logarithmic axis.
     """
 
@@ -86,6 +87,7 @@ class Experiment(NamedTuple):
     contestants: Callable[[Problem], Mapping[str, Contestant]]
     epochs: int
     batch_size: int
+    labels: bool = False
     log: bool = False
 
 
@@ -220,6 +222,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         _few,
         epochs=10,
         batch_size=1000,
+        labels=True,
     ),
     "mlp": Experiment(
         "Three layers of 1000 ReLU units, batches of 100",
@@ -227,6 +230,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         _everyone,
         epochs=3,
         batch_size=100,
+        labels=True,
     ),
     "autoencoder": Experiment(
         "Deep autoencoder", {"": deep_autoencoder}, _everyone, epochs=5, batch_size=1000
@@ -385,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 130 after Ctrl-C, as shells have it."""
     parser, args = parse_arguments(argv)
     try:
-        dataset = cli.load_images(args, labels=True)
+        dataset = cli.load_images(args, any(EXPERIMENTS[name].labels for name in args.names))
     except DataError as error:
         parser.error(str(error))
     cli.make_output_dir(parser, args.output_dir)
