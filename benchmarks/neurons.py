@@ -199,6 +199,43 @@ def _few(problem: Problem) -> Mapping[str, Contestant]:
     return {"foof": FOOF, "lnb": LNB, "adam": ADAM}
 
 
+def lnb_of_averaged_gradients(
+    layers: lp.Layers, learning_rate: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
+    """LNB as the paper prints it: the gradients are averaged, and the steps are not."""
+    boosted = lp.scale_by_lnb(layers)
+    root = learning_rate if callable(learning_rate) else lambda count: learning_rate
+    return optax.chain(
+        optax.ema(0.9), boosted, optax.scale_by_learning_rate(lambda count: jnp.sqrt(root(count)))
+    )
+
+
+def _variations(problem: Problem) -> Mapping[str, Contestant]:
+    """LNB as it is, and with one thing changed at a time."""
+    del problem
+    changes: Mapping[str, Mapping[str, Any]] = {
+        "1 iteration": {"iterations": 1},
+        "8 iterations": {"iterations": 8},
+        "from zero": {"online": False},
+        "moments 0.9": {"moment_decay": 0.9},
+        "moments 0.999": {"moment_decay": 0.999},
+        "shrinkage 0.1": {"shrinkage": 0.1},
+        "ridge 0.1": {"ridge": 0.1},
+        "ridge 0.1, absolute": {"ridge": 0.1, "relative": False},
+        "half the rows": {"fraction": 0.5},
+        "a quarter": {"fraction": 0.25},
+    }
+    averaged = Contestant("averaged gradients", lnb_of_averaged_gradients, 0.25, True)
+    return {
+        "lnb": LNB,
+        "averaged gradients": averaged,
+        **{
+            label: LNB._replace(label=label, build=functools.partial(lp.lnb, **options))
+            for label, options in changes.items()
+        },
+    }
+
+
 def _second_order(problem: Problem) -> Mapping[str, Contestant]:
     newton = Contestant("Gauss-Newton", functools.partial(gauss_newton, problem=problem), 1.0)
     return {"lnb": LNB, "foof": FOOF, "gauss_newton": newton, "adam": ADAM}
@@ -231,6 +268,13 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         epochs=3,
         batch_size=100,
         labels=True,
+    ),
+    "variations": Experiment(
+        "LNB on the deep autoencoder, one thing changed at a time",
+        {"": deep_autoencoder},
+        _variations,
+        epochs=5,
+        batch_size=1000,
     ),
     "autoencoder": Experiment(
         "Deep autoencoder", {"": deep_autoencoder}, _everyone, epochs=5, batch_size=1000

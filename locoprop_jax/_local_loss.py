@@ -168,9 +168,7 @@ def scale_by_local_loss(
                 ok,
             )
             delta, inner = solver.solve(problem, arrays.inner)
-            zeros = jax.tree.map(jnp.zeros_like, delta)
-            delta, target = _linalg.where(ok, (delta, target), (zeros, arrays.target))
-            return Result(delta, inner, target)
+            return Result(delta, inner, _linalg.where(ok, target, arrays.target))
 
         if correction is not None:
             results = _one_by_one(layers, data, improve, correction)
