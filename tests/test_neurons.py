@@ -551,6 +551,25 @@ def test_weights_decay_by_the_root_of_the_learning_rate(alias):
     assert_equal_to_rounding(decayed, expected)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda layers: lp.foof(layers, inverse_period=2),
+        lambda layers: lp.scale_by_foof(layers, decay=0.0),
+        lp.lnb,
+    ],
+    ids=["foof", "foof of the batch", "lnb"],
+)
+def test_layers_solved_at_once_end_where_those_solved_apart_do(make, monkeypatch):
+    net = Net(widths=(3, 4, 4, 4, 2), transfers=("tanh",) * 3, biases=(True, True, True, False))
+    apart = direction(net, make(net.layers()))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    mapped, vmap = [], jax.vmap
+    monkeypatch.setattr(jax, "vmap", lambda *a, **k: mapped.append(a) or vmap(*a, **k))
+    assert_equal_to_rounding(direction(net, make(net.layers())), apart)
+    assert mapped
+
+
 # --- robustness ----------------------------------------------------------------------------------
 
 METHODS = {
