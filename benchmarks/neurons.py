@@ -30,7 +30,7 @@ from benchmarks.classifier import Classifier
 from benchmarks.comparison import Job, train_all
 from benchmarks.data import DataError, Dataset
 from benchmarks.methods import Method
-from benchmarks.steps import Params
+from benchmarks.steps import Params, count_examples
 from benchmarks.training import Problem, Run, Settings
 from benchmarks.tuned import write_json
 
@@ -306,15 +306,23 @@ def attempts(
     settings = Settings(args.epochs or experiment.epochs, experiment.batch_size, args.seed)
     for name, make in experiment.problems.items():
         problem = make(dataset, args.shrink)
-        if args.train_images < settings.batch_size and problem.name != "factorisation":
-            settings = settings._replace(batch_size=args.train_images)
+        batch_size = min(settings.batch_size, count_examples(problem.train))
         for key, contestant in experiment.contestants(problem).items():
             powers = [i - args.trials // 2 for i in range(args.trials)]
             for power in sorted(powers, key=lambda power: power != 0):
                 rate = contestant.learning_rate * RATE_STEP**power
                 attempt = Attempt(key, name, contestant, rate)
                 method = contestant.method()._replace(label=attempt.name)
-                yield attempt, Job(attempt.name, method, {"learning_rate": rate}, problem, settings)
+                yield (
+                    attempt,
+                    Job(
+                        attempt.name,
+                        method,
+                        {"learning_rate": rate},
+                        problem,
+                        settings._replace(batch_size=batch_size),
+                    ),
+                )
 
 
 def run_experiment(name: str, dataset: Dataset, args: argparse.Namespace) -> bool:
@@ -332,7 +340,7 @@ def run_experiment(name: str, dataset: Dataset, args: argparse.Namespace) -> boo
         "dataset": dataset.name,
         "train_images": args.train_images,
         "epochs": args.epochs or experiment.epochs,
-        "batch_size": experiment.batch_size,
+        "batch_size": planned[0][1].settings.batch_size,
         "shrink": args.shrink,
         "trials": args.trials,
         "seed": args.seed,
@@ -403,7 +411,8 @@ def parse_arguments(
         "--epochs",
         type=cli.positive_int,
         metavar="N",
-        help="passes over the training images (default: the experiment's own)",
+        help="passes over the training images, steps of the factorisation (default: the "
+        "experiment's own)",
     )
     cli.add_numbers(
         parser,

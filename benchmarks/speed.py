@@ -87,7 +87,7 @@ def foof_kernels(layers: lp.Layers, rows: int) -> Counter[Kernel]:
     """What FOOF needs with an inversion for each step: X'X and the solution of its system."""
     kernels: Counter[Kernel] = Counter()
     for layer in layers.values():
-        d = layer.d_in + (layer.bias is not None)
+        d = layer.d_in  # the bias is eliminated
         kernels[Product((rows, d), (rows, d), True)] += 1
         kernels[Solve(d, layer.d_out)] += 1
     return kernels
@@ -176,7 +176,7 @@ def bytes_of(tree: Any) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What capture and LocoProp cost, as ratios.")
+    parser = argparse.ArgumentParser(description="What capture and the methods cost, as ratios.")
     parser.add_argument("--rounds", type=positive_int, default=7, help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive_int, default=1000, help="default: 1000")
     parser.add_argument(

@@ -22,7 +22,7 @@ from locoprop_jax._checks import (
     is_number,
 )
 from locoprop_jax._layers import Captured, LayerArrays, Layers
-from locoprop_jax._metric import average_directions, descend, metric_factor
+from locoprop_jax._metric import average_directions, descend, metric_factor, scaled
 from locoprop_jax._stacking import map_layers
 
 
@@ -87,14 +87,15 @@ def scale_by_lnb(
     its own, at no cost; they start from the best multiple of the last theta, so that theta always
     descends; and z is taken from the residual.
 
-    The paper averages gradients: put `optax.ema` before this, so that theta is solved for that g.
-    `lnb` averages steps instead, which trains better.
+    The paper averages gradients: put `optax.ema` before this for that, and `optax.apply_if_finite`
+    around both. `lnb` averages steps instead.
 
     Args:
       layers: from `find_layers`.
       ridge: added to the diagonal of M, except for biases, in units of the mean variance of the
         layer's inputs (the mean square without a bias), or absolute as in the paper.
-      relative: which of the two. Relative, the update does not change when inputs are scaled.
+      relative: which of the two. Relative, the update does not change when inputs are scaled. In
+        float32 an input whose mean is a thousand times its deviation counts as constant.
       iterations: of conjugate gradient.
       online: whether moments and solutions are carried from batch to batch (Algorithm 2), or each
         batch is solved from zero (Algorithm 1: take as many iterations as that needs).
@@ -172,8 +173,8 @@ def scale_by_lnb(
             images = {name: image for name, (_, image) in solved.items()}
             rest = _linalg.wide(others(layers, updates))
             factor = metric_factor(_linalg.dot((rest, thetas), (rest, images)), floor)
-            steps = _linalg.scale(thetas, factor)
-            direction = replace(layers, updates, steps, lambda g: g * factor.astype(g.dtype))
+            steps = jax.tree.map(lambda theta: scaled(theta, factor), thetas)
+            direction = replace(layers, updates, steps, lambda g: scaled(g, factor))
             return direction, LnbState(count, sums, thetas) if online else LnbState(count, {}, {})
 
         return jax.lax.cond(
@@ -204,9 +205,9 @@ def lnb(
 
     Args:
       layers: from `find_layers`.
-      learning_rate: eps, the squared length of a step in the metric: how far the outputs of all
-        layers together move for an average row, were all their inputs held fixed. A number or a
-        schedule.
+      learning_rate: eps, the squared length of a step in the metric, ridge included, before steps
+        are averaged: at most so far do the outputs of all layers together move for an average row,
+        were all their inputs held fixed. A number or a schedule.
       ridge: as for `scale_by_lnb`.
       relative: whether it is in units of the mean variance.
       iterations: of conjugate gradient.
@@ -216,7 +217,8 @@ def lnb(
       moment_decay: of the moments that precondition.
       shrinkage: of their variances.
       fraction: of the batch's examples whose rows make the metric.
-      weight_decay: rho; all parameters shrink by sqrt(eps) rho in each step.
+      weight_decay: rho; all parameters shrink by sqrt(eps) rho in each step, even in one whose
+        batch is not finite.
       floor: of z.
 
     Returns:
@@ -293,7 +295,7 @@ def metric_flops(rows: int, d_in: int, d_out: int, products: int) -> dict[str, i
 def _metric(
     inputs: Float[Array, "rows d_in"], like: Block, ridge: Float[Array, ""], products: int
 ) -> Callable[[Block], Block]:
-    """The map v -> M v: the layer's linear function forward and transposed (eq. 11), or X'X."""
+    """The map v -> M v: a dense layer's linear function and its transpose (eq. 11), or X'X."""
     rows, d_in = inputs.shape
     flops = metric_flops(rows, d_in, like["kernel"].shape[1], products)
     if flops["gram"] < flops["direct"]:

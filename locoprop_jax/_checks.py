@@ -5,6 +5,7 @@ Under `optax.inject_hyperparams` a hyperparameter is traced, and has no value to
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,7 +43,9 @@ def check_decay(**values: Any) -> None:
 
 
 def check_whole(**values: Any) -> None:
-    """Numbers that shape the program: they have to be Python's."""
+    """Numbers that shape the program."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+            traced = not isinstance(value, numbers.Number)
+            hint = " Name it in the `static_args` of `optax.inject_hyperparams`." if traced else ""
+            raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.{hint}")

@@ -75,12 +75,12 @@ class LayerRows(NamedTuple):
     Attributes:
       inputs: the rows of the statistics.
       cotangents: those that the inputs meet in the updates; zeros if there are none.
-      updates: the incoming block.
+      slope: the incoming block.
     """
 
     inputs: Float[Array, "rows d_in"]
     cotangents: Float[Array, "rows d_out"]
-    updates: Block
+    slope: Block
 
 
 def scale_by_foof(
@@ -100,6 +100,12 @@ def scale_by_foof(
     of a batch and over batches: of all changes of the weights, the one that moves the layer's
     outputs most nearly along their cotangents. Parameters in no layer keep their gradient.
 
+    Departures from Algorithm 1: a step sees its own batch's statistics, and the inverse made of
+    them if one is due, so that no warm-up before training is needed; the first T steps have more
+    inversions (after 0, 1, 2, 4, 8... steps), because early statistics age fast; and `decay` counts
+    steps, not updates of S, so that an amortised average is as recent as one that is not. Small
+    batches then need some `statistics_steps`. Under `vmap` over seeds each step inverts.
+
     With the statistics of the current batch (`decay=0`) and absolute damping lambda, a step of size
     alpha is LocoProp-S solved exactly with gamma = alpha N, eta = 1 / (lambda N) (its bias is
     damped), and Linear Neuron Boosting with its systems solved to the end, alpha = sqrt(eps / z)
@@ -108,14 +114,14 @@ def scale_by_foof(
 
     Args:
       layers: from `find_layers`.
-      damping: lambda, in units of the mean eigenvalue of the inputs' second moment, or absolute.
+      damping: lambda, in units of the mean variance of the layer's inputs (of their mean square
+        without a bias), or absolute.
       relative: which of the two.
       damp_bias: whether the bias is damped like the kernel.
       decay: m, how much of the average of S is left after a step; 0 for the current batch alone.
-        Unlike Algorithm 1's it counts steps, not updates of S: an amortised average is as recent.
-      inverse_period: T, the steps from one inversion to the next. The first T steps have more,
-        before steps 1, 2, 3, 5, 9..., because early statistics age fast.
-      statistics_steps: how many steps up to each inversion gather statistics, its own included.
+      inverse_period: T, the steps from one inversion to the next.
+      statistics_steps: how many steps up to each inversion gather statistics, its own included;
+        with `decay=0` its own alone count.
       shared: of weights that an example uses at several positions; "expand" takes each position
         for a row, "reduce" averages an example's inputs first.
 
@@ -171,7 +177,7 @@ def scale_by_foof(
     def precondition(
         updates: Any, rows: dict[str, LayerRows], state: FoofState
     ) -> tuple[Any, FoofState]:
-        with_kernel = {name: own for name, own in rows.items() if "kernel" in own.updates}
+        with_kernel = {name: own for name, own in rows.items() if "kernel" in own.slope}
         due = _is_due(state.count, inverse_period)
         statistics, gathered = state.statistics, state.gathered
         inverse, failures = state.inverse, state.failures
@@ -188,22 +194,29 @@ def scale_by_foof(
                 now = _statistics(own.inputs)
             else:
                 now = _linalg.debiased(average, decay, gathered)
-            return _metric(now, own.updates, damped)
+            return _metric(now, own.slope, damped)
 
         def invert(_: str, arrays: tuple[LayerRows, Statistics | None]) -> Metric:
             system = metric(*arrays)
             return system._replace(kernel=_linalg.inverse(system.kernel))
 
         def apply(_: str, arrays: tuple[Block, Metric]) -> Block:
-            slope, inverse = arrays
-            return _divide(slope, inverse, lambda right: inverse.kernel @ right)
+            slope, inverted = arrays
+            return _divide(
+                slope, inverted.mean, inverted.bias, lambda right: inverted.kernel @ right
+            )
 
         def solve(_: str, arrays: tuple[LayerRows, Statistics | None]) -> Block:
             own, average = arrays
             if average is None and _has_few_rows(own):
                 return _solve_by_rows(own, damped)
             system = metric(own, average)
-            return _divide(own.updates, system, lambda right: _linalg.solve(system.kernel, right))
+            return _divide(
+                own.slope,
+                system.mean,
+                system.bias,
+                lambda right: _linalg.solve(system.kernel, right),
+            )
 
         sources = {name: (own, statistics.get(name)) for name, own in with_kernel.items()}
         if is_amortised:
@@ -212,15 +225,17 @@ def scale_by_foof(
                 lambda: _keep_finite(map_layers(invert, sources), inverse, failures),
                 lambda: (inverse, failures),
             )
-            pairs = {name: (own.updates, inverse[name]) for name, own in with_kernel.items()}
+            pairs = {name: (own.slope, inverse[name]) for name, own in with_kernel.items()}
             new = map_layers(apply, pairs)
         else:
             new = map_layers(solve, sources)
             new, failures = _keep_finite(new, _linalg.zeros_like(new), failures)
         alone = {
-            name: _linalg.scale(slope, _inverse_of_bias(slope, damped.of(jnp.ones(())), damped))
-            for name, (_, _, slope) in rows.items()
-            if "kernel" not in slope
+            name: _linalg.scale(
+                own.slope, _inverse_of_bias(own.slope, damped.of(own.inputs.var(0)), damped)
+            )
+            for name, own in rows.items()
+            if name not in with_kernel
         }
         return replace(layers, updates, new | alone), FoofState(
             state.count + 1, gathered, failures, statistics, inverse
@@ -239,6 +254,7 @@ def foof(
     decay: float = 0.95,
     inverse_period: int = 20,
     statistics_steps: int = 1,
+    shared: str = "expand",
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     floor: float = 1e-4,
@@ -251,18 +267,20 @@ def foof(
 
     Args:
       layers: from `find_layers`.
-      learning_rate: eps, the squared length of a step in the metric: how far the outputs of all
-        layers together move for an average row, were all their inputs held fixed. A number or a
-        schedule, as for `lnb`.
+      learning_rate: eps, the squared length of a step in the damped metric, before steps are
+        averaged: at most so far do the outputs of all layers together move for an average row,
+        were all their inputs held fixed. A number or a schedule, as for `lnb`.
       damping: lambda, as for `scale_by_foof`.
-      relative: whether it is in units of the mean eigenvalue.
+      relative: whether it is in units of the inputs' mean variance.
       damp_bias: whether biases are damped as well.
       decay: of the average of S.
       inverse_period: T, the steps from one inversion to the next.
       statistics_steps: how many of them gather statistics.
       momentum: decay of the average of the steps; where these disagree it is shorter than eps
         says.
-      weight_decay: rho; parameters shrink by sqrt(eps) rho in each step.
+      shared: "expand" or "reduce".
+      weight_decay: rho; parameters shrink by sqrt(eps) rho in each step, even in one whose batch is
+        not finite.
       floor: as for `scale_by_metric_norm`.
 
     Returns:
@@ -280,6 +298,7 @@ def foof(
         decay=decay,
         inverse_period=inverse_period,
         statistics_steps=statistics_steps,
+        shared=shared,
     )
     return optax.chain(
         scale_by_metric_norm(direction, floor=floor),
@@ -327,19 +346,31 @@ class Damping(NamedTuple):
     relative: bool
     bias: bool
 
-    def of(self, mean_eigenvalue: Float[Array, ""]) -> Float[Array, ""]:
-        """The number for inputs of this mean square."""
-        amount = jnp.asarray(self.amount, mean_eigenvalue.dtype)
-        amount = amount * mean_eigenvalue if self.relative else amount
-        return jnp.maximum(amount, jnp.finfo(amount.dtype).tiny)
+    def of(self, variances: Float[Array, " d_in"]) -> Float[Array, ""]:
+        """The number to add, for inputs of these variances.
+
+        Inputs that do not vary beyond rounding errors of one are damped by the amount itself:
+        gradients that never met data, of weight decay for example, are theirs all the same.
+        """
+        amount, unit = jnp.asarray(self.amount, variances.dtype), variances.mean()
+        if self.relative:
+            varies = unit > jnp.finfo(unit.dtype).eps ** 2
+            amount = amount * jnp.where(varies, unit, 1)
+        return amount
 
 
 def _metric(now: Statistics, slope: Block, damping: Damping) -> Metric:
     second, mean = now
-    amount = damping.of(jnp.diagonal(second).mean())
+    amount = damping.of(_variances(now, slope))
     bias = _inverse_of_bias(slope, amount, damping)
     kernel = _linalg.damped(second - bias * mean[:, None] * mean[None], amount)
     return Metric(kernel, mean, bias)
+
+
+def _variances(now: Statistics, slope: Block) -> Float[Array, " d_in"]:
+    """Of the inputs; without a bias around zero, their mean squares."""
+    squares = jnp.diagonal(now.second)
+    return jnp.maximum(squares - jnp.square(now.mean), 0) if "bias" in slope else squares
 
 
 def _inverse_of_bias(slope: Block, amount: Float[Array, ""], damping: Damping) -> Float[Array, ""]:
@@ -349,13 +380,18 @@ def _inverse_of_bias(slope: Block, amount: Float[Array, ""], damping: Damping) -
     return 1 / (1 + amount) if damping.bias else jnp.ones_like(amount)
 
 
-def _divide(slope: Block, metric: Metric, solve: Callable[[Array], Array]) -> Block:
-    """M^-1 slope, where `solve` divides by what remains for the kernel."""
+def _divide(
+    slope: Block,
+    mean: Float[Array, " d_in"],
+    bias: Float[Array, ""],
+    solve: Callable[[Array], Array],
+) -> Block:
+    """M^-1 slope, where `solve` divides by what remains for the kernel; see `Metric`."""
     if "bias" not in slope:
         return {"kernel": solve(slope["kernel"])}
-    bias = metric.bias * slope["bias"]
-    kernel = solve(slope["kernel"] - metric.mean[:, None] * bias[None])
-    return {"kernel": kernel, "bias": bias - metric.bias * (metric.mean @ kernel)}
+    alone = bias * slope["bias"]
+    kernel = solve(slope["kernel"] - mean[:, None] * alone[None])
+    return {"kernel": kernel, "bias": alone - bias * (mean @ kernel)}
 
 
 def _solve_by_rows(own: LayerRows, damping: Damping) -> Block:
@@ -364,20 +400,17 @@ def _solve_by_rows(own: LayerRows, damping: Damping) -> Block:
     What remains for the kernel is the second moment of the centred rows, and of a row more for what
     a damped bias leaves of the mean.
     """
-    x, e, rows = own.inputs, own.cotangents, len(own.inputs)
-    amount, mean = damping.of(jnp.square(x).mean()), x.mean(0)
-    bias = _inverse_of_bias(own.updates, amount, damping)
-    if "bias" in own.updates:
+    x, e, rows, mean = own.inputs, own.cotangents, len(own.inputs), own.inputs.mean(0)
+    if "bias" in own.slope:
         x = x - mean[None]
-        if damping.bias:
-            rest = jnp.sqrt(1 - bias)
-            x = jnp.concatenate([x, rows**0.5 * rest * mean[None]])
-            e = jnp.concatenate([e, rest / rows**0.5 * e.sum(0, keepdims=True)])
-    return _divide(
-        own.updates,
-        Metric(jnp.zeros((0, 0)), mean, bias),
-        lambda right: rows * _linalg.ridge(x, right, e, rows * amount),
-    )
+    amount = damping.of(jnp.square(x).mean(0))
+    bias = _inverse_of_bias(own.slope, amount, damping)
+    if "bias" in own.slope and damping.bias:
+        rest = jnp.sqrt(1 - bias)
+        x = jnp.concatenate([x, rows**0.5 * rest * mean[None]])
+        e = jnp.concatenate([e, rest / rows**0.5 * e.sum(0, keepdims=True)])
+    weight = jnp.maximum(rows * amount, jnp.finfo(amount.dtype).tiny)
+    return _divide(own.slope, mean, bias, lambda right: rows * _linalg.ridge(x, right, e, weight))
 
 
 def _has_few_rows(own: LayerRows) -> bool:

@@ -20,8 +20,8 @@ def scale_by_metric_norm(
 
     The length is that of all parameters together. Followed by a learning rate of sqrt(eps) it is
     the step of size eps that Linear Neuron Boosting takes (eq. 1, Algorithms 1 and 2), for any
-    method here that solves its system exactly. Such a step cannot be too long, however stale the
-    statistics behind M. An average of gradients has to come before it, so that d is solved for the
+    method here that solves its system exactly. However stale the statistics behind M, its damping
+    bounds such a step. An average of gradients has to come before it, so that d is solved for the
     same g; an average of steps comes after it, and is shorter where they disagree.
 
     Args:
@@ -47,15 +47,24 @@ def scale_by_metric_norm(
         direction, state = with_extra_args.update(updates, state, params, **extra_args)
         z = _linalg.dot(_linalg.wide(direction), _linalg.wide(updates))
         factor = metric_factor(z, floor)
-        return jax.tree.map(lambda d: d * factor.astype(d.dtype), direction), state
+        return jax.tree.map(lambda d: scaled(d, factor), direction), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def metric_factor(z: Float[Array, ""], floor: float | Array) -> Float[Array, ""]:
-    """What makes a direction of squared length z as long as one, or shorter below the floor."""
+    """What makes a direction of squared length z as long as one, or shorter below the floor.
+
+    Zero for a direction that does not descend, or is too long to be measured.
+    """
     length = jnp.sqrt(jnp.maximum(z, jnp.asarray(floor, z.dtype)))
-    return jnp.where(z > 0, 1 / length, 0)
+    return jnp.where(jnp.isfinite(z) & (z > 0), 1 / length, 0)
+
+
+def scaled(direction: Array, factor: Float[Array, ""]) -> Array:
+    """Times the factor; zeros for zero, whatever the direction."""
+    product = direction * factor.astype(direction.dtype)
+    return jnp.where(factor > 0, product, jnp.zeros_like(product))
 
 
 def descend(

@@ -34,10 +34,11 @@ def gradients(net, params, batch):
 
 
 def damped(second, damping, relative=False, free_bias=False, bias=False):
-    """Damping in units of the mean eigenvalue of the inputs' part, the bias last."""
+    """Damping in units of the mean variance of the inputs, mean square without a bias."""
     size = len(second) - bias
-    amount = damping * (np.trace(second[:size, :size]) / size if relative else 1.0)
-    diagonal = np.full(len(second), amount)
+    variances = np.diag(second)[:size] - (second[-1, :size] ** 2 if bias else 0)
+    unit = max(0.0, variances.mean())
+    diagonal = np.full(len(second), damping * (unit if relative and unit > 1e-25 else 1.0))
     if free_bias:
         diagonal[-1] = 0
     return second + np.diag(diagonal)
@@ -645,6 +646,22 @@ def test_a_batch_that_is_not_finite_leaves_everything_as_it_was(method, value):
     if not isinstance(after, lp.FoofState):  # a chain: its last part counts for a schedule
         after, before = after[:-1], before[:-1]
     jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dead_layers_do_not_turn_weight_decay_in_the_loss_into_large_steps(method):
+    params, loss_fn = relu_net(jnp.float32)
+
+    def decayed(params, x):
+        return loss_fn(params, x) + sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
+
+    x = jnp.zeros((8, 5), jnp.float32)
+    tx = METHODS[method](lp.find_layers(decayed, params, x))
+    _, grads, captured = lp.value_grad_and_capture(decayed)(params, x)
+    updates, state = tx.update(grads, tx.init(params), params, captured=captured)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((updates, state)))
+    if "undamped" not in method:
+        assert max(np.abs(u).max() for u in jax.tree.leaves(updates)) < 10
 
 
 # --- errors --------------------------------------------------------------------------------------
