@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -145,15 +146,18 @@ def scale_by_foof(
     damped = Damping(damping, relative, damp_bias)
 
     def init(params: Any) -> FoofState:
-        zero, shapes = jnp.zeros([], jnp.int32), _kernels(layers, params)
+        # Each array is made on its own, because one buffer cannot be donated twice.
+        def zeros(*shape: int, dtype: Any = jnp.int32) -> Array:
+            return jnp.zeros(shape, dtype)
+
         statistics, inverse = {}, {}
-        for name, (d, dtype) in shapes.items():
-            square, vector = jnp.zeros((d, d), dtype), jnp.zeros(d, dtype)
+        for name, (d, dtype) in _kernels(layers, params).items():
+            make = functools.partial(zeros, dtype=dtype)
             if is_averaged:
-                statistics[name] = Statistics(square, vector)
+                statistics[name] = Statistics(make(d, d), make(d))
             if is_amortised:
-                inverse[name] = Metric(square, vector, jnp.zeros((), dtype))
-        return FoofState(zero, zero, zero, statistics, inverse)
+                inverse[name] = Metric(make(d, d), make(d), make())
+        return FoofState(zeros(), zeros(), zeros(), statistics, inverse)
 
     def update(
         updates: Any,
@@ -168,37 +172,40 @@ def scale_by_foof(
         assert captured is not None
         slopes = blocks(layers, updates)
         rows = {name: _layer_rows(captured[name], slopes[name], shared) for name in slopes}
-        return jax.lax.cond(
-            _linalg.all_finite((updates, [own.inputs for own in rows.values()])),
-            lambda: precondition(updates, rows, state),
-            lambda: (_linalg.zeros_like(updates), state),
-        )
-
-    def precondition(
-        updates: Any, rows: dict[str, LayerRows], state: FoofState
-    ) -> tuple[Any, FoofState]:
         with_kernel = {name: own for name, own in rows.items() if "kernel" in own.slope}
-        due = _is_due(state.count, inverse_period)
-        statistics, gathered = state.statistics, state.gathered
-        inverse, failures = state.inverse, state.failures
-        if is_averaged:
-            soon = (-state.count) % inverse_period < statistics_steps
-            statistics, gathered = jax.lax.cond(
-                due | soon,
-                lambda: (_average(with_kernel, state, decay), state.count + 1),
-                lambda: (statistics, gathered),
-            )
+        ok = _linalg.all_finite((updates, [own.inputs for own in rows.values()]))
+        due = ok & _is_due(state.count, inverse_period)
+        soon = ok & ((-state.count) % inverse_period < statistics_steps)
 
-        def metric(own: LayerRows, average: Statistics | None) -> Metric:
+        def metric(own: LayerRows, average: Statistics | None, gathered: Array) -> Metric:
             if average is None:
                 now = _statistics(own.inputs)
             else:
                 now = _linalg.debiased(average, decay, gathered)
             return _metric(now, own.slope, damped)
 
-        def invert(_: str, arrays: tuple[LayerRows, Statistics | None]) -> Metric:
+        def invert(_: str, arrays: tuple[LayerRows, Statistics | None, Array]) -> Metric:
             system = metric(*arrays)
             return system._replace(kernel=_linalg.inverse(system.kernel))
+
+        def refresh(old: FoofState) -> FoofState:
+            new = old
+            if is_averaged:
+                new = new._replace(
+                    statistics=_average(with_kernel, old, decay), gathered=old.count + 1
+                )
+            if is_amortised:
+                sources = {
+                    name: (own, new.statistics.get(name), new.gathered)
+                    for name, own in with_kernel.items()
+                }
+                inverse, failures = jax.lax.cond(
+                    due,
+                    lambda: _keep_finite(map_layers(invert, sources), old.inverse, old.failures),
+                    lambda: (old.inverse, old.failures),
+                )
+                new = new._replace(inverse=inverse, failures=failures)
+            return new
 
         def apply(_: str, arrays: tuple[Block, Metric]) -> Block:
             slope, inverted = arrays
@@ -206,11 +213,11 @@ def scale_by_foof(
                 slope, inverted.mean, inverted.bias, lambda right: inverted.kernel @ right
             )
 
-        def solve(_: str, arrays: tuple[LayerRows, Statistics | None]) -> Block:
-            own, average = arrays
+        def solve(_: str, arrays: tuple[LayerRows, Statistics | None, Array]) -> Block:
+            own, average, gathered = arrays
             if average is None and _has_few_rows(own):
                 return _solve_by_rows(own, damped)
-            system = metric(own, average)
+            system = metric(own, average, gathered)
             return _divide(
                 own.slope,
                 system.mean,
@@ -218,18 +225,22 @@ def scale_by_foof(
                 lambda right: _linalg.solve(system.kernel, right),
             )
 
-        sources = {name: (own, statistics.get(name)) for name, own in with_kernel.items()}
+        if is_averaged or is_amortised:
+            # One conditional for all that is kept: each of them copies what it passes on.
+            state = jax.lax.cond(due | soon, refresh, lambda old: old, state)
+        failures = state.failures
         if is_amortised:
-            inverse, failures = jax.lax.cond(
-                due,
-                lambda: _keep_finite(map_layers(invert, sources), inverse, failures),
-                lambda: (inverse, failures),
+            new = map_layers(
+                apply, {name: (own.slope, state.inverse[name]) for name, own in with_kernel.items()}
             )
-            pairs = {name: (own.slope, inverse[name]) for name, own in with_kernel.items()}
-            new = map_layers(apply, pairs)
         else:
+            sources = {
+                name: (own, state.statistics.get(name), state.gathered)
+                for name, own in with_kernel.items()
+            }
             new = map_layers(solve, sources)
-            new, failures = _keep_finite(new, _linalg.zeros_like(new), failures)
+            new, failed = _keep_finite(new, _linalg.zeros_like(new), failures)
+            failures = jnp.where(ok, failed, failures)
         alone = {
             name: _linalg.scale(
                 own.slope, _inverse_of_bias(own.slope, damped.of(own.inputs.var(0)), damped)
@@ -237,9 +248,9 @@ def scale_by_foof(
             for name, own in rows.items()
             if name not in with_kernel
         }
-        return replace(layers, updates, new | alone), FoofState(
-            state.count + 1, gathered, failures, statistics, inverse
-        )
+        directions = replace(layers, updates, new | alone)
+        state = state._replace(count=state.count + ok.astype(jnp.int32), failures=failures)
+        return _linalg.where(ok, directions, _linalg.zeros_like(directions)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -315,6 +315,12 @@ def test_the_state_is_initialised_from_shapes_alone(name):
 
 
 @each_method
+def test_no_two_parts_of_the_state_share_a_buffer_which_could_not_be_donated(name):
+    leaves = jax.tree.leaves(transformation(name).init(init_params()))
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
+@each_method
 def test_the_state_passes_through_a_conditional(name):
     tx, params = transformation(name), init_params()
     grads, captured = gradients()
