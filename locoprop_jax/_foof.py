@@ -242,11 +242,7 @@ def scale_by_foof(
             new, failed = _keep_finite(new, _linalg.zeros_like(new), failures)
             failures = jnp.where(ok, failed, failures)
         alone = {
-            name: _linalg.scale(
-                own.slope, _inverse_of_bias(own.slope, damped.of(own.inputs.var(0)), damped)
-            )
-            for name, own in rows.items()
-            if name not in with_kernel
+            name: _divide_bias(own, damped) for name, own in rows.items() if name not in with_kernel
         }
         directions = replace(layers, updates, new | alone)
         state = state._replace(count=state.count + ok.astype(jnp.int32), failures=failures)
@@ -357,31 +353,28 @@ class Damping(NamedTuple):
     relative: bool
     bias: bool
 
-    def of(self, variances: Float[Array, " d_in"]) -> Float[Array, ""]:
-        """The number to add, for inputs of these variances.
+    def of(
+        self, variances: Float[Array, " d_in"], squares: Float[Array, " d_in"]
+    ) -> Float[Array, ""]:
+        """The number to add, for inputs of these variances and mean squares.
 
-        Inputs that do not vary beyond rounding errors of one are damped by the amount itself:
+        Inputs of which none varies beyond rounding errors are damped by the amount itself:
         gradients that never met data, of weight decay for example, are theirs all the same.
         """
-        amount, unit = jnp.asarray(self.amount, variances.dtype), variances.mean()
+        amount, eps = jnp.asarray(self.amount, variances.dtype), jnp.finfo(variances.dtype).eps
         if self.relative:
-            varies = unit > jnp.finfo(unit.dtype).eps ** 2
-            amount = amount * jnp.where(varies, unit, 1)
+            unit = jnp.where(variances > 10 * eps * squares, variances, 0).mean()
+            amount = amount * jnp.where(unit > eps**2, unit, 1)
         return amount
 
 
 def _metric(now: Statistics, slope: Block, damping: Damping) -> Metric:
     second, mean = now
-    amount = damping.of(_variances(now, slope))
+    squares = jnp.diagonal(second)
+    amount = damping.of(squares - jnp.square(mean) if "bias" in slope else squares, squares)
     bias = _inverse_of_bias(slope, amount, damping)
     kernel = _linalg.damped(second - bias * mean[:, None] * mean[None], amount)
     return Metric(kernel, mean, bias)
-
-
-def _variances(now: Statistics, slope: Block) -> Float[Array, " d_in"]:
-    """Of the inputs; without a bias around zero, their mean squares."""
-    squares = jnp.diagonal(now.second)
-    return jnp.maximum(squares - jnp.square(now.mean), 0) if "bias" in slope else squares
 
 
 def _inverse_of_bias(slope: Block, amount: Float[Array, ""], damping: Damping) -> Float[Array, ""]:
@@ -405,6 +398,12 @@ def _divide(
     return {"kernel": kernel, "bias": alone - bias * (mean @ kernel)}
 
 
+def _divide_bias(own: LayerRows, damping: Damping) -> Block:
+    """M^-1 slope of a bias whose kernel is masked."""
+    amount = damping.of(own.inputs.var(0), jnp.square(own.inputs).mean(0))
+    return _linalg.scale(own.slope, _inverse_of_bias(own.slope, amount, damping))
+
+
 def _solve_by_rows(own: LayerRows, damping: Damping) -> Block:
     """With the current batch's statistics alone, by a system of the size of its rows.
 
@@ -414,7 +413,7 @@ def _solve_by_rows(own: LayerRows, damping: Damping) -> Block:
     x, e, rows, mean = own.inputs, own.cotangents, len(own.inputs), own.inputs.mean(0)
     if "bias" in own.slope:
         x = x - mean[None]
-    amount = damping.of(jnp.square(x).mean(0))
+    amount = damping.of(jnp.square(x).mean(0), jnp.square(own.inputs).mean(0))
     bias = _inverse_of_bias(own.slope, amount, damping)
     if "bias" in own.slope and damping.bias:
         rest = jnp.sqrt(1 - bias)

@@ -36,9 +36,10 @@ def gradients(net, params, batch):
 def damped(second, damping, relative=False, free_bias=False, bias=False):
     """Damping in units of the mean variance of the inputs, mean square without a bias."""
     size = len(second) - bias
-    variances = np.diag(second)[:size] - (second[-1, :size] ** 2 if bias else 0)
-    unit = max(0.0, variances.mean())
-    diagonal = np.full(len(second), damping * (unit if relative and unit > 1e-25 else 1.0))
+    squares = np.diag(second)[:size]
+    variances = squares - (second[-1, :size] ** 2 if bias else 0)
+    unit = np.where(variances > 1e-14 * squares, variances, 0).mean()
+    diagonal = np.full(len(second), damping * (unit if relative and unit > 0 else 1.0))
     if free_bias:
         diagonal[-1] = 0
     return second + np.diag(diagonal)
