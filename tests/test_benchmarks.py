@@ -42,6 +42,8 @@ LOCOPROP = {**RMSPROP, "gamma": 10.0, "iterations": 2}
 HYPERPARAMETERS: Mapping[str, Mapping[str, float]] = {
     "locoprop_m": LOCOPROP,
     "locoprop_s": LOCOPROP,
+    "foof": {"learning_rate": 1.0, "damping": 0.1},
+    "lnb": {"learning_rate": 1.0, "ridge": 0.1},
     "rmsprop": RMSPROP,
     "adam": RMSPROP,
 }

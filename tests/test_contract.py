@@ -59,14 +59,6 @@ METHODS = {
         is_joint=True,
         statistics=("statistics", "inverse"),
     ),
-    "foof, every step": Method(
-        lp.foof,
-        1.0,
-        {"inverse_period": 1, "decay": 0.5},
-        static=("relative", "damp_bias", "inverse_period", "statistics_steps"),
-        is_joint=True,
-        statistics=("statistics", "inverse"),
-    ),
     "lnb": Method(
         lp.lnb,
         1.0,
@@ -74,13 +66,6 @@ METHODS = {
         static=("relative", "iterations", "online", "fraction"),
         is_joint=True,
         statistics=("moments",),
-    ),
-    "lnb, batch": Method(
-        lp.lnb,
-        1.0,
-        {"online": False, "iterations": 8, "momentum": 0.0},
-        static=("relative", "iterations", "online", "fraction"),
-        is_joint=True,
     ),
     "locoprop_s": Method(
         lp.locoprop_s,
@@ -97,12 +82,6 @@ METHODS = {
             "optimizer": functools.partial(optax.sgd, momentum=0.9),
             "regularizer": lp.l2(0.1),
         },
-        static=("iterations", "optimizer"),
-    ),
-    "pocoprop_s": Method(
-        lp.pocoprop_s,
-        1e-2,
-        {"gamma": 6.0, "iterations": 2, "optimizer": optax.sgd},
         static=("iterations", "optimizer"),
     ),
     "proxprop": Method(lp.proxprop, 1e-2, {"gamma": 0.1}),

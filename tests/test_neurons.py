@@ -63,7 +63,7 @@ def direction(net, tx, params=None, batch=None, state=None):
 # --- FOOF ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     net=nets(),
     damping=st.floats(0.01, 2),
@@ -239,7 +239,7 @@ def test_foof_is_locoprop_s_solved_exactly(net, damping, alpha, seed):
     assert_equal_to_rounding(jax.tree.map(lambda u: alpha * u, updates), expected, 1e-8)
 
 
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(net=nets(), ridge=st.floats(0.05, 2), online=st.booleans(), seed=st.integers(0, 99))
 def test_boosting_solved_to_the_end_is_foof_with_a_metric_step(net, ridge, online, seed):
     foof = lp.scale_by_metric_norm(
@@ -476,12 +476,11 @@ CONVERGED = functools.partial(TRUNCATED, iterations=40)
     [
         (TRUNCATED, affine(-np.eye(4), np.ones(4))),
         (functools.partial(TRUNCATED, relative=False), affine(-np.eye(4), np.ones(4))),
-        (TRUNCATED, affine(SIGNED_PERMUTATION, SHIFT)),
         (TRUNCATED, affine(3 * SIGNED_PERMUTATION, SHIFT)),  # a relative ridge scales along
         (CONVERGED, affine(ROTATION, SHIFT)),
         (functools.partial(CONVERGED, ridge=0.0), affine(ANY_MAP, SHIFT)),
     ],
-    ids=["inverted", "inverted, absolute", "shifted", "scaled", "rotated", "affine"],
+    ids=["inverted", "inverted, absolute", "scaled", "rotated", "affine"],
 )
 def test_boosting_does_not_depend_on_how_inputs_are_written(tx_of, transform):
     plain = trajectory(tx_of, *affine(np.eye(4), np.zeros(4)))
@@ -587,7 +586,6 @@ RNG = np.random.default_rng(5)
 INPUTS = {
     "constant columns": np.concatenate([RNG.normal(size=(8, 2)), np.ones((8, 3))], 1),
     "zeros": np.zeros((8, 5)),
-    "one row": RNG.normal(size=(1, 5)),
     "the same row": np.broadcast_to(RNG.normal(size=(1, 5)), (8, 5)),
     "condition 1e10": RNG.normal(size=(8, 5)) * np.logspace(0, -10, 5),
     "dead units": RNG.normal(size=(8, 5)) - 100,  # every relu is off
@@ -609,7 +607,6 @@ def relu_net(dtype):
     return params, loss_fn
 
 
-@functools.cache
 def relu_step(method, rows):
     params, loss_fn = relu_net(jnp.float32)
     tx = METHODS[method](lp.find_layers(loss_fn, params, jnp.ones((rows, 5), jnp.float32)))
@@ -623,30 +620,33 @@ def relu_step(method, rows):
     return tx, step
 
 
-@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("method", METHODS)
-def test_degenerate_inputs_give_finite_updates_in_float32(method, inputs):
-    x = jnp.asarray(INPUTS[inputs], jnp.float32)
-    tx, step = relu_step(method, len(x))
-    params, _ = relu_net(jnp.float32)
-    state = tx.init(params)
-    for _ in range(4):
-        params, state, updates = step(params, state, x)
-        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((updates, state)))
+def test_degenerate_inputs_give_finite_updates_in_float32(method, rows):
+    tx, step = relu_step(method, rows)  # compiled once for all of them
+    for name, inputs in INPUTS.items():
+        x = jnp.asarray(inputs[:rows], jnp.float32)
+        params, _ = relu_net(jnp.float32)
+        state = tx.init(params)
+        for _ in range(4):
+            params, state, updates = step(params, state, x)
+            leaves = jax.tree.leaves((updates, state))
+            assert all(np.all(np.isfinite(leaf)) for leaf in leaves), name
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_batch_that_is_not_finite_leaves_everything_as_it_was(method, value):
+def test_a_batch_that_is_not_finite_leaves_everything_as_it_was(method):
     x = jnp.asarray(INPUTS["constant columns"], jnp.float32)
     tx, step = relu_step(method, len(x))
     params, _ = relu_net(jnp.float32)
     params, before, _ = step(params, tx.init(params), x)
-    _, after, updates = step(params, before, x.at[0, 0].set(value))
-    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
-    if not isinstance(after, lp.FoofState):  # a chain: its last part counts for a schedule
-        after, before = after[:-1], before[:-1]
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    for value in (np.nan, np.inf):
+        _, after, updates = step(params, before, x.at[0, 0].set(value))
+        assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+        kept = before
+        if not isinstance(after, lp.FoofState):  # a chain: its last part counts for a schedule
+            after, kept = after[:-1], before[:-1]
+        jax.tree.map(np.testing.assert_array_equal, after, kept)
 
 
 @pytest.mark.parametrize("method", METHODS)
