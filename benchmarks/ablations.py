@@ -343,12 +343,7 @@ def parse_arguments(
         "and PNG.",
         epilog="The paper's settings: --epochs 100 --train-images 60000.",
     )
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help=f"which to run, in this order: {', '.join(ABLATIONS)} (default: all)",
-    )
+    cli.add_names_argument(parser, ABLATIONS)
     cli.add_quick_argument(parser, QUICK, "a look at small sizes, seconds for each run")
     cli.add_run_arguments(parser, DEFAULTS)
     parser.add_argument(
@@ -370,10 +365,7 @@ def parse_arguments(
         parser, "out/ablations", "where the results go, a folder for each ablation"
     )
     args = cli.parse(parser, QUICK, argv)
-    args.names = list(dict.fromkeys(args.names)) or list(ABLATIONS)
-    for name in args.names:
-        if name not in ABLATIONS:
-            parser.error(f"no ablation {name!r}; there are {', '.join(ABLATIONS)}")
+    args.names = cli.chosen_names(parser, args, ABLATIONS, "ablation")
     cli.check_training_arguments(parser, args)
     largest = max(
         scaled_batch(variant, args.batch_size)

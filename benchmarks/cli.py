@@ -1,7 +1,7 @@
 """What the command lines of the experiments have in common."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ def add_result_arguments(parser: argparse.ArgumentParser, directory: str, what: 
         metavar="FILE",
         help="JSON file of tuned values (default: the committed benchmarks/tuned.json)",
     )
+    add_output_dir_argument(parser, directory, what)
+
+
+def add_output_dir_argument(parser: argparse.ArgumentParser, directory: str, what: str) -> None:
+    """--output-dir, the folder of plots and numbers."""
     parser.add_argument(
         "--output-dir",
         type=Path,
@@ -76,6 +81,27 @@ def add_result_arguments(parser: argparse.ArgumentParser, directory: str, what: 
         metavar="DIR",
         help=f"{what} (default: %(default)s)",
     )
+
+
+def add_names_argument(parser: argparse.ArgumentParser, known: Iterable[str]) -> None:
+    """The names of what to run; `chosen_names` reads them."""
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"which to run, in this order: {', '.join(known)} (default: all)",
+    )
+
+
+def chosen_names(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, known: Iterable[str], what: str
+) -> list[str]:
+    """Each name once, all if there are none; an unknown one ends the program."""
+    known = list(known)
+    for name in args.names:
+        if name not in known:
+            parser.error(f"no {what} {name!r}; there are {', '.join(known)}")
+    return list(dict.fromkeys(args.names)) or known
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, int]) -> None:

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 
 import locoprop_jax as lp
 from benchmarks import autoencoder, classifier, cli, plots, report
+from benchmarks.ablations import TRIAL_STEP
 from benchmarks.classifier import Classifier
 from benchmarks.comparison import Job, train_all
 from benchmarks.data import DataError, Dataset
@@ -33,9 +34,9 @@ from benchmarks.methods import Method
 from benchmarks.steps import Params, count_examples
 from benchmarks.training import Problem, Run, Settings
 from benchmarks.tuned import write_json
+from locoprop_jax._metric import descend
 
 QUICK = {"epochs": 1, "train_images": 400, "trials": 1, "shrink": 16}
-RATE_STEP = 10**0.5  # between the learning rates that are tried
 MNIST_MEAN, MNIST_DEVIATION = 0.1307, 0.3081  # what Benzing standardised Fashion-MNIST with
 
 
@@ -76,7 +77,7 @@ class Experiment(NamedTuple):
       title: of the plots.
       problems: what sets a problem apart from the others -> how to make it from the images and a
         divisor of all widths.
-      contestants: by their keys in the results.
+      contestants: by their keys in the results, for a problem.
       epochs, batch_size: unless the command line has them. An epoch of the factorisation is a step.
       labels: whether the images need theirs.
       log: whether the plots' losses have a logarithmic axis.
@@ -150,7 +151,7 @@ def factorisation(
         }
 
     def loss_fn(params: Params, batch: Mapping[str, Array]) -> Float[Array, ""]:
-        return jnp.square(factors(params, batch["x"]) - batch["y"]).sum(-1).mean() / unit
+        return squared_error(factors(params, batch["x"]), batch["y"]) / unit
 
     return Problem("factorisation", init, loss_fn, {"x": x, "y": y}, None)
 
@@ -159,17 +160,23 @@ def factors(params: Params, x: Float[Array, "rows d_in"]) -> Float[Array, "rows 
     return x @ params["first"]["kernel"] @ params["second"]["kernel"]
 
 
+def squared_error(
+    outputs: Float[Array, "rows d_out"], y: Float[Array, "rows d_out"]
+) -> Float[Array, ""]:
+    return jnp.square(outputs - y).sum(-1).mean()
+
+
 def gauss_newton(
     learning_rate: optax.ScalarOrSchedule, *, problem: Problem, iterations: int = 100
 ) -> optax.GradientTransformation:
     """The Gauss-Newton direction of the factorisation, by conjugate gradient on all its data."""
-    x = jnp.asarray(problem.train["x"])
+    x, y = (jnp.asarray(problem.train[name]) for name in "xy")
+    unit = squared_error(jnp.zeros_like(y), y)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        loss_of = functools.partial(_loss_of_outputs, problem)
         outputs, forward = jax.linearize(lambda p: factors(p, x), params)
         backward = jax.linear_transpose(forward, params)
-        curvature = jax.grad(loss_of)
+        curvature = jax.grad(lambda outputs: squared_error(outputs, y) / unit)
 
         def product(v: Any) -> Any:
             image = jax.jvp(curvature, (outputs,), (forward(v),))[1]
@@ -181,38 +188,22 @@ def gauss_newton(
     return optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
 
 
-def _loss_of_outputs(problem: Problem, outputs: Float[Array, "rows d_out"]) -> Float[Array, ""]:
-    y = jnp.asarray(problem.train["y"])
-    return jnp.square(outputs - y).sum(-1).mean() / jnp.square(y).sum(-1).mean()
-
-
 # --- experiments ---------------------------------------------------------------------------------
 
 
-def _everyone(problem: Problem) -> Mapping[str, Contestant]:
-    del problem
-    return {"foof": FOOF, "lnb": LNB, "momentum": MOMENTUM, "adam": ADAM, "muon": MUON}
-
-
-def _few(problem: Problem) -> Mapping[str, Contestant]:
-    del problem
-    return {"foof": FOOF, "lnb": LNB, "adam": ADAM}
+EVERYONE = {"foof": FOOF, "lnb": LNB, "momentum": MOMENTUM, "adam": ADAM, "muon": MUON}
+FEW = {"foof": FOOF, "lnb": LNB, "adam": ADAM}
 
 
 def lnb_of_averaged_gradients(
     layers: lp.Layers, learning_rate: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
     """LNB as the paper prints it: the gradients are averaged, and the steps are not."""
-    boosted = lp.scale_by_lnb(layers)
-    root = learning_rate if callable(learning_rate) else lambda count: learning_rate
-    return optax.chain(
-        optax.ema(0.9), boosted, optax.scale_by_learning_rate(lambda count: jnp.sqrt(root(count)))
-    )
+    return optax.chain(optax.ema(0.9), lp.scale_by_lnb(layers), descend(learning_rate, 0.0))
 
 
-def _variations(problem: Problem) -> Mapping[str, Contestant]:
+def _variations() -> Mapping[str, Contestant]:
     """LNB as it is, and with one thing changed at a time."""
-    del problem
     changes: Mapping[str, Mapping[str, Any]] = {
         "1 iteration": {"iterations": 1},
         "8 iterations": {"iterations": 8},
@@ -256,7 +247,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "images": boosting_mlp,
             "1 - images": lambda dataset, shrink: boosting_mlp(inverted(dataset), shrink),
         },
-        _few,
+        lambda problem: FEW,
         epochs=10,
         batch_size=1000,
         labels=True,
@@ -264,7 +255,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "mlp": Experiment(
         "Three layers of 1000 ReLU units, batches of 100",
         {"": benzing_mlp},
-        _everyone,
+        lambda problem: EVERYONE,
         epochs=3,
         batch_size=100,
         labels=True,
@@ -272,12 +263,16 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "variations": Experiment(
         "LNB on the deep autoencoder, one thing changed at a time",
         {"": deep_autoencoder},
-        _variations,
+        lambda problem: _variations(),
         epochs=5,
         batch_size=1000,
     ),
     "autoencoder": Experiment(
-        "Deep autoencoder", {"": deep_autoencoder}, _everyone, epochs=5, batch_size=1000
+        "Deep autoencoder",
+        {"": deep_autoencoder},
+        lambda problem: EVERYONE,
+        epochs=5,
+        batch_size=1000,
     ),
 }
 
@@ -310,7 +305,7 @@ def attempts(
         for key, contestant in experiment.contestants(problem).items():
             powers = [i - args.trials // 2 for i in range(args.trials)]
             for power in sorted(powers, key=lambda power: power != 0):
-                rate = contestant.learning_rate * RATE_STEP**power
+                rate = contestant.learning_rate * TRIAL_STEP**power
                 attempt = Attempt(key, name, contestant, rate)
                 method = contestant.method()._replace(label=attempt.name)
                 yield (
@@ -400,12 +395,7 @@ def parse_arguments(
         description="Run the experiments of LNB and FOOF. Each prints its tables, and writes its "
         "curves as JSON and PNG.",
     )
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help=f"which to run, in this order: {', '.join(EXPERIMENTS)} (default: all)",
-    )
+    cli.add_names_argument(parser, EXPERIMENTS)
     cli.add_quick_argument(parser, QUICK, "a look at small sizes, seconds for each run")
     parser.add_argument(
         "--epochs",
@@ -423,18 +413,11 @@ def parse_arguments(
         },
     )
     cli.add_data_arguments(parser)
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        default=Path("out/neurons"),
-        metavar="DIR",
-        help="where the results go, a folder for each experiment (default: %(default)s)",
+    cli.add_output_dir_argument(
+        parser, "out/neurons", "where the results go, a folder for each experiment"
     )
     args = cli.parse(parser, QUICK, argv)
-    args.names = list(dict.fromkeys(args.names)) or list(EXPERIMENTS)
-    for name in args.names:
-        if name not in EXPERIMENTS:
-            parser.error(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+    args.names = cli.chosen_names(parser, args, EXPERIMENTS, "experiment")
     return parser, args
 
 

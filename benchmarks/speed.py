@@ -244,13 +244,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     def matmuls(name: str) -> Callable[[dict, dict], float]:
         return lambda _, bare: sum(count * bare[p] for p, count in needed[name].items())
 
-    def amortised(seconds: dict, bare: dict) -> float:
-        del bare
-        inverting, between = seconds["FOOF, inverting"], seconds["FOOF, between"]
-        return ((PERIOD - 1) * between + inverting) / PERIOD
-
-    def foof_by_adam(seconds: dict, bare: dict) -> float:
-        return amortised(seconds, bare) / seconds["Adam"]
+    def foof_by_adam(seconds: dict, _: dict) -> float:
+        period = seconds["FOOF, inverting"] + (PERIOD - 1) * seconds["FOOF, between"]
+        return period / PERIOD / seconds["Adam"]
 
     plain = parts["value_and_grad"]
     arrays = bytes_of(capture(params, batch)[2])

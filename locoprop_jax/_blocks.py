@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from locoprop_jax._layers import Layer, Layers, leaves_by_path, path_name
+from locoprop_jax._layers import Layer, Layers, leaves_by_path, parameter_paths, path_name
 from locoprop_jax._linalg import second_moment
 
 Block = dict[str, Array]  # {"kernel": (d_in, d_out), "bias": (d_out,)}, or one of the two
@@ -38,6 +38,11 @@ def blocks(layers: Layers, tree: Any) -> dict[str, Block]:
             dtype = jnp.float64 if wide else jnp.float32
             found_blocks[name] = {part: leaf.astype(dtype) for part, leaf in found.items()}
     return found_blocks
+
+
+def dtype_of(block: Block) -> Any:
+    """Of all its parts."""
+    return next(iter(block.values())).dtype
 
 
 def write(layer: Layer, block: Block) -> dict[str, Array]:
@@ -68,7 +73,7 @@ def replace(
 
 def others(layers: Layers, tree: Any) -> list[Array]:
     """The leaves that are in no layer."""
-    inside = {parameter.path for layer in layers.values() for parameter in layer.parameters}
+    inside = parameter_paths(layers)
     return [leaf for path, leaf in leaves_by_path(tree).items() if path not in inside]
 
 
@@ -114,6 +119,29 @@ def gram(inputs: Float[Array, "rows d_in"]) -> Callable[[Block], Block]:
 def as_rows(x: Float[Array, "... d"], dtype: Any) -> Float[Array, "rows d"]:
     """All axes but the last joined, in the dtype of a block."""
     return x.reshape(-1, x.shape[-1]).astype(dtype)
+
+
+def divide(
+    block: Block,
+    mean: Float[Array, " d_in"],
+    bias: float | Float[Array, ""],
+    solve: Callable[[Array], Array],
+) -> Block:
+    """M^-1 block for a damped second moment M of (x, 1), or of x without a bias.
+
+    The bias is eliminated first.
+
+    Args:
+      block: with a kernel.
+      mean: of x.
+      bias: the inverse of the bias's own entry in M.
+      solve: divides by what then remains for the kernel: with a free bias the damped covariance.
+    """
+    if "bias" not in block:
+        return {"kernel": solve(block["kernel"])}
+    alone = bias * block["bias"]
+    kernel = solve(block["kernel"] - mean[:, None] * alone[None])
+    return {"kernel": kernel, "bias": alone - bias * (mean @ kernel)}
 
 
 def extend(inputs: Float[Array, "rows d_in"], like: Block) -> Float[Array, "rows d"]:

@@ -12,7 +12,17 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _layers, _linalg
-from locoprop_jax._blocks import Block, as_rows, blocks, gram, others, push, replace
+from locoprop_jax._blocks import (
+    Block,
+    as_rows,
+    blocks,
+    divide,
+    dtype_of,
+    gram,
+    others,
+    push,
+    replace,
+)
 from locoprop_jax._checks import (
     check_decay,
     check_layers,
@@ -150,8 +160,7 @@ def scale_by_lnb(
         **extra_args: Any,
     ) -> tuple[Any, LnbState]:
         del params, extra_args
-        _layers.check_captured(layers, captured, "scale_by_lnb")
-        assert captured is not None
+        captured = _layers.check_captured(layers, captured, "scale_by_lnb")
         slopes = blocks(layers, updates)
         inputs = {name: _rows(captured[name], slopes[name], fraction) for name in slopes}
 
@@ -172,7 +181,7 @@ def scale_by_lnb(
             thetas = {name: theta for name, (theta, _) in solved.items()}
             images = {name: image for name, (_, image) in solved.items()}
             rest = _linalg.wide(others(layers, updates))
-            factor = metric_factor(_linalg.dot((rest, thetas), (rest, images)), floor)
+            factor = metric_factor(_linalg.dot_for_many((rest, thetas), (rest, images)), floor)
             steps = jax.tree.map(lambda theta: scaled(theta, factor), thetas)
             direction = replace(layers, updates, steps, lambda g: scaled(g, factor))
             return direction, LnbState(count, sums, thetas) if online else LnbState(count, {}, {})
@@ -252,7 +261,7 @@ def lnb(
 def _rows(arrays: LayerArrays, slope: Block, fraction: float) -> Float[Array, "rows d_in"]:
     inputs = arrays.inputs
     examples = max(1, round(fraction * len(inputs)))
-    return as_rows(inputs[:examples], next(iter(slope.values())).dtype)
+    return as_rows(inputs[:examples], dtype_of(slope))
 
 
 def _moments(inputs: Float[Array, "rows d_in"]) -> Moments:
@@ -331,12 +340,9 @@ def _preconditioner(
         return jnp.where(positive, 1 / jnp.where(positive, diagonal, 1), 0)[:, None]
 
     def precondition(residual: Block) -> Block:
-        kernel, mean = residual["kernel"], moments.mean
-        if "bias" not in residual:
-            return {"kernel": inverse(variance + jnp.square(mean) + ridge) * kernel}
-        bias = residual["bias"]
-        kernel = inverse(variance + ridge) * (kernel - mean[:, None] * bias[None])
-        return {"kernel": kernel, "bias": bias - mean @ kernel}
+        mean = moments.mean
+        rest = variance if "bias" in residual else variance + jnp.square(mean)
+        return divide(residual, mean, 1.0, lambda kernel: inverse(rest + ridge) * kernel)
 
     return precondition
 

@@ -49,3 +49,10 @@ def check_whole(**values: Any) -> None:
             traced = not isinstance(value, numbers.Number)
             hint = " Name it in the `static_args` of `optax.inject_hyperparams`." if traced else ""
             raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.{hint}")
+
+
+def check_fisher(method: str, damping: Any, curvature: str) -> None:
+    if is_number(damping) and damping < 0:
+        raise ValueError(f"`{method}` takes a damping that is not negative, got {damping}.")
+    if curvature not in ("empirical", "captured"):
+        raise ValueError(f"`curvature` is 'empirical' or 'captured', got {curvature!r}.")

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
 from locoprop_jax._blocks import Rows
+from locoprop_jax._checks import check_fisher, is_number
 from locoprop_jax._transfer import Transfer
 
 # --- divergences ---------------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def natural(
       ValueError: a negative damping, a decay outside [0, 1), or an unknown source.
     """
     check_fisher("natural", damping, curvature)
-    if isinstance(decay, int | float) and not 0 <= decay < 1:
+    if is_number(decay) and not 0 <= decay < 1:
         raise ValueError(f"`natural` takes a decay from 0 to below 1, got {decay}.")
 
     def init(d_out: int, dtype: Any) -> NaturalState:
@@ -170,10 +171,7 @@ def natural(
         del cotangents
         assert curvature is not None
         now = (curvature**2).sum(0) if diagonal else _linalg.second_moment(curvature)
-        keep = jnp.asarray(decay, now.dtype)
-        state = NaturalState(
-            keep * state.weight + (1 - keep), keep * state.moment + (1 - keep) * now
-        )
+        state = _linalg.average(state, NaturalState(jnp.ones((), now.dtype), now), decay)
         fisher = _linalg.damped(state.moment / state.weight, damping, relative=relative)
 
         def precondition(x: Array) -> Array:
@@ -182,18 +180,6 @@ def natural(
         return precondition, state
 
     return Target("natural", init, update, curvature)
-
-
-def check_fisher(method: str, damping: Any, curvature: str) -> None:
-    """Refuse a negative damping and an unknown source of curvature.
-
-    Raises:
-      ValueError: as it says.
-    """
-    if isinstance(damping, int | float) and damping < 0:
-        raise ValueError(f"`{method}` takes a damping that is not negative, got {damping}.")
-    if curvature not in ("empirical", "captured"):
-        raise ValueError(f"`curvature` is 'empirical' or 'captured', got {curvature!r}.")
 
 
 def oracle(transform: optax.GradientTransformation) -> Target:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from locoprop_jax import _layers, _linalg
-from locoprop_jax._blocks import Block, as_rows, blocks, replace
+from locoprop_jax._blocks import Block, as_rows, blocks, divide, dtype_of, replace
 from locoprop_jax._checks import (
     check_decay,
     check_layers,
@@ -168,8 +167,7 @@ def scale_by_foof(
         **extra_args: Any,
     ) -> tuple[Any, FoofState]:
         del params, extra_args
-        _layers.check_captured(layers, captured, "scale_by_foof")
-        assert captured is not None
+        captured = _layers.check_captured(layers, captured, "scale_by_foof")
         slopes = blocks(layers, updates)
         rows = {name: _layer_rows(captured[name], slopes[name], shared) for name in slopes}
         with_kernel = {name: own for name, own in rows.items() if "kernel" in own.slope}
@@ -177,16 +175,22 @@ def scale_by_foof(
         due = ok & _is_due(state.count, inverse_period)
         soon = ok & ((-state.count) % inverse_period < statistics_steps)
 
-        def metric(own: LayerRows, average: Statistics | None, gathered: Array) -> Metric:
+        def system(own: LayerRows, average: Statistics | None, gathered: Array) -> Metric:
             if average is None:
                 now = _statistics(own.inputs)
             else:
                 now = _linalg.debiased(average, decay, gathered)
             return _metric(now, own.slope, damped)
 
+        def sources(state: FoofState) -> dict[str, tuple[LayerRows, Statistics | None, Array]]:
+            return {
+                name: (own, state.statistics.get(name), state.gathered)
+                for name, own in with_kernel.items()
+            }
+
         def invert(_: str, arrays: tuple[LayerRows, Statistics | None, Array]) -> Metric:
-            system = metric(*arrays)
-            return system._replace(kernel=_linalg.inverse(system.kernel))
+            metric = system(*arrays)
+            return metric._replace(kernel=_linalg.inverse(metric.kernel))
 
         def refresh(old: FoofState) -> FoofState:
             new = old
@@ -195,35 +199,27 @@ def scale_by_foof(
                     statistics=_average(with_kernel, old, decay), gathered=old.count + 1
                 )
             if is_amortised:
-                sources = {
-                    name: (own, new.statistics.get(name), new.gathered)
-                    for name, own in with_kernel.items()
-                }
                 inverse, failures = jax.lax.cond(
                     due,
-                    lambda: _keep_finite(map_layers(invert, sources), old.inverse, old.failures),
+                    lambda: _keep_finite(
+                        map_layers(invert, sources(new)), old.inverse, old.failures
+                    ),
                     lambda: (old.inverse, old.failures),
                 )
                 new = new._replace(inverse=inverse, failures=failures)
             return new
 
         def apply(_: str, arrays: tuple[Block, Metric]) -> Block:
-            slope, inverted = arrays
-            return _divide(
-                slope, inverted.mean, inverted.bias, lambda right: inverted.kernel @ right
-            )
+            slope, inverse = arrays
+            return divide(slope, inverse.mean, inverse.bias, lambda right: inverse.kernel @ right)
 
         def solve(_: str, arrays: tuple[LayerRows, Statistics | None, Array]) -> Block:
             own, average, gathered = arrays
-            if average is None and _has_few_rows(own):
-                return _solve_by_rows(own, damped)
-            system = metric(own, average, gathered)
-            return _divide(
-                own.slope,
-                system.mean,
-                system.bias,
-                lambda right: _linalg.solve(system.kernel, right),
-            )
+            if average is None:
+                return _solve_batch(own, damped)
+            metric = system(own, average, gathered)
+            by_kernel = functools.partial(_linalg.solve, metric.kernel)
+            return divide(own.slope, metric.mean, metric.bias, by_kernel)
 
         if is_averaged or is_amortised:
             # One conditional for all that is kept: each of them copies what it passes on.
@@ -234,11 +230,7 @@ def scale_by_foof(
                 apply, {name: (own.slope, state.inverse[name]) for name, own in with_kernel.items()}
             )
         else:
-            sources = {
-                name: (own, state.statistics.get(name), state.gathered)
-                for name, own in with_kernel.items()
-            }
-            new = map_layers(solve, sources)
+            new = map_layers(solve, sources(state))
             new, failed = _keep_finite(new, _linalg.zeros_like(new), failures)
             failures = jnp.where(ok, failed, failures)
         alone = {
@@ -318,7 +310,7 @@ def foof(
 
 
 def _layer_rows(arrays: LayerArrays, slope: Block, shared: str) -> LayerRows:
-    dtype = next(iter(slope.values())).dtype
+    dtype = dtype_of(slope)
     x, e = arrays.inputs, as_rows(arrays.cotangents, dtype)
     if shared == "reduce":
         x, e = x.astype(dtype).mean(1), jnp.zeros((len(x), e.shape[1]), dtype)
@@ -384,28 +376,14 @@ def _inverse_of_bias(slope: Block, amount: Float[Array, ""], damping: Damping) -
     return 1 / (1 + amount) if damping.bias else jnp.ones_like(amount)
 
 
-def _divide(
-    slope: Block,
-    mean: Float[Array, " d_in"],
-    bias: Float[Array, ""],
-    solve: Callable[[Array], Array],
-) -> Block:
-    """M^-1 slope, where `solve` divides by what remains for the kernel; see `Metric`."""
-    if "bias" not in slope:
-        return {"kernel": solve(slope["kernel"])}
-    alone = bias * slope["bias"]
-    kernel = solve(slope["kernel"] - mean[:, None] * alone[None])
-    return {"kernel": kernel, "bias": alone - bias * (mean @ kernel)}
-
-
 def _divide_bias(own: LayerRows, damping: Damping) -> Block:
     """M^-1 slope of a bias whose kernel is masked."""
     amount = damping.of(own.inputs.var(0), jnp.square(own.inputs).mean(0))
     return _linalg.scale(own.slope, _inverse_of_bias(own.slope, amount, damping))
 
 
-def _solve_by_rows(own: LayerRows, damping: Damping) -> Block:
-    """With the current batch's statistics alone, by a system of the size of its rows.
+def _solve_batch(own: LayerRows, damping: Damping) -> Block:
+    """With the current batch's statistics alone, by the smaller of two systems.
 
     What remains for the kernel is the second moment of the centred rows, and of a row more for what
     a damped bias leaves of the mean.
@@ -420,12 +398,7 @@ def _solve_by_rows(own: LayerRows, damping: Damping) -> Block:
         x = jnp.concatenate([x, rows**0.5 * rest * mean[None]])
         e = jnp.concatenate([e, rest / rows**0.5 * e.sum(0, keepdims=True)])
     weight = jnp.maximum(rows * amount, jnp.finfo(amount.dtype).tiny)
-    return _divide(own.slope, mean, bias, lambda right: rows * _linalg.ridge(x, right, e, weight))
-
-
-def _has_few_rows(own: LayerRows) -> bool:
-    rows, d_in = own.inputs.shape
-    return _linalg.solves_by_rows(rows, d_in, own.cotangents.shape[1])
+    return divide(own.slope, mean, bias, lambda right: rows * _linalg.ridge(x, right, e, weight))
 
 
 def _keep_finite(

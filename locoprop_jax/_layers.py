@@ -209,6 +209,11 @@ class Layers(Mapping[str, Layer]):
         return "\n".join(text)
 
 
+def parameter_paths(layers: Mapping[str, Layer]) -> set[str]:
+    """The paths of the parameters that are in a layer."""
+    return {parameter.path for layer in layers.values() for parameter in layer.parameters}
+
+
 def _describe(layer: Layer) -> str:
     if layer.uses_head:
         return "(loss)"
@@ -433,8 +438,8 @@ class Captured(Mapping[str, LayerArrays]):
         return counts.pop() if len(counts) == 1 else float(self._arrays[0].inputs.shape[0])
 
 
-def check_captured(layers: Layers, captured: Any, method: str) -> None:
-    """Refuse missing captured arrays, and those of another model.
+def check_captured(layers: Layers, captured: Any, method: str) -> Captured:
+    """The captured arrays; refuse missing ones, and those of another model.
 
     Raises:
       TypeError: `captured` is missing or is not a `Captured`.
@@ -461,3 +466,4 @@ def check_captured(layers: Layers, captured: Any, method: str) -> None:
             f"same loss function, and parameters of the same tree and shapes, that "
             f"`value_grad_and_capture` gets."
         )
+    return captured

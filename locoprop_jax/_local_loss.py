@@ -135,8 +135,7 @@ def scale_by_local_loss(
         **extra_args: Any,
     ) -> tuple[Any, LocalLossState]:
         del extra_args
-        _layers.check_captured(layers, captured, "scale_by_local_loss")
-        assert captured is not None
+        captured = _layers.check_captured(layers, captured, "scale_by_local_loss")
         if params is None:
             raise ValueError(
                 "`scale_by_local_loss` needs the parameters: call "

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from locoprop_jax._blocks import Block, Rows, as_rows, pull
+from locoprop_jax._blocks import Block, Rows, as_rows, dtype_of, pull
 from locoprop_jax._divergences import Divergence, Target
 from locoprop_jax._layers import Captured, Layer, LayerArrays
 from locoprop_jax._regularizers import Layerwise, Penalty, Regularizer, penalty_of
@@ -89,7 +89,7 @@ def layer_data(
     blocks: tuple[Block, Block],
     states: tuple[Any, Any],
 ) -> LayerData:
-    arrays, dtype = captured[layer.name], next(iter(blocks[1].values())).dtype
+    arrays, dtype = captured[layer.name], dtype_of(blocks[1])
     is_after = _is_after_transfer(divergence, layer)
     for_target, for_penalty = curvatures
     return LayerData(

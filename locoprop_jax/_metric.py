@@ -45,7 +45,7 @@ def scale_by_metric_norm(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, optax.OptState]:
         direction, state = with_extra_args.update(updates, state, params, **extra_args)
-        z = _linalg.dot(_linalg.wide(direction), _linalg.wide(updates))
+        z = _linalg.dot_for_many(_linalg.wide(direction), _linalg.wide(updates))
         factor = metric_factor(z, floor)
         return jax.tree.map(lambda d: scaled(d, factor), direction), state
 
@@ -128,7 +128,9 @@ def average_directions(decay: float) -> optax.GradientTransformation:
             return _linalg.debiased(new.sum, decay, new.count), new
 
         averages, state = jax.lax.cond(
-            _linalg.dot(directions, directions) > 0, average, lambda: (directions, state)
+            _linalg.dot_for_many(directions, directions) > 0,
+            average,
+            lambda: (directions, state),
         )
         return jax.tree.map(lambda u, x: x.astype(u.dtype), updates, averages), state
 

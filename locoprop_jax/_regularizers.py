@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
 from locoprop_jax._blocks import Block, Rows, extend, matrix, unmatrix
-from locoprop_jax._divergences import check_fisher
+from locoprop_jax._checks import check_fisher, is_number
 
 # A weight of 1 / learning_rate is infinite where a schedule starts at 0; there this stands in.
 SMALLEST_RATE = 1e-12
@@ -67,7 +67,7 @@ def _weight(weight: Any, layer: Layerwise) -> Array:
 
 
 def _check_weight(name: str, weight: Any) -> None:
-    if isinstance(weight, int | float) and weight < 0:
+    if is_number(weight) and weight < 0:
         raise ValueError(f"`{name}` takes a weight that is not negative, got {weight}.")
 
 

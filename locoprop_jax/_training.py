@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from locoprop_jax._layers import Layers, path_name
+from locoprop_jax._layers import Layers, parameter_paths, path_name
 
 
 def with_fallback(
@@ -25,7 +25,7 @@ def with_fallback(
     Returns:
       One optimizer for all parameters (an `optax.partition`).
     """
-    captured = {p.path for layer in layers.values() for p in layer.parameters}
+    captured = parameter_paths(layers)
 
     def labels(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(

@@ -135,6 +135,13 @@ class Net:
         fs = [*(TRANSFERS[transfer][1] for transfer in self.transfers), f_head]
         return list(zip(inputs, outputs, cotangents, fs, strict=True))
 
+    def gradients(self, params, x, y):
+        """The gradient of the loss by each block, weight decay included."""
+        return {
+            name: x.T @ e + self.decay * self.block(params, name)
+            for name, (x, _, e, _) in zip(self.names, self.backprop(params, x, y), strict=True)
+        }
+
     def after(self, params, x, y):
         """(H, f') of each layer: dL/df(A), and the derivative of its transfer function.
 

@@ -39,14 +39,6 @@ def local_loss(net, eta, **options):
     return optax.chain(local, optax.scale(-1.0))
 
 
-def gradients(net, params, batch):
-    """The gradient of the loss by each block, weight decay included."""
-    return {
-        name: x.T @ e + net.decay * net.block(params, name)
-        for name, (x, _, e, _) in zip(net.names, net.backprop(params, *batch), strict=True)
-    }
-
-
 def fisher(net, cotangents, damping):
     """The empirical second factor: cotangents carry 1/c of a mean over c terms, c c' carries c."""
     moment = net.terms * cotangents.T @ cotangents
@@ -69,7 +61,7 @@ def test_one_iteration_is_backprop(net, divergence, solver, gamma, eta, seed):
     options = {"gamma": gamma, "divergence": divergence, "regularizer": lp.l2(), "solver": solver}
     params, batch = net.params(seed), net.data(seed)
     new, _ = take_step(net, local_loss(net, eta, **options), params, batch)
-    slopes = gradients(net, params, batch)
+    slopes = net.gradients(params, *batch)
     expected = {n: net.block(params, n) - eta * gamma * slopes[n] for n in net.names}
     assert_blocks(net, new, expected, 1e-9)
 
@@ -244,7 +236,7 @@ def test_a_path_that_cannot_be_taken_is_refused():
 
 def closed_form(net, params, batch, eta, gamma):
     """W - eta gamma (I + eta X'X)^-1 G."""
-    slopes = gradients(net, params, batch)
+    slopes = net.gradients(params, *batch)
     new = {}
     for name, (x, _, _, _) in zip(net.names, net.backprop(params, *batch), strict=True):
         system = np.eye(x.shape[1]) + eta * x.T @ x
@@ -370,7 +362,7 @@ def test_one_iteration_to_a_natural_target_is_gradient_times_inverse_fisher(
     params, batch = net.params(seed), net.data(seed)
     new, _ = take_step(net, tx, params, batch)
     expected = {}
-    slopes = gradients(net, params, batch)
+    slopes = net.gradients(params, *batch)
     for name, (_, _, e, _) in zip(net.names, net.backprop(params, *batch), strict=True):
         d = fisher(net, e, damping)
         d = np.diag(np.diag(d)) if diagonal else d
@@ -422,7 +414,7 @@ def test_the_fisher_may_come_from_sampled_or_exact_curvature_cotangents(curvatur
     new = step(target, None, lp.inner(optax.sgd, 1))
     metric = lp.mahalanobis(damping=damping, relative=False, curvature="captured")
     natural = step(None, metric, lp.fixed_point(1))
-    slopes, expected, expected_natural = gradients(net, params, batch), {}, {}
+    slopes, expected, expected_natural = net.gradients(params, *batch), {}, {}
     for name, (h, slope) in zip(net.names, net.after(params, *batch), strict=True):
         x, a, _, _ = net.backprop(params, *batch)[net.names.index(name)]
         is_after = divergence == "post_squared" and name != net.names[-1]
@@ -488,7 +480,7 @@ def test_proposition_1_natural_targets_solved_exactly_are_k_fac_with_factored_da
     tx = lp.locoprop_kfac(net.layers(), eta, gamma=gamma, target=target)
     params, batch = net.params(seed), net.data(seed)
     new, _ = take_step(net, tx, params, batch)
-    slopes, expected = gradients(net, params, batch), {}
+    slopes, expected = net.gradients(params, *batch), {}
     for name, (x, _, e, _) in zip(net.names, net.backprop(params, *batch), strict=True):
         rows = len(x)
         left = x.T @ x / rows + np.eye(x.shape[1]) / (eta * rows)
@@ -560,7 +552,7 @@ def test_the_fisher_metric_gives_the_natural_gradient_and_the_kronecker_solution
     tx = local_loss(net, eta, gamma=gamma, regularizer=regularizer, solver=solver)
     params, batch = net.params(seed), net.data(seed)
     new, _ = take_step(net, tx, params, batch)
-    slopes, expected = gradients(net, params, batch), {}
+    slopes, expected = net.gradients(params, *batch), {}
     for name, (x, _, e, _) in zip(net.names, net.backprop(params, *batch), strict=True):
         left = x.T @ x / len(x) + damping * np.eye(x.shape[1])
         right = fisher(net, e, damping)
@@ -590,7 +582,7 @@ def test_proxprop_is_locoprop_s_but_for_the_last_layer():
     params, batch = DEEPER.params(), DEEPER.data()
     expected = closed_form(DEEPER, params, batch, eta, gamma)
     last = DEEPER.names[-1]
-    expected[last] = DEEPER.block(params, last) - gamma * gradients(DEEPER, params, batch)[last]
+    expected[last] = DEEPER.block(params, last) - gamma * DEEPER.gradients(params, *batch)[last]
     assert_blocks(DEEPER, new, expected)
 
 
@@ -613,7 +605,7 @@ def test_newtons_first_step_for_small_gamma_is_the_per_output_solution(transfer)
     )
     new, _ = take_step(net, tx)
     x, a, _, _ = net.backprop(net.params(), *net.data())[0]
-    slopes = gradients(net, net.params(), net.data())["layer0"]
+    slopes = net.gradients(net.params(), *net.data())["layer0"]
     for j in range(4):
         curvature = x.T @ (TRANSFERS[transfer][2](a[:, j])[:, None] * x)
         expected = -eta * np.linalg.solve(np.eye(4) + eta * curvature, slopes[:, j])

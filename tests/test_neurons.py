@@ -26,11 +26,10 @@ FEW_ROWS = Net(widths=(9, 6, 2), transfers=("tanh",), biases=(True, False), batc
 
 
 def gradients(net, params, batch):
-    """The rows with their one, and the gradient of the loss by each block."""
-    return {
-        name: (x, x.T @ e + net.decay * net.block(params, name))
-        for name, (x, _, e, _) in zip(net.names, net.backprop(params, *batch), strict=True)
-    }
+    """The rows with their one, and the gradient of the loss, by layer."""
+    inputs = [x for x, *_ in net.backprop(params, *batch)]
+    slopes = net.gradients(params, *batch)
+    return {name: (x, slopes[name]) for name, x in zip(net.names, inputs, strict=True)}
 
 
 def damped(second, damping, relative=False, free_bias=False, bias=False):
