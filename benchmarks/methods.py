@@ -177,8 +177,8 @@ METHODS: Mapping[str, Method] = {
         options=("iterations",),
         starts=LOCOPROP_STARTS,
     ),
-    "foof": Method("FOOF", lp.foof, METRIC_SPACE | {"damping": LogUniform(0.03, 30.0)}),
-    "lnb": Method("LNB", lp.lnb, METRIC_SPACE | {"ridge": LogUniform(0.03, 30.0)}),
+    "foof": Method("FOOF", lp.foof, METRIC_SPACE | {"damping": LogUniform(0.1, 100.0)}),
+    "lnb": Method("LNB", lp.lnb, METRIC_SPACE | {"ridge": LogUniform(0.1, 100.0)}),
     "rmsprop": Method(
         "RMSProp",
         functools.partial(_first_order, tensorflow_rmsprop),

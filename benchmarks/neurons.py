@@ -195,36 +195,59 @@ EVERYONE = {"foof": FOOF, "lnb": LNB, "momentum": MOMENTUM, "adam": ADAM, "muon"
 FEW = {"foof": FOOF, "lnb": LNB, "adam": ADAM}
 
 
-def lnb_of_averaged_gradients(
-    layers: lp.Layers, learning_rate: optax.ScalarOrSchedule
+def averaged_steps(
+    direction: Callable[..., optax.GradientTransformationExtraArgs],
+    layers: lp.Layers,
+    learning_rate: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformation:
-    """LNB as the paper prints it: the gradients are averaged, and the steps are not."""
-    return optax.chain(optax.ema(0.9), lp.scale_by_lnb(layers), descend(learning_rate, 0.0))
+    """A direction whose steps are averaged, not its gradients: shorter ones where they disagree."""
+    return optax.chain(direction(layers), optax.ema(0.9), descend(learning_rate, 0.0))
 
 
-def _variations() -> Mapping[str, Contestant]:
-    """LNB as it is, and with one thing changed at a time."""
-    changes: Mapping[str, Mapping[str, Any]] = {
-        "1 iteration": {"iterations": 1},
-        "8 iterations": {"iterations": 8},
-        "from zero": {"online": False},
-        "moments 0.9": {"moment_decay": 0.9},
-        "moments 0.999": {"moment_decay": 0.999},
-        "shrinkage 0.1": {"shrinkage": 0.1},
-        "ridge 0.1": {"ridge": 0.1},
-        "ridge 0.1, absolute": {"ridge": 0.1, "relative": False},
-        "half the rows": {"fraction": 0.5},
-        "a quarter": {"fraction": 0.25},
+def foof_direction(layers: lp.Layers) -> optax.GradientTransformationExtraArgs:
+    return lp.scale_by_metric_norm(lp.scale_by_foof(layers, inverse_period=20))
+
+
+def _variations(
+    method: Contestant,
+    direction: Callable[..., optax.GradientTransformationExtraArgs],
+    changes: Mapping[str, Mapping[str, Any]],
+) -> Mapping[str, Contestant]:
+    """A method as it is, with its steps averaged, and with one option changed at a time."""
+    averaged = Contestant(
+        "averaged steps",
+        functools.partial(averaged_steps, direction),
+        10 * method.learning_rate,
+        needs_capture=True,
+    )
+    changed = {
+        label: method._replace(label=label, build=functools.partial(method.build, **options))
+        for label, options in changes.items()
     }
-    averaged = Contestant("averaged gradients", lnb_of_averaged_gradients, 0.25, True)
-    return {
-        "lnb": LNB,
-        "averaged gradients": averaged,
-        **{
-            label: LNB._replace(label=label, build=functools.partial(lp.lnb, **options))
-            for label, options in changes.items()
-        },
-    }
+    return {"unchanged": method, "averaged steps": averaged, **changed}
+
+
+FOOF_CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "T = 1": {"inverse_period": 1},
+    "T = 100": {"inverse_period": 100},
+    "T = 20, S = 5": {"statistics_steps": 5},
+    "decay 0.99": {"decay": 0.99},
+    "damping 1": {"damping": 1.0},
+    "damping 0.1": {"damping": 0.1},
+    "damped biases": {"damp_bias": True},
+}
+LNB_CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "1 iteration": {"iterations": 1},
+    "8 iterations": {"iterations": 8},
+    "from zero": {"online": False},
+    "moments 0.9": {"moment_decay": 0.9},
+    "moments 0.999": {"moment_decay": 0.999},
+    "shrinkage 0.1": {"shrinkage": 0.1},
+    "ridge 1": {"ridge": 1.0},
+    "ridge 0.1, absolute": {"ridge": 0.1, "relative": False},
+    "half the rows": {"fraction": 0.5},
+    "a quarter": {"fraction": 0.25},
+}
 
 
 def _second_order(problem: Problem) -> Mapping[str, Contestant]:
@@ -260,10 +283,17 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         batch_size=100,
         labels=True,
     ),
-    "variations": Experiment(
+    "foof": Experiment(
+        "FOOF on the deep autoencoder, one thing changed at a time",
+        {"": deep_autoencoder},
+        lambda problem: _variations(FOOF, foof_direction, FOOF_CHANGES),
+        epochs=5,
+        batch_size=1000,
+    ),
+    "lnb": Experiment(
         "LNB on the deep autoencoder, one thing changed at a time",
         {"": deep_autoencoder},
-        lambda problem: _variations(),
+        lambda problem: _variations(LNB, lp.scale_by_lnb, LNB_CHANGES),
         epochs=5,
         batch_size=1000,
     ),

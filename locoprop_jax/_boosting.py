@@ -32,7 +32,7 @@ from locoprop_jax._checks import (
     is_number,
 )
 from locoprop_jax._layers import Captured, LayerArrays, Layers
-from locoprop_jax._metric import average_directions, descend, metric_factor, scaled
+from locoprop_jax._metric import average_gradients, descend, metric_factor, scaled
 from locoprop_jax._stacking import map_layers
 
 
@@ -76,7 +76,7 @@ class LayerSystem(NamedTuple):
 def scale_by_lnb(
     layers: Layers,
     *,
-    ridge: float = 1.0,
+    ridge: float = 10.0,
     relative: bool = True,
     iterations: int = 2,
     online: bool = True,
@@ -96,9 +96,6 @@ def scale_by_lnb(
     Three departures from the paper's text: each output of a layer has conjugate gradient steps of
     its own, at no cost; they start from the best multiple of the last theta, so that theta always
     descends; and z is taken from the residual.
-
-    The paper averages gradients: put `optax.ema` before this for that, and `optax.apply_if_finite`
-    around both. `lnb` averages steps instead.
 
     Args:
       layers: from `find_layers`.
@@ -199,7 +196,7 @@ def lnb(
     layers: Layers,
     learning_rate: optax.ScalarOrSchedule = 4.0,
     *,
-    ridge: float = 1.0,
+    ridge: float = 10.0,
     relative: bool = True,
     iterations: int = 2,
     online: bool = True,
@@ -214,15 +211,14 @@ def lnb(
 
     Args:
       layers: from `find_layers`.
-      learning_rate: eps, the squared length of a step in the metric, ridge included, before steps
-        are averaged: at most so far do the outputs of all layers together move for an average row,
-        were all their inputs held fixed. A number or a schedule.
+      learning_rate: eps, the squared length of a step in the metric, ridge included: at most so
+        far do the outputs of all layers together move for an average row, were all their inputs
+        held fixed. A number, or better a schedule that falls, because no step is shorter than that.
       ridge: as for `scale_by_lnb`.
       relative: whether it is in units of the mean variance.
       iterations: of conjugate gradient.
       online: Algorithm 2; if not, Algorithm 1.
-      momentum: decay of the average of the steps; where these disagree it is shorter than eps
-        says.
+      momentum: decay of the average of the gradients.
       moment_decay: of the moments that precondition.
       shrinkage: of their variances.
       fraction: of the batch's examples whose rows make the metric.
@@ -249,8 +245,8 @@ def lnb(
         floor=floor,
     )
     return optax.chain(
+        average_gradients(momentum),
         boosted,
-        average_directions(momentum),
         descend(learning_rate, weight_decay),
     )
 

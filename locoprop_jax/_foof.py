@@ -20,11 +20,7 @@ from locoprop_jax._checks import (
     is_number,
 )
 from locoprop_jax._layers import Captured, LayerArrays, Layers
-from locoprop_jax._metric import (
-    average_directions,
-    descend,
-    scale_by_metric_norm,
-)
+from locoprop_jax._metric import average_gradients, descend, scale_by_metric_norm
 from locoprop_jax._stacking import map_layers
 
 
@@ -86,7 +82,7 @@ class LayerRows(NamedTuple):
 def scale_by_foof(
     layers: Layers,
     *,
-    damping: float = 1.0,
+    damping: float = 10.0,
     relative: bool = True,
     damp_bias: bool = False,
     decay: float = 0.95,
@@ -247,7 +243,7 @@ def foof(
     layers: Layers,
     learning_rate: optax.ScalarOrSchedule = 4.0,
     *,
-    damping: float = 1.0,
+    damping: float = 10.0,
     relative: bool = True,
     damp_bias: bool = False,
     decay: float = 0.95,
@@ -260,23 +256,22 @@ def foof(
 ) -> optax.GradientTransformationExtraArgs:
     """FOOF with steps of a size that its own metric measures, amortised.
 
-    The gradient is preconditioned (`scale_by_foof`), scaled to length one in the metric
-    (`scale_by_metric_norm`), averaged over steps and multiplied by the square root of the learning
-    rate. For plain FOOF chain `scale_by_foof`, `optax.trace` and `optax.scale_by_learning_rate`.
+    The gradient is averaged over steps, preconditioned (`scale_by_foof`), scaled to length one in
+    the metric (`scale_by_metric_norm`) and multiplied by the square root of the learning rate. For
+    plain FOOF chain `scale_by_foof`, `optax.trace` and `optax.scale_by_learning_rate`.
 
     Args:
       layers: from `find_layers`.
-      learning_rate: eps, the squared length of a step in the damped metric, before steps are
-        averaged: at most so far do the outputs of all layers together move for an average row,
-        were all their inputs held fixed. A number or a schedule, as for `lnb`.
+      learning_rate: eps, the squared length of a step in the damped metric: at most so far do the
+        outputs of all layers together move for an average row, were all their inputs held fixed.
+        A number, or better a schedule that falls, because no step is shorter than that.
       damping: lambda, as for `scale_by_foof`.
       relative: whether it is in units of the inputs' mean variance.
       damp_bias: whether biases are damped as well.
       decay: of the average of S.
       inverse_period: T, the steps from one inversion to the next.
       statistics_steps: how many of them gather statistics.
-      momentum: decay of the average of the steps; where these disagree it is shorter than eps
-        says.
+      momentum: decay of the average of the gradients.
       shared: "expand" or "reduce".
       weight_decay: rho; parameters shrink by sqrt(eps) rho in each step, even in one whose batch is
         not finite.
@@ -300,8 +295,8 @@ def foof(
         shared=shared,
     )
     return optax.chain(
+        average_gradients(momentum),
         scale_by_metric_norm(direction, floor=floor),
-        average_directions(momentum),
         descend(learning_rate, weight_decay),
     )
 

@@ -221,25 +221,32 @@ def conjugate_gradient(
     """
     preconditioned = precondition(right)
     size = dot(right, preconditioned)
-    # Of a singular system rounding errors would be all that is left, and grow.
-    solved = (10 * jnp.finfo(size.dtype).eps) ** 2 * size
+    # Of a singular system rounding errors would be all that is left, and grow: neither is a
+    # residual solved for that is nothing but these, nor a direction taken that has no curvature.
+    rounding = 10 * jnp.finfo(size.dtype).eps
+    solved = rounding**2 * size
 
     def body(_: Array, carry: tuple) -> tuple:
-        x, residual, direction, size = carry
+        x, residual, direction, size, length = carry
         image = apply(direction)
-        along = jnp.where(size > solved, jnp.maximum(dot(direction, residual), 0), 0)
-        step = _ratio(along, dot(direction, image))
+        curvature = dot(direction, image)
+        is_going = (size > solved) & (curvature >= rounding * length)
+        along = jnp.where(is_going, jnp.maximum(dot(direction, residual), 0), 0)
+        step = _ratio(along, curvature)
         x = add(x, scale(direction, step))
         residual = add(residual, scale(image, -step))
         preconditioned = precondition(residual)
-        new = dot(residual, preconditioned)
-        return x, residual, add(preconditioned, scale(direction, _ratio(new, size))), new
+        new = jnp.where(is_going, dot(residual, preconditioned), 0)
+        kept = _ratio(new, size)
+        direction = add(preconditioned, scale(direction, kept))
+        return x, residual, direction, new, new + kept**2 * length
 
-    carry = (zeros_like(right), right, preconditioned, size)
+    # The last number is the squared length of the direction in the preconditioner's metric.
+    carry = (zeros_like(right), right, preconditioned, size, size)
     if start is not None:  # the first direction, and none to be conjugate to
-        carry = (*carry[:2], start, jnp.full_like(size, jnp.inf))
+        carry = (*carry[:2], start, jnp.full_like(size, jnp.inf), jnp.zeros_like(size))
         iterations += 1
-    x, residual, _, _ = jax.lax.fori_loop(0, iterations, body, carry)
+    x, residual, *_ = jax.lax.fori_loop(0, iterations, body, carry)
     return x, residual
 
 

@@ -22,7 +22,7 @@ def scale_by_metric_norm(
     the step of size eps that Linear Neuron Boosting takes (eq. 1, Algorithms 1 and 2), for any
     method here that solves its system exactly. However stale the statistics behind M, its damping
     bounds such a step. An average of gradients has to come before it, so that d is solved for the
-    same g; an average of steps comes after it, and is shorter where they disagree.
+    same g.
 
     Args:
       inner: what makes d of g: `scale_by_foof(...)`.
@@ -97,10 +97,10 @@ def descend(
 
 
 class AverageState(NamedTuple):
-    """State of `average_directions`.
+    """State of `average_gradients`.
 
     Attributes:
-      count: directions so far. shape=(), dtype=int32
+      count: gradients so far. shape=(), dtype=int32
       sum: the running sum, like the parameters, in float32 at least.
     """
 
@@ -108,11 +108,10 @@ class AverageState(NamedTuple):
     sum: Any
 
 
-def average_directions(decay: float) -> optax.GradientTransformation:
-    """The debiased moving average of directions of length one.
+def average_gradients(decay: float) -> optax.GradientTransformation:
+    """The debiased moving average of gradients.
 
-    Where they disagree from step to step the average is shorter than they are. A direction of
-    zeros, which is what becomes of a batch that is not finite, passes and is forgotten.
+    One that is not finite passes as it is and is forgotten, so that what follows can refuse it.
     """
     check_decay(momentum=decay)
 
@@ -121,16 +120,16 @@ def average_directions(decay: float) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AverageState]:
         del params
-        directions = _linalg.wide(updates)
+        gradients = _linalg.wide(updates)
 
         def average() -> tuple[Any, AverageState]:
-            new = AverageState(state.count + 1, _linalg.average(state.sum, directions, decay))
+            new = AverageState(state.count + 1, _linalg.average(state.sum, gradients, decay))
             return _linalg.debiased(new.sum, decay, new.count), new
 
         averages, state = jax.lax.cond(
-            _linalg.dot_for_many(directions, directions) > 0,
+            _linalg.all_finite(gradients),
             average,
-            lambda: (directions, state),
+            lambda: (gradients, state),
         )
         return jax.tree.map(lambda u, x: x.astype(u.dtype), updates, averages), state
 

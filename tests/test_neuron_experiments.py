@@ -81,11 +81,12 @@ def test_each_method_is_trained_with_its_default_rate_and_with_others(
     assert neurons.main([*arguments.split(), str(tmp_path)]) == 0
     results = json.loads((tmp_path / "factorisation" / "results.json").read_text())
     rates = [run["hyperparameters"]["learning_rate"] for run in results["runs"].values()]
-    np.testing.assert_allclose(rates, [4, 4 / 10**0.5, 4 * 10**0.5])
+    default = neurons.FOOF.learning_rate
+    np.testing.assert_allclose(rates, [default, default / 10**0.5, default * 10**0.5])
     losses = [run["curve"][-1]["train_loss"] for run in results["runs"].values()]
     best = list(results["runs"])[int(np.argmin(losses))]
     defaults, rest = capsys.readouterr().out.split("best of 3 each:")
-    assert "default learning rates:" in defaults and "FOOF, 4 " in defaults
+    assert "default learning rates:" in defaults and f"FOOF, {default:.3g} " in defaults
     assert best in rest
     for name in ("best.png", "defaults.png"):
         assert (tmp_path / "factorisation" / name).stat().st_size > 10_000

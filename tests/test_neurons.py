@@ -466,7 +466,7 @@ ROTATION = np.linalg.qr(np.random.default_rng(1).normal(size=(4, 4)))[0]
 SIGNED_PERMUTATION = np.eye(4)[[2, 0, 3, 1]] * np.asarray([1.0, -1.0, -1.0, 1.0])
 ANY_MAP = np.random.default_rng(2).normal(size=(4, 4)) + 2 * np.eye(4)
 SHIFT = np.asarray([0.5, -1.0, 2.0, 0.1])
-TRUNCATED = functools.partial(lp.lnb, learning_rate=0.05, momentum=0.5)
+TRUNCATED = functools.partial(lp.lnb, learning_rate=0.05, momentum=0.5, ridge=1.0)
 CONVERGED = functools.partial(TRUNCATED, iterations=40)
 
 
