@@ -64,12 +64,20 @@ Kernel = Product | Solve
 
 
 class Compiled(NamedTuple):
-    """A compiled function with its arguments."""
+    """A compiled function with its arguments.
+
+    Attributes:
+      call: calls it.
+      repeats: how often in one `call`.
+      seconds: to trace and compile.
+      temporary, output: bytes.
+    """
 
     call: Callable[[], Any]
-    seconds: float  # to trace and compile
-    temporary: int  # bytes
-    output: int  # bytes
+    repeats: int
+    seconds: float
+    temporary: int
+    output: int
 
 
 def gradient_products(layers: lp.Layers, rows: int) -> Counter[Kernel]:
@@ -81,6 +89,14 @@ def gradient_products(layers: lp.Layers, rows: int) -> Counter[Kernel]:
         if i:  # nobody asks for the gradient by the images
             products[Product((rows, layer.d_out), (layer.d_out, layer.d_in), False)] += 1
     return products
+
+
+def inverse_products(layers: lp.Layers) -> Counter[Kernel]:
+    """What applies FOOF's inverses; making them is not counted."""
+    return Counter(
+        Product((layer.d_in, layer.d_in), (layer.d_in, layer.d_out), False)
+        for layer in layers.values()
+    )
 
 
 def foof_kernels(layers: lp.Layers, rows: int) -> Counter[Kernel]:
@@ -124,17 +140,37 @@ def local_products(
 
 
 def compile_call(function: Callable[..., Any], *args: Any) -> Compiled:
+    compiled, seconds = _compile(jax.jit(function), *args)
+    call = functools.partial(compiled, *args)
+    return Compiled(call, 1, seconds, *_bytes(compiled))
+
+
+def compile_steps(
+    step: Callable[..., Any], params: Any, state: Any, batch: Any, repeats: int = 1
+) -> Compiled:
+    """Steps that go on from each other, their parameters and state donated as in training."""
+    compiled, seconds = _compile(jax.jit(step, donate_argnums=(0, 1)), params, state, batch)
+    held = jax.tree.map(jnp.copy, (params, state))
+
+    def call() -> Any:
+        nonlocal held
+        for _ in range(repeats):
+            held = compiled(*held, batch)
+        return held
+
+    return Compiled(call, repeats, seconds, *_bytes(compiled))
+
+
+def _compile(jitted: Any, *args: Any) -> tuple[Any, float]:
     begin = time.perf_counter()
-    compiled = jax.jit(function).lower(*args).compile()
-    seconds = time.perf_counter() - begin
+    compiled = jitted.lower(*args).compile()
+    return compiled, time.perf_counter() - begin
+
+
+def _bytes(compiled: Any) -> tuple[int, int]:
     memory = compiled.memory_analysis()
     assert memory is not None, "this backend does not say how much memory a program takes"
-    return Compiled(
-        functools.partial(compiled, *args),
-        seconds,
-        memory.temp_size_in_bytes,
-        memory.output_size_in_bytes,
-    )
+    return memory.temp_size_in_bytes, memory.output_size_in_bytes
 
 
 def compile_kernel(kernel: Kernel, key: jax.Array) -> Compiled:
@@ -152,10 +188,11 @@ def compile_kernel(kernel: Kernel, key: jax.Array) -> Compiled:
     return compile_call(multiply, left, right)
 
 
-def clock(call: Callable[[], Any]) -> float:
+def clock(part: Compiled) -> float:
+    """Seconds of one of its calls."""
     begin = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - begin
+    jax.block_until_ready(part.call())
+    return (time.perf_counter() - begin) / part.repeats
 
 
 def measure(
@@ -164,8 +201,8 @@ def measure(
     """Seconds of each part and each product, round by round after one to warm up."""
     return [
         (
-            {name: clock(part.call) for name, part in parts.items()},
-            {product: clock(compiled.call) for product, compiled in products.items()},
+            {name: clock(part) for name, part in parts.items()},
+            {product: clock(compiled) for product, compiled in products.items()},
         )
         for _ in range(rounds + 1)
     ][1:]
@@ -203,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods = {
         "LocoProp-M": lp.locoprop_m(layers, 1e-5, iterations=iterations),
         "LocoProp-S": lp.locoprop_s(layers, 1e-5, iterations=iterations),
+        "FOOF": lp.foof(layers),
         "FOOF, T=1": lp.foof(layers, inverse_period=1),
         "LNB": lp.lnb(layers),
         "LNB, half the rows": lp.lnb(layers, fraction=0.5),
@@ -215,18 +253,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "capture, unused": compile_call(lambda p, b: capture(p, b)[:2], params, batch),
     }
     for name, tx in methods.items():
-        parts[name] = compile_call(functools.partial(step, tx), params, tx.init(params), batch)
-    # One step of a period gathers statistics and inverts them, the others do not.
-    foof = lp.foof(layers, inverse_period=PERIOD)
-    _, first = jax.jit(functools.partial(step, foof))(params, foof.init(params), batch)
-    for name, count in (("FOOF, inverting", PERIOD), ("FOOF, between", PERIOD + 1)):
-        state = optax.tree.set(first, count=jnp.asarray(count, jnp.int32))
-        parts[name] = compile_call(functools.partial(step, foof), params, state, batch)
+        parts[name] = compile_steps(
+            functools.partial(step, tx),
+            params,
+            tx.init(params),
+            batch,
+            repeats=PERIOD if name == "FOOF" else 1,  # one of them inverts
+        )
     gradient = gradient_products(layers, rows)
     needed = {
         "value_and_grad": gradient,
         "LocoProp-M": gradient + local_products(layers, rows, iterations, matching=True),
         "LocoProp-S": gradient + local_products(layers, rows, iterations, matching=False),
+        "FOOF": gradient + inverse_products(layers),
         "FOOF, T=1": gradient + foof_kernels(layers, rows),
         "LNB": gradient + metric_products(layers, rows, 3),
     }
@@ -243,10 +282,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def matmuls(name: str) -> Callable[[dict, dict], float]:
         return lambda _, bare: sum(count * bare[p] for p, count in needed[name].items())
-
-    def foof_by_adam(seconds: dict, _: dict) -> float:
-        period = seconds["FOOF, inverting"] + (PERIOD - 1) * seconds["FOOF, between"]
-        return period / PERIOD / seconds["Adam"]
 
     plain = parts["value_and_grad"]
     arrays = bytes_of(capture(params, batch)[2])
@@ -265,7 +300,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"time: LocoProp-S step, T={iterations} / its matmuls": ratio(
             "LocoProp-S", matmuls("LocoProp-S")
         ),
-        f"time: FOOF step, T={PERIOD} / Adam step": spread(foof_by_adam),
+        f"time: FOOF step, T={PERIOD} / Adam step": ratio("FOOF", lambda s, _: s["Adam"]),
+        f"time: FOOF step, T={PERIOD} / matmuls of gradient and inverses": ratio(
+            "FOOF", matmuls("FOOF")
+        ),
         "time: FOOF step, T=1 / its matmuls and solves": ratio("FOOF, T=1", matmuls("FOOF, T=1")),
         "time: LNB step / nine matmuls": ratio("LNB", matmuls("LNB")),
         "time: LNB step, half the rows / LNB step": ratio(
