@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from locoprop_jax._layers import Layer, Layers, leaves_by_path, parameter_paths, path_name
+from locoprop_jax._layers import Captured, Layer, Layers, leaves_by_path, parameter_paths, path_name
 from locoprop_jax._linalg import second_moment
 
 Block = dict[str, Array]  # {"kernel": (d_in, d_out), "bias": (d_out,)}, or one of the two
@@ -119,6 +119,30 @@ def gram(inputs: Float[Array, "rows d_in"]) -> Callable[[Block], Block]:
 def as_rows(x: Float[Array, "... d"], dtype: Any) -> Float[Array, "rows d"]:
     """All axes but the last joined, in the dtype of a block."""
     return x.reshape(-1, x.shape[-1]).astype(dtype)
+
+
+def curvature_rows(
+    captured: Captured, name: str, source: str | None, dtype: Any, *, is_after: bool = False
+) -> Float[Array, "samples_rows d_out"] | None:
+    """Rows whose second moment, summed, is the Fisher's factor of a layer's outputs.
+
+    Args:
+      captured: of the batch.
+      name: of the layer.
+      source: "captured", or "empirical" for the loss's own cotangents; None for no rows.
+      dtype: of the rows.
+      is_after: whether of the outputs after the transfer function.
+
+    Raises:
+      ValueError: they were not captured.
+    """
+    arrays = captured[name]
+    if source is None:
+        return None
+    if source == "captured":
+        return as_rows(arrays.transferred_curvature if is_after else arrays.curvature, dtype)
+    empirical = arrays.transferred_cotangents if is_after else arrays.cotangents
+    return as_rows(empirical, dtype) * jnp.sqrt(jnp.asarray(captured.terms, dtype))
 
 
 def divide(

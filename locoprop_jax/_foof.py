@@ -8,17 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from locoprop_jax import _layers, _linalg
+from locoprop_jax._amortised import Amortisation, AmortisedState, keep_finite
 from locoprop_jax._blocks import Block, as_rows, blocks, divide, dtype_of, replace
-from locoprop_jax._checks import (
-    check_decay,
-    check_layers,
-    check_not_negative,
-    check_whole,
-    is_number,
-)
+from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._layers import Captured, LayerArrays, Layers
 from locoprop_jax._metric import average_gradients, descend, scale_by_metric_norm
 from locoprop_jax._stacking import map_layers
@@ -46,7 +41,7 @@ class Metric(NamedTuple):
     bias: Float[Array, ""]
 
 
-class FoofState(NamedTuple):
+class FoofState(AmortisedState):
     """State of `scale_by_foof`.
 
     Attributes:
@@ -54,15 +49,9 @@ class FoofState(NamedTuple):
       gathered: `count` after the last batch whose statistics were gathered. shape=(), dtype=int32
       failures: factorisations that did not succeed; their layers kept the inverse they had, or
         stood still. shape=(), dtype=int32
-      statistics: their running sums by layer. Empty for the current batch's alone.
-      inverse: the metric with its inverse by layer. Empty if every step solves its own.
+      statistics: `Statistics` by layer, their running sums. Empty for the current batch's alone.
+      inverse: `Metric` by layer, with its inverse. Empty if every step solves its own.
     """
-
-    count: Int[Array, ""]
-    gathered: Int[Array, ""]
-    failures: Int[Array, ""]
-    statistics: dict[str, Statistics]
-    inverse: dict[str, Metric]
 
 
 class LayerRows(NamedTuple):
@@ -135,9 +124,9 @@ def scale_by_foof(
       Benzing, `Gradient Descent on Neurons and its Link to Approximate Second-Order Optimization
       <https://arxiv.org/abs/2201.12250>`_, 2022: section 4, appendices D and K.
     """
-    _check(layers, damping, decay, inverse_period, statistics_steps, shared)
+    amortisation = Amortisation(decay, inverse_period, statistics_steps)
+    _check(layers, damping, amortisation, shared)
     is_amortised = inverse_period > 1
-    is_averaged = not is_number(decay) or decay > 0
     damped = Damping(damping, relative, damp_bias)
 
     def init(params: Any) -> FoofState:
@@ -148,7 +137,7 @@ def scale_by_foof(
         statistics, inverse = {}, {}
         for name, (d, dtype) in _kernels(layers, params).items():
             make = functools.partial(zeros, dtype=dtype)
-            if is_averaged:
+            if amortisation.is_averaged:
                 statistics[name] = Statistics(make(d, d), make(d))
             if is_amortised:
                 inverse[name] = Metric(make(d, d), make(d), make())
@@ -168,66 +157,43 @@ def scale_by_foof(
         rows = {name: _layer_rows(captured[name], slopes[name], shared) for name in slopes}
         with_kernel = {name: own for name, own in rows.items() if "kernel" in own.slope}
         ok = _linalg.all_finite((updates, [own.inputs for own in rows.values()]))
-        due = ok & _is_due(state.count, inverse_period)
-        soon = ok & ((-state.count) % inverse_period < statistics_steps)
 
-        def system(own: LayerRows, average: Statistics | None, gathered: Array) -> Metric:
-            if average is None:
-                now = _statistics(own.inputs)
-            else:
-                now = _linalg.debiased(average, decay, gathered)
-            return _metric(now, own.slope, damped)
+        def gather() -> dict[str, Statistics]:
+            return {name: _statistics(own.inputs) for name, own in with_kernel.items()}
 
-        def sources(state: FoofState) -> dict[str, tuple[LayerRows, Statistics | None, Array]]:
-            return {
-                name: (own, state.statistics.get(name), state.gathered)
-                for name, own in with_kernel.items()
-            }
-
-        def invert(_: str, arrays: tuple[LayerRows, Statistics | None, Array]) -> Metric:
-            metric = system(*arrays)
+        def invert(_: str, arrays: tuple[Statistics, Block]) -> Metric:
+            metric = _metric(*arrays, damped)
             return metric._replace(kernel=_linalg.inverse(metric.kernel))
 
-        def refresh(old: FoofState) -> FoofState:
-            new = old
-            if is_averaged:
-                new = new._replace(
-                    statistics=_average(with_kernel, old, decay), gathered=old.count + 1
-                )
-            if is_amortised:
-                inverse, failures = jax.lax.cond(
-                    due,
-                    lambda: _keep_finite(
-                        map_layers(invert, sources(new)), old.inverse, old.failures
-                    ),
-                    lambda: (old.inverse, old.failures),
-                )
-                new = new._replace(inverse=inverse, failures=failures)
-            return new
+        def invert_all(averages: dict[str, Statistics]) -> dict[str, Metric]:
+            sources = {name: (averages[name], with_kernel[name].slope) for name in averages}
+            return map_layers(invert, sources) if is_amortised else {}
 
         def apply(_: str, arrays: tuple[Block, Metric]) -> Block:
             slope, inverse = arrays
             return divide(slope, inverse.mean, inverse.bias, lambda right: inverse.kernel @ right)
 
-        def solve(_: str, arrays: tuple[LayerRows, Statistics | None, Array]) -> Block:
-            own, average, gathered = arrays
+        def solve(_: str, arrays: tuple[LayerRows, Statistics | None]) -> Block:
+            own, average = arrays
             if average is None:
                 return _solve_batch(own, damped)
-            metric = system(own, average, gathered)
+            metric = _metric(average, own.slope, damped)
             by_kernel = functools.partial(_linalg.solve, metric.kernel)
             return divide(own.slope, metric.mean, metric.bias, by_kernel)
 
-        if is_averaged or is_amortised:
-            # One conditional for all that is kept: each of them copies what it passes on.
-            state = jax.lax.cond(due | soon, refresh, lambda old: old, state)
+        if amortisation.is_averaged or is_amortised:
+            state = amortisation.advance(state, ok, gather, invert_all)
         failures = state.failures
         if is_amortised:
             new = map_layers(
                 apply, {name: (own.slope, state.inverse[name]) for name, own in with_kernel.items()}
             )
         else:
-            new = map_layers(solve, sources(state))
-            new, failed = _keep_finite(new, _linalg.zeros_like(new), failures)
+            averages = amortisation.averages(state)
+            new = map_layers(
+                solve, {name: (own, averages.get(name)) for name, own in with_kernel.items()}
+            )
+            new, failed = keep_finite(new, _linalg.zeros_like(new), failures)
             failures = jnp.where(ok, failed, failures)
         alone = {
             name: _divide_bias(own, damped) for name, own in rows.items() if name not in with_kernel
@@ -316,20 +282,6 @@ def _statistics(inputs: Float[Array, "rows d_in"]) -> Statistics:
     return Statistics(_linalg.second_moment(inputs) / len(inputs), inputs.mean(0))
 
 
-def _average(rows: dict[str, LayerRows], state: FoofState, decay: Any) -> dict[str, Statistics]:
-    """The running sums with this batch; what they forget is counted in steps."""
-    new = {name: _statistics(own.inputs) for name, own in rows.items()}
-    steps = state.count + 1 - state.gathered
-    dtype = jnp.result_type(*jax.tree.leaves(new)) if new else jnp.float32
-    return _linalg.average(state.statistics, new, _linalg.power(decay, steps, dtype))
-
-
-def _is_due(count: Int[Array, ""], period: int) -> Bool[Array, ""]:
-    """Whether this step inverts: each `period` of them, and early on after 0, 1, 2, 4, 8..."""
-    is_power_of_two = count & (count - 1) == 0
-    return (count % period == 0) | ((count < period) & is_power_of_two)
-
-
 # --- solving -------------------------------------------------------------------------------------
 
 
@@ -396,16 +348,6 @@ def _solve_batch(own: LayerRows, damping: Damping) -> Block:
     return divide(own.slope, mean, bias, lambda right: rows * _linalg.ridge(x, right, e, weight))
 
 
-def _keep_finite(
-    new: dict[str, Any], old: dict[str, Any], failures: Int[Array, ""]
-) -> tuple[dict[str, Any], Int[Array, ""]]:
-    """The new trees where they are finite, the old ones elsewhere, and how often that was."""
-    finite = {name: _linalg.all_finite(tree) for name, tree in new.items()}
-    kept = {name: _linalg.where(finite[name], new[name], old[name]) for name in new}
-    failed = [1 - flag.astype(jnp.int32) for flag in finite.values()]
-    return kept, sum(failed, start=failures)
-
-
 # --- checks --------------------------------------------------------------------------------------
 
 
@@ -420,22 +362,9 @@ def _kernels(layers: Layers, params: Any) -> dict[str, tuple[int, Any]]:
     }
 
 
-def _check(
-    layers: Any,
-    damping: Any,
-    decay: Any,
-    inverse_period: int,
-    statistics_steps: int,
-    shared: str,
-) -> None:
+def _check(layers: Any, damping: Any, amortisation: Amortisation, shared: str) -> None:
     check_layers(layers, "scale_by_foof")
     check_not_negative(damping=damping)
-    check_decay(decay=decay)
-    check_whole(inverse_period=inverse_period, statistics_steps=statistics_steps)
-    if statistics_steps > inverse_period:
-        raise ValueError(
-            f"`statistics_steps` are some of the {inverse_period} of `inverse_period`, got "
-            f"{statistics_steps}."
-        )
+    amortisation.check()
     if shared not in ("expand", "reduce"):
         raise ValueError(f'`shared` is "expand" or "reduce", got {shared!r}.')

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from locoprop_jax._blocks import Block, Rows, as_rows, dtype_of, pull
+from locoprop_jax._blocks import Block, Rows, as_rows, curvature_rows, dtype_of, pull
 from locoprop_jax._divergences import Divergence, Target
 from locoprop_jax._layers import Captured, Layer, LayerArrays
 from locoprop_jax._regularizers import Layerwise, Penalty, Regularizer, penalty_of
@@ -97,8 +97,8 @@ def layer_data(
         outputs=as_rows(arrays.outputs, dtype),
         cotangents=as_rows(arrays.cotangents, dtype),
         transferred=as_rows(arrays.transferred_cotangents, dtype) if is_after else None,
-        target_curvature=_curvature(captured, arrays, for_target, is_after, dtype),
-        curvature=_curvature(captured, arrays, for_penalty, False, dtype),
+        target_curvature=curvature_rows(captured, layer.name, for_target, dtype, is_after=is_after),
+        curvature=curvature_rows(captured, layer.name, for_penalty, dtype),
         weights=blocks[0],
         updates=blocks[1],
         inner=states[0],
@@ -109,18 +109,6 @@ def layer_data(
 def _is_after_transfer(divergence: Divergence, layer: Layer) -> bool:
     """Whether the layer's target is a step after its transfer function: not at an output layer."""
     return divergence.after_transfer and not layer.uses_head and not layer.transfer.is_identity
-
-
-def _curvature(
-    captured: Captured, arrays: LayerArrays, source: str | None, is_after: bool, dtype: Any
-) -> Float[Array, "samples_rows d_out"] | None:
-    """Rows whose second moment, summed, is the Fisher's factor of the layer's outputs."""
-    if source is None:
-        return None
-    if source == "captured":
-        return as_rows(arrays.transferred_curvature if is_after else arrays.curvature, dtype)
-    empirical = arrays.transferred_cotangents if is_after else arrays.cotangents
-    return as_rows(empirical, dtype) * jnp.sqrt(jnp.asarray(captured.terms, dtype))
 
 
 def local_problem(
