@@ -81,6 +81,7 @@ class Experiment(NamedTuple):
       epochs, batch_size: unless the command line has them. An epoch of the factorisation is a step.
       labels: whether the images need theirs.
       log: whether the plots' losses have a logarithmic axis.
+      images: whether it trains on the images at all.
     """
 
     title: str
@@ -90,6 +91,7 @@ class Experiment(NamedTuple):
     batch_size: int
     labels: bool = False
     log: bool = False
+    images: bool = True
 
 
 # --- problems ------------------------------------------------------------------------------------
@@ -251,8 +253,19 @@ LNB_CHANGES: Mapping[str, Mapping[str, Any]] = {
 
 
 def _second_order(problem: Problem) -> Mapping[str, Contestant]:
+    """Without noise in the gradient little damping is needed, and a short step."""
+    little = {
+        "lnb_little": ("LNB, ridge 0.01", functools.partial(lp.lnb, ridge=0.01)),
+        "foof_little": ("FOOF, damping 0.01", functools.partial(lp.foof, damping=0.01)),
+    }
     newton = Contestant("Gauss-Newton", functools.partial(gauss_newton, problem=problem), 1.0)
-    return {"lnb": LNB, "foof": FOOF, "gauss_newton": newton, "adam": ADAM}
+    return {
+        "lnb": LNB,
+        "foof": FOOF,
+        **{key: Contestant(label, build, 0.4, True) for key, (label, build) in little.items()},
+        "gauss_newton": newton,
+        "adam": ADAM,
+    }
 
 
 EXPERIMENTS: Mapping[str, Experiment] = {
@@ -263,6 +276,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         epochs=300,
         batch_size=1000,
         log=True,
+        images=False,
     ),
     "inverted": Experiment(
         "Two layers of 800 tanh units, on images and on 1 - images",
@@ -274,6 +288,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         epochs=10,
         batch_size=1000,
         labels=True,
+        log=True,
     ),
     "mlp": Experiment(
         "Three layers of 1000 ReLU units, batches of 100",
@@ -413,7 +428,7 @@ def _plot(
         )
         for run in runs
     }
-    of = "" if experiment.log else f": {dataset.name}, {len(dataset.train):,} images"
+    of = f": {dataset.name}, {len(dataset.train):,} images" if experiment.images else ""
     plots.plot_losses(runs, f"{experiment.title}{of}; {kind}", path, looks, log=experiment.log)
 
 

@@ -20,7 +20,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D")
 TEXT, FAINT = "#333333", "#DDDDDD"
 GAP = 1  # pixels around each image
-LABEL_WIDTH, LABEL_GAP = 0.25, 0.055  # what a label takes up, as shares of the axes
+LETTER_WIDTH, LABEL_GAP = 0.024, 0.055  # what a label takes up, as shares of the axes
 
 
 class Look(NamedTuple):
@@ -129,13 +129,12 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> Non
     left, right = axes.get_xlim()
     scale = axes.yaxis.get_transform().transform
     low, high = scale(axes.get_ylim())
-    placed: list[tuple[float, float]] = []
+    placed: list[tuple[float, float, float]] = []
     for label, (x, y, colour) in sorted(ends.items(), key=lambda item: item[1][1]):
-        floors = [
-            at + LABEL_GAP for place, at in placed if abs(x - place) < LABEL_WIDTH * (right - left)
-        ]
+        end = x + LETTER_WIDTH * len(label) * (right - left)
+        floors = [at + LABEL_GAP for start, stop, at in placed if x < stop and start < end]
         height = max([(float(scale(y)) - low) / (high - low), *floors])
-        placed.append((x, height))
+        placed.append((x, end, height))
         axes.annotate(
             label,
             (x, height),
