@@ -16,7 +16,6 @@ from locoprop_jax._foof import FoofState as FoofState
 from locoprop_jax._foof import foof as foof
 from locoprop_jax._foof import scale_by_foof as scale_by_foof
 from locoprop_jax._kfac import KfacState as KfacState
-from locoprop_jax._kfac import kfac as kfac
 from locoprop_jax._kfac import scale_by_kfac as scale_by_kfac
 from locoprop_jax._layers import Captured as Captured
 from locoprop_jax._layers import Layer as Layer

@@ -24,7 +24,6 @@ from locoprop_jax._blocks import (
 )
 from locoprop_jax._checks import check_fisher, check_layers
 from locoprop_jax._layers import Captured, Layers
-from locoprop_jax._metric import average_gradients, descend, scale_by_metric_norm
 from locoprop_jax._stacking import map_layers
 
 
@@ -68,7 +67,7 @@ class KfacState(AmortisedState):
 def scale_by_kfac(
     layers: Layers,
     *,
-    damping: float = 1e-2,
+    damping: float = 1.0,
     relative: bool = True,
     exact_damping: bool = False,
     curvature: str = "captured",
@@ -88,6 +87,9 @@ def scale_by_kfac(
     sqrt(k) / pi)^-1, with pi^2 the ratio of the factors' mean eigenvalues; or exact (Benzing calls
     it correct), which takes two eigendecompositions at each inversion. Weights that an example uses
     at several positions have each taken for a row.
+
+    For steps that its metric measures chain `scale_by_metric_norm(scale_by_kfac(...))` and
+    `optax.scale_by_learning_rate`; their squared length is in units of the loss.
 
     Args:
       layers: from `find_layers`.
@@ -183,69 +185,6 @@ def scale_by_kfac(
         return _linalg.where(ok, directions, _linalg.zeros_like(directions)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def kfac(
-    layers: Layers,
-    learning_rate: optax.ScalarOrSchedule = 1.0,
-    *,
-    damping: float = 1e-2,
-    relative: bool = True,
-    exact_damping: bool = False,
-    curvature: str = "captured",
-    decay: float = 0.95,
-    inverse_period: int = 20,
-    statistics_steps: int = 1,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    floor: float = 1e-4,
-) -> optax.GradientTransformationExtraArgs:
-    """K-FAC with steps of a size that its own metric measures, amortised.
-
-    The gradient is averaged over steps, preconditioned (`scale_by_kfac`), scaled to length one in
-    the metric (`scale_by_metric_norm`) and multiplied by the square root of the learning rate. For
-    steps that its curvature makes long or short chain `scale_by_kfac`, `optax.trace` and
-    `optax.scale_by_learning_rate`.
-
-    Args:
-      layers: from `find_layers`.
-      learning_rate: eps, the squared length of a step in the damped metric: twice what the
-        quadratic model of the loss rises by, were the step taken from a minimum. In units of the
-        loss. A number, or better a schedule that falls, because no step is shorter than that.
-      damping: as for `scale_by_kfac`.
-      relative: whether it is in units of the mean eigenvalue.
-      exact_damping: whether it is added in the eigenvectors of both factors.
-      curvature: "captured" or "empirical".
-      decay: of the averages of both factors.
-      inverse_period: the steps from one inversion to the next.
-      statistics_steps: how many of them gather statistics.
-      momentum: decay of the average of the gradients.
-      weight_decay: rho; parameters shrink by sqrt(eps) rho in each step, even in one whose batch is
-        not finite.
-      floor: as for `scale_by_metric_norm`.
-
-    Returns:
-      A complete optimizer. Its `update` needs `captured`, from
-      `value_grad_and_capture(loss_fn, curvature=...)`, and the parameters if there is weight decay.
-
-    Raises:
-      ValueError, TypeError: as `scale_by_kfac` and `scale_by_metric_norm`.
-    """
-    direction = scale_by_kfac(
-        layers,
-        damping=damping,
-        relative=relative,
-        exact_damping=exact_damping,
-        curvature=curvature,
-        decay=decay,
-        inverse_period=inverse_period,
-        statistics_steps=statistics_steps,
-    )
-    return optax.chain(
-        average_gradients(momentum),
-        scale_by_metric_norm(direction, floor=floor),
-        descend(learning_rate, weight_decay),
-    )
 
 
 # --- one layer -----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import locoprop_jax as lp
+from locoprop_jax._metric import descend
 
 # --- the table -----------------------------------------------------------------------------------
 
@@ -50,6 +51,13 @@ def chained_local_loss(layers, learning_rate, gamma, weight):
     return optax.chain(local_loss, optax.scale(-1.0))
 
 
+def kfac_with_metric_steps(layers, learning_rate, damping, decay):
+    kfac = lp.scale_by_kfac(
+        layers, damping=damping, decay=decay, curvature="empirical", inverse_period=3
+    )
+    return optax.chain(lp.scale_by_metric_norm(kfac), descend(learning_rate, 0.0))
+
+
 METHODS = {
     "foof": Method(
         lp.foof,
@@ -66,6 +74,13 @@ METHODS = {
         static=("relative", "iterations", "online", "fraction"),
         is_joint=True,
         statistics=("moments",),
+    ),
+    "kfac": Method(
+        kfac_with_metric_steps,
+        0.3,
+        {"damping": 0.1, "decay": 0.9},
+        is_joint=True,
+        statistics=("statistics", "inverse"),
     ),
     "locoprop_s": Method(
         lp.locoprop_s,
