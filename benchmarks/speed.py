@@ -188,11 +188,10 @@ def compile_kernel(kernel: Kernel, key: jax.Array) -> Compiled:
     return compile_call(multiply, left, right)
 
 
-def clock(part: Compiled) -> float:
-    """Seconds of one of its calls."""
+def clock(call: Callable[[], Any]) -> float:
     begin = time.perf_counter()
-    jax.block_until_ready(part.call())
-    return (time.perf_counter() - begin) / part.repeats
+    jax.block_until_ready(call())
+    return time.perf_counter() - begin
 
 
 def measure(
@@ -201,8 +200,8 @@ def measure(
     """Seconds of each part and each product, round by round after one to warm up."""
     return [
         (
-            {name: clock(part) for name, part in parts.items()},
-            {product: clock(compiled) for product, compiled in products.items()},
+            {name: clock(part.call) / part.repeats for name, part in parts.items()},
+            {product: clock(compiled.call) for product, compiled in products.items()},
         )
         for _ in range(rounds + 1)
     ][1:]
