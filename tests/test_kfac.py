@@ -67,7 +67,7 @@ def step(net, tx, params, state, batch, curvature=None, rng=None):
     return update(params, state, *batch)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     net=nets(),
     damping=st.floats(0.05, 2),
@@ -94,7 +94,7 @@ def test_a_step_divides_by_the_damped_kronecker_product(
     assert (state.count, state.failures) == (1, 0)
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(net=nets(), seed=st.integers(0, 99))
 def test_with_one_example_and_all_columns_the_product_is_the_gauss_newton_block(net, seed):
     """KFLR (practical GN, section 3.4): E[a a'] (x) E[G] loses nothing when there is one term."""
@@ -119,7 +119,7 @@ def test_with_one_example_and_all_columns_the_product_is_the_gauss_newton_block(
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-8)
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(net=nets(), damping=st.floats(0.05, 1), gamma=st.floats(0.1, 2), seed=st.integers(0, 99))
 def test_locoprop_with_natural_targets_is_kfac_with_factored_damping(net, damping, gamma, seed):
     """LocoProp, Proposition 1: lambda_A = 1 / (eta N), learning rate gamma / N, layer by layer."""
