@@ -122,14 +122,14 @@ def as_rows(x: Float[Array, "... d"], dtype: Any) -> Float[Array, "rows d"]:
 
 
 def curvature_rows(
-    captured: Captured, name: str, source: str | None, dtype: Any, *, is_after: bool = False
-) -> Float[Array, "samples_rows d_out"] | None:
+    captured: Captured, name: str, source: str, dtype: Any, *, is_after: bool = False
+) -> Float[Array, "samples_rows d_out"]:
     """Rows whose second moment, summed, is the Fisher's factor of a layer's outputs.
 
     Args:
       captured: of the batch.
       name: of the layer.
-      source: "captured", or "empirical" for the loss's own cotangents; None for no rows.
+      source: "captured", or "empirical" for the loss's own cotangents.
       dtype: of the rows.
       is_after: whether of the outputs after the transfer function.
 
@@ -137,8 +137,6 @@ def curvature_rows(
       ValueError: they were not captured.
     """
     arrays = captured[name]
-    if source is None:
-        return None
     if source == "captured":
         return as_rows(arrays.transferred_curvature if is_after else arrays.curvature, dtype)
     empirical = arrays.transferred_cotangents if is_after else arrays.cotangents

@@ -160,9 +160,7 @@ def scale_by_kfac(
         for name, slope in slopes.items():
             dtype = dtype_of(slope)
             inputs = as_rows(captured[name].inputs, dtype)
-            cotangents = curvature_rows(captured, name, curvature, dtype)
-            assert cotangents is not None
-            rows[name] = inputs, cotangents
+            rows[name] = inputs, curvature_rows(captured, name, curvature, dtype)
         ok = _linalg.all_finite((updates, rows))
 
         def gather() -> dict[str, Factors]:
@@ -240,7 +238,6 @@ def _sizes(layers: Layers, params: Any) -> dict[str, tuple[int, int, Any]]:
     if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
         return dict.fromkeys(layers, (1, 1, jnp.float32))
     return {
-        name: (sum(part.size for part in block.values()) // d_out, d_out, dtype_of(block))
+        name: (*jax.eval_shape(matrix, block).shape, dtype_of(block))
         for name, block in blocks(layers, params).items()
-        for d_out in [next(iter(block.values())).shape[-1]]
     }

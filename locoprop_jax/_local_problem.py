@@ -92,13 +92,19 @@ def layer_data(
     arrays, dtype = captured[layer.name], dtype_of(blocks[1])
     is_after = _is_after_transfer(divergence, layer)
     for_target, for_penalty = curvatures
+
+    def curvature(source: str | None, is_after: bool) -> Float[Array, "samples_rows d_out"] | None:
+        if source is None:
+            return None
+        return curvature_rows(captured, layer.name, source, dtype, is_after=is_after)
+
     return LayerData(
         inputs=as_rows(arrays.inputs, dtype),
         outputs=as_rows(arrays.outputs, dtype),
         cotangents=as_rows(arrays.cotangents, dtype),
         transferred=as_rows(arrays.transferred_cotangents, dtype) if is_after else None,
-        target_curvature=curvature_rows(captured, layer.name, for_target, dtype, is_after=is_after),
-        curvature=curvature_rows(captured, layer.name, for_penalty, dtype),
+        target_curvature=curvature(for_target, is_after),
+        curvature=curvature(for_penalty, False),
         weights=blocks[0],
         updates=blocks[1],
         inner=states[0],

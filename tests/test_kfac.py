@@ -26,8 +26,7 @@ EMPIRICAL = {"curvature": "empirical"}
 def factors(net, params, batch, curvature, rng=None):
     """S, Gamma and the gradient of each layer, dense; Gamma of what capture hands out."""
     capture = lp.value_grad_and_capture(net.loss, curvature=curvature)
-    captured = capture(params, *batch, rng=rng)[2] if rng is not None else None
-    captured = capture(params, *batch)[2] if captured is None else captured
+    captured = capture(params, *batch, **({} if rng is None else {"rng": rng}))[2]
     slopes = net.gradients(params, *batch)
     result = {}
     for name, (x, *_) in zip(net.names, net.backprop(params, *batch), strict=True):
