@@ -15,6 +15,13 @@ from locoprop_jax._divergences import oracle as oracle
 from locoprop_jax._foof import FoofState as FoofState
 from locoprop_jax._foof import foof as foof
 from locoprop_jax._foof import scale_by_foof as scale_by_foof
+from locoprop_jax._gauss_newton import GaussNewtonStepState as GaussNewtonStepState
+from locoprop_jax._gauss_newton import (
+    scale_by_gauss_newton_step as scale_by_gauss_newton_step,
+)
+from locoprop_jax._hessian_free import HessianFreeState as HessianFreeState
+from locoprop_jax._hessian_free import hessian_free as hessian_free
+from locoprop_jax._hessian_free import scale_by_hessian_free as scale_by_hessian_free
 from locoprop_jax._kfac import KfacState as KfacState
 from locoprop_jax._kfac import scale_by_kfac as scale_by_kfac
 from locoprop_jax._layers import Captured as Captured
@@ -31,6 +38,8 @@ from locoprop_jax._locoprop import pocoprop_m as pocoprop_m
 from locoprop_jax._locoprop import pocoprop_s as pocoprop_s
 from locoprop_jax._locoprop import proxprop as proxprop
 from locoprop_jax._metric import scale_by_metric_norm as scale_by_metric_norm
+from locoprop_jax._products import fisher_vector_product as fisher_vector_product
+from locoprop_jax._products import gauss_newton_vector_product as gauss_newton_vector_product
 from locoprop_jax._regularizers import Penalty as Penalty
 from locoprop_jax._regularizers import Regularizer as Regularizer
 from locoprop_jax._regularizers import l1 as l1

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ from locoprop_jax._chains import Chain, Shape
 from locoprop_jax._curvature import Point, Target
 from locoprop_jax._detect import Site
 from locoprop_jax._flow import Piece
-from locoprop_jax._jaxpr import Address, Path, Program
+from locoprop_jax._heads import HeadPlan, addresses, as_struct, head_plan
+from locoprop_jax._jaxpr import Address, Path
 from locoprop_jax._layers import (
     Captured,
     Head,
@@ -140,42 +141,6 @@ def _same_order(one: Chain, other: Chain, shape: Shape) -> bool:
     return np.array_equal(_chains.apply(one, order), _chains.apply(other, order))
 
 
-class HeadPlan(NamedTuple):
-    """An output layer's head: the loss from its outputs on, and the other values it needs."""
-
-    closed: Any
-    free: list[int]
-
-
-def _head_plan(traced: Traced, site: Site) -> HeadPlan:
-    """Cut the head out of the program.
-
-    What the loss computes from other parameters (regularizers, other output layers) is held fixed
-    at its value, what it computes from the arguments alone is computed again.
-    """
-    program, loss = traced.program, traced.program.outputs[0]
-    moving = _flow.reached_from(program, [site.output])
-    of_params = _flow.reached_from(program, program.inputs[: traced.n_leaves])
-    equations, _ = program.slice([site.output], loss)
-    fixed = {v for e in equations for v in e.inputs if v in of_params and v not in moving}
-    equations, free = program.slice([site.output, *fixed], loss)
-    free = [v for v in free if v != site.output]
-
-    def head(output: Any, *values: Any) -> Any:
-        return program.call(
-            equations,
-            {site.output: output, **dict(zip(free, values, strict=True))},
-            loss,
-        )
-
-    avals = [program.avals[v] for v in (site.output, *free)]
-    return HeadPlan(jax.make_jaxpr(head)(*map(_struct, avals)), free)
-
-
-def _struct(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-
-
 def _transfer_of(traced: Traced, piece: Piece) -> Transfer:
     """Find what the network applies to a layer's outputs."""
     program = traced.program
@@ -186,7 +151,7 @@ def _transfer_of(traced: Traced, piece: Piece) -> Transfer:
         return program.call(piece.equations, {piece.begin: a}, piece.end)
 
     aval = program.avals[piece.begin]
-    closed = jax.make_jaxpr(function)(_struct(aval))
+    closed = jax.make_jaxpr(function)(as_struct(aval))
     traced_piece = _transfer.TracedPiece(closed, tuple(aval.shape), aval.dtype)
     return _transfer.recognise(traced_piece, aval.dtype, piece.note)
 
@@ -372,7 +337,7 @@ def value_grad_and_capture(
         traced = trace(loss_fn, params, args, kwargs, has_aux)
         program, sites, names = traced.program, traced.detection.sites, _names(traced)
         ends = sorted(_detect.output_sites(program, traced.detection))
-        heads = {i: _head_plan(traced, sites[i]) for i in ends}
+        heads = {i: head_plan(traced, sites[i].output) for i in ends}
         found = [
             _piece(traced, site) if transferred and i not in ends else None
             for i, site in enumerate(sites)
@@ -385,14 +350,14 @@ def value_grad_and_capture(
             targets = _curvature.plan(traced, curvature, names, to_rows)
         inputs = [_detect.input_address(program, site) for site in sites]
         outputs = [_detect.output_address(program, site) for site in sites]
-        piece_ends = _addresses(program, [piece.end for piece in pieces if piece])
-        fixed = _addresses(
+        piece_ends = addresses(program, [piece.end for piece in pieces if piece])
+        fixed = addresses(
             program,
             [v for plan in heads.values() for v in plan.free]
             + [v for target in targets for v in target.operands],
         )
-        injected = _addresses(program, [target.value for target in targets])
-        terms = _addresses(program, [target.terms for target in targets if target.call])
+        injected = addresses(program, [target.value for target in targets])
+        terms = addresses(program, [target.terms for target in targets if target.call])
         record = frozenset([*inputs, *outputs, *fixed.values(), *injected.values()])
 
         def forward(params: Any, perturbations: dict) -> tuple[Any, Any]:
@@ -513,14 +478,3 @@ def _head(
         dtype=program.avals[site.output].dtype,
         terms=float(rows) if math.isnan(terms) else terms,
     )
-
-
-def _addresses(program: Program, values: Sequence[int]) -> dict[int, Address]:
-    """Where the running program computes these values; those that are inputs are known already."""
-    producers = program.producers
-    found = {}
-    for value in values:
-        if value in producers:
-            equation = program.equations[producers[value]]
-            found[value] = Address(equation.path, "out", equation.outputs.index(value))
-    return found

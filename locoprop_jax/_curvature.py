@@ -117,9 +117,11 @@ def plan(
 
     Args:
       traced: the loss.
-      curvature: one of `PULLED`.
+      curvature: one of `PULLED`, or the name of a method that takes products with the Hessian,
+        for which examples may meet in the head.
       names: of the layers, for errors.
-      to_rows: of the layers, what brings their outputs to (batch, shared, d_out).
+      to_rows: of the layers, what brings their outputs to (batch, shared, d_out); for exact
+        columns.
 
     Raises:
       ValueError: the curvature of this loss cannot be told.
@@ -128,8 +130,7 @@ def plan(
     sites = traced.detection.sites
     if not sites:
         raise ValueError(
-            f"`curvature={curvature!r}` found no layer in this loss function: `find_layers` says "
-            f"why."
+            f"{_asker(curvature)} found no layer in this loss function: `find_layers` says why."
         )
     of_params = _reached(program, live, program.inputs[: traced.n_leaves])
     of_layers = _reached(program, live, [site.output for site in sites])
@@ -148,13 +149,17 @@ def plan(
         wish = "samples labels from the distribution that the model predicts"
         wish = wish if curvature == "fisher_mc" else "takes a loss whose terms are all marked"
         raise ValueError(
-            f"`curvature={curvature!r}` {wish}, but {why} outside of a marked loss. {REMEDY}."
+            f"{_asker(curvature)} {wish}, but {why} outside of a marked loss. {REMEDY}."
         )
     else:
         targets = [_layer_target(traced, curvature, plain, names)]
     if curvature == "ggn_exact":
         targets = [_with_columns(traced, target, names, to_rows) for target in targets]
     return tuple(targets)
+
+
+def _asker(curvature: str) -> str:
+    return f"`curvature={curvature!r}`" if curvature in KINDS else f"`{curvature}`"
 
 
 def _reached(program: Program, live: Sequence[bool], sources: Sequence[int]) -> set[int]:
@@ -287,7 +292,7 @@ def _layer_target(
     """The output of the one output layer, whose head is not marked."""
     program, detection = traced.program, traced.detection
     heads = sorted(_detect.output_sites(program, detection))
-    needs = f"`curvature={curvature!r}` needs the Hessian of the loss by the network's outputs, but"
+    needs = f"{_asker(curvature)} needs the Hessian of the loss by the network's outputs, but"
     if len(heads) != 1:
         listed = ", ".join(names[i] for i in heads)
         raise ValueError(f"{needs} several layers are outputs: {listed}. {REMEDY}.")
@@ -308,7 +313,7 @@ def _layer_target(
     )
     outputs = tuple(i for i in range(len(program.shape(site.output))) if i not in examples)
     mixed = _batch(traced, site.output) & set(outputs)
-    if mixed:
+    if mixed and curvature in PULLED:
         raise ValueError(
             f"{needs} capture cannot tell that the examples do not meet between the layer "
             f"{names[head]} and the loss, so the Hessian may not be one block per example. "
@@ -468,7 +473,7 @@ def _root(target: Target, point: Point) -> Callable[[Array], Array]:
         return losses.dense_root(point.head, point.value, target.outputs)
     if target.loss.root is None:
         return losses.dense_root(
-            functools.partial(_weighted, target, point), point.value, target.outputs
+            functools.partial(weighted, target, point), point.value, target.outputs
         )
     of_examples, outputs = (
         target.loss.root,
@@ -483,7 +488,7 @@ def _root(target: Target, point: Point) -> Callable[[Array], Array]:
     return root
 
 
-def _weighted(target: Target, point: Point, outputs: Array) -> Array:
+def weighted(target: Target, point: Point, outputs: Array) -> Array:
     """The marked terms of the loss, weighted as it weighs them, by the traced function itself."""
     assert target.call is not None and point.weights is not None
     operands = (outputs, *point.operands[1:])

@@ -219,6 +219,67 @@ def conjugate_gradient(
     Returns:
       The solution and its residual, right - apply(x).
     """
+    body, carry = _conjugate(apply, right, dot, start, precondition)
+    iterations += start is not None  # the first is along the start
+    x, residual, *_ = jax.lax.fori_loop(0, iterations, lambda _, carry: body(carry), carry)
+    return x, residual
+
+
+def truncated_conjugate_gradient(
+    apply: Callable[[Tree], Tree],
+    right: Tree,
+    iterations: int,
+    tolerance: float | Array,
+    *,
+    start: Tree,
+) -> tuple[Tree, Tree, Int[Array, ""]]:
+    """The same until progress is small relative to what was made (Martens, 2010, section 4.4).
+
+    With the quadratic phi(x) = x'Ax / 2 - b'x, iteration i is the last if phi_i is negative and
+    phi_i - phi_(i-k) is above k times the tolerance times phi_i, for k = max(10, i / 10).
+
+    Args:
+      apply: a positive semi-definite linear map.
+      right: the right-hand side.
+      iterations: at most so many.
+      tolerance: of progress per iteration.
+      start: a guess, as for `conjugate_gradient`.
+
+    Returns:
+      The solution, its residual, and how many iterations were made.
+    """
+    body, carry = _conjugate(apply, right, dot, start, lambda residual: residual)
+    dtype = carry[3].dtype
+
+    def advance(loop: tuple) -> tuple:
+        i, carry, history, _ = loop
+        carry = body(carry)
+        x, residual, *_ = carry
+        value = -(dot(x, residual) + dot(x, right)) / 2
+        i = i + 1
+        history = history.at[i].set(value)
+        k = jnp.maximum(10, i // 10)
+        progress = value - history[jnp.maximum(i - k, 0)]
+        least = k.astype(dtype) * jnp.asarray(tolerance, dtype) * value
+        return i, carry, history, (i > k) & (value < 0) & (progress > least)
+
+    def is_going(loop: tuple) -> Array:
+        i, _, _, is_done = loop
+        return (i < iterations + 1) & ~is_done
+
+    first = (jnp.zeros([], jnp.int32), carry, jnp.zeros(iterations + 2, dtype), jnp.asarray(False))
+    i, (x, residual, *_), _, _ = jax.lax.while_loop(is_going, advance, first)
+    return x, residual, i - 1
+
+
+def _conjugate(
+    apply: Callable[[Tree], Tree],
+    right: Tree,
+    dot: Dot,
+    start: Tree | None,
+    precondition: Callable[[Tree], Tree],
+) -> tuple[Callable[[tuple], tuple], tuple]:
+    """One iteration of conjugate gradient, and what the first starts from."""
     preconditioned = precondition(right)
     size = dot(right, preconditioned)
     # Of a singular system rounding errors would be all that is left, and grow: neither is a
@@ -226,7 +287,7 @@ def conjugate_gradient(
     rounding = 10 * jnp.finfo(size.dtype).eps
     solved = rounding**2 * size
 
-    def body(_: Array, carry: tuple) -> tuple:
+    def body(carry: tuple) -> tuple:
         x, residual, direction, size, length = carry
         image = apply(direction)
         curvature = dot(direction, image)
@@ -245,9 +306,7 @@ def conjugate_gradient(
     carry = (zeros_like(right), right, preconditioned, size, size)
     if start is not None:  # the first direction, and none to be conjugate to
         carry = (*carry[:2], start, jnp.full_like(size, jnp.inf), jnp.zeros_like(size))
-        iterations += 1
-    x, residual, *_ = jax.lax.fori_loop(0, iterations, body, carry)
-    return x, residual
+    return body, carry
 
 
 def anderson(

@@ -212,7 +212,8 @@ def dense_root(
     columns = columns.transpose([0, *[i + 1 for i in order]]).reshape(size, -1, size)
     hessian = columns.transpose(1, 0, 2)
     values, bases = jnp.linalg.eigh((hessian + hessian.transpose(0, 2, 1)) / 2)
-    root = bases * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
+    # Symmetric, so that its square is the Hessian.
+    root = (bases * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]) @ bases.transpose(0, 2, 1)
     back = [order.index(i) for i in range(outputs.ndim)]
 
     def apply(v: Array) -> Array:

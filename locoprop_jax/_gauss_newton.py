@@ -1,0 +1,329 @@
+"""Step sizes and damping from the quadratic model of the full Gauss-Newton matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from locoprop_jax import _linalg
+from locoprop_jax._checks import check_not_negative, check_positive, check_whole
+from locoprop_jax._products import Linearised, linearise
+
+Scalar = Float[Array, ""]
+Tree = Any
+ValueFn = Callable[[Any], Array]
+
+
+class GaussNewtonStepState(NamedTuple):
+    """State of `scale_by_gauss_newton_step`.
+
+    Attributes:
+      count: finite batches so far. shape=(), dtype=int32
+      damping: tau, of the Gauss-Newton matrix. shape=()
+      inner_damping: gamma, of the direction's own matrix. shape=()
+      step_size: alpha of the last step. shape=()
+      reduction_ratio: rho, how much the loss fell over how much the model fell, when that was last
+        measured. shape=()
+      previous: the last update, for momentum; None without.
+      inner: the state of the direction.
+    """
+
+    count: Int[Array, ""]
+    damping: Scalar
+    inner_damping: Scalar
+    step_size: Scalar
+    reduction_ratio: Scalar
+    previous: Any
+    inner: Any
+
+
+def scale_by_gauss_newton_step(
+    direction: Callable[[Array], optax.GradientTransformation]
+    | optax.GradientTransformation
+    | None = None,
+    *,
+    damping: float = 0.1,
+    inner_damping: float = 1.0,
+    damping_period: int = 5,
+    inner_damping_period: int = 20,
+    decay: float = 0.95,
+    l2: float = 0.0,
+    momentum: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """The step along a direction that is best for the full Gauss-Newton model (practical GN, B.2).
+
+    For a direction d and the gradient g the update is alpha d, with alpha = d'g / d'Cd (eq. 40) and
+    C = GGN + (tau + l2) I the Gauss-Newton matrix of the current batch; nothing is left to tune. A
+    direction that ascends is turned around. With momentum the step is the best one in the plane of
+    d and the last update (Martens and Grosse, section 7). Negated (`optax.scale(-1)`), it is meant
+    to be taken as it is.
+
+    tau follows Levenberg and Marquardt (B.3.1): every so many steps the loss is evaluated after the
+    step too, and where it fell by less than a quarter of what the model says, tau grows; where by
+    more than three quarters, it shrinks. (The paper's text has this the wrong way round.)
+    It starts at `damping` times the curvature per squared length of the first direction.
+
+    A `direction` that is a function of a damping gamma has gamma adapted as well (B.3.2): every so
+    many steps the best of three, by the model, is kept.
+
+    Args:
+      direction: what makes d of the incoming updates: a function of gamma such as
+        `lambda gamma: scale_by_kfac(layers, damping=gamma)`, a transformation, or None for updates
+        that are a direction already (`optax.chain(scale_by_foof(layers),
+        scale_by_gauss_newton_step())`).
+      damping: the first tau, in units of the curvature d'Gd / d'd of the first direction.
+      inner_damping: the first gamma.
+      damping_period: the steps from one adaptation of tau to the next.
+      inner_damping_period: the same of gamma. A direction that inverts its matrix every so many
+        steps should do it at these.
+      decay: by how much tau and gamma change, for each step of their periods; 1 to keep them.
+      l2: eta, where the loss is to be understood as `loss + eta / 2 |params|^2`, and the incoming
+        updates and `grad` are of the loss alone. It is in C, and its gradient is in g; put
+        `optax.add_decayed_weights(eta)` before the direction, too.
+      momentum: whether the last update is a direction as well. It costs one more product.
+
+    Returns:
+      A transformation whose `update` needs the parameters and, as Optax's line searches do,
+      `value`, `grad` and `value_fn`: the loss, its gradient and the loss as a function of the
+      parameters, all for one batch: `tx.update(grads, state, params, captured=captured,
+      value=loss, grad=grads, value_fn=lambda p: loss_fn(p, batch))`. It costs one forward-mode
+      pass. A batch that is not finite leaves its state as it was, and updates nothing.
+
+    Raises:
+      ValueError: at construction, for negative numbers or periods below one; at update, for a loss
+        whose outputs cannot be told, as `gauss_newton_vector_product`.
+      TypeError: at update, `params`, `value`, `grad` or `value_fn` are missing.
+
+    References:
+      Botev et al., `Practical Gauss-Newton Optimisation for Deep Learning
+      <https://arxiv.org/abs/1706.03662>`_, 2017: appendices B.2 and B.3; J. Martens, R. Grosse,
+      `Optimizing Neural Networks with Kronecker-factored Approximate Curvature
+      <https://arxiv.org/abs/1503.05671>`_, 2015: sections 6.4 to 7.
+    """
+    name = "scale_by_gauss_newton_step"
+    check_not_negative(damping=damping, inner_damping=inner_damping, l2=l2)
+    check_positive(decay=decay)
+    check_whole(damping_period=damping_period, inner_damping_period=inner_damping_period)
+    is_adapted = callable(direction)
+
+    def of_damping(gamma: Any) -> optax.GradientTransformationExtraArgs:
+        chosen = direction(gamma) if callable(direction) else direction
+        return optax.with_extra_args_support(optax.identity() if chosen is None else chosen)
+
+    def init(params: Tree) -> GaussNewtonStepState:
+        def number(value: Any) -> Array:  # one for each: a buffer cannot be donated twice
+            return jnp.asarray(value, dtype_of_model(params))
+
+        return GaussNewtonStepState(
+            jnp.zeros([], jnp.int32),
+            number(damping),
+            number(inner_damping),
+            number(0),
+            number(1),
+            _linalg.zeros_like(params) if momentum else None,
+            of_damping(number(inner_damping)).init(params),
+        )
+
+    def update(
+        updates: Tree,
+        state: Any,
+        params: Tree = None,
+        *,
+        value: Any = None,
+        grad: Tree = None,
+        value_fn: ValueFn | None = None,
+        **extra_args: Any,
+    ) -> tuple[Tree, GaussNewtonStepState]:
+        value_fn = check_line(name, params=params, value=value, grad=grad, value_fn=value_fn)
+        dtype = dtype_of_model(params)
+        extra_args |= {"value": value, "grad": grad, "value_fn": value_fn}
+        slope = jax.tree.map(lambda g, p: g + jnp.asarray(l2, g.dtype) * p, grad, params)
+        network = linearise(value_fn, params, (), {}, False, name)
+        ok = _linalg.all_finite((updates, grad, jnp.asarray(value)))
+        previous = [] if state.previous is None else [state.previous]
+
+        def candidate(gamma: Array) -> Candidate:
+            found, inner = of_damping(gamma).update(updates, state.inner, params, **extra_args)
+            directions = [found, *previous]
+            model = quadratic_model(network, slope, directions)
+            first = jnp.asarray(damping, dtype) * model.rayleigh
+            tau = jnp.where(state.count == 0, first, state.damping)
+            steps, change = minimum(model, tau + jnp.asarray(l2, dtype))
+            return Candidate(_combined(directions, steps), inner, gamma, tau, steps[0], change)
+
+        def best_of_three() -> Candidate:
+            factor = jnp.asarray(decay, dtype) ** inner_damping_period
+
+            def better(k: Array, best: Candidate) -> Candidate:
+                new = candidate(state.inner_damping * factor ** (1 - k).astype(dtype))
+                return _linalg.where(new.change < best.change, new, best)
+
+            return jax.lax.fori_loop(1, 3, better, candidate(state.inner_damping * factor))
+
+        if is_adapted:
+            due = (state.count % inner_damping_period == 0) & (state.count > 0)
+            best = jax.lax.cond(due, best_of_three, lambda: candidate(state.inner_damping))
+        else:
+            best = candidate(state.inner_damping)
+
+        def adapted() -> tuple[Array, Array]:
+            fall = fall_of_loss(value_fn, value, params, best.update, jnp.asarray(l2, dtype))
+            ratio = fall / jnp.where(best.change < 0, best.change, -jnp.inf)
+            factor = jnp.asarray(decay, dtype) ** damping_period
+            return levenberg_marquardt(best.damping, ratio, factor), ratio
+
+        tau, ratio = jax.lax.cond(
+            (state.count + 1) % damping_period == 0,
+            adapted,
+            lambda: (best.damping, state.reduction_ratio),
+        )
+        new_state = GaussNewtonStepState(
+            state.count + 1,
+            tau,
+            best.inner_damping,
+            best.step_size,
+            ratio,
+            None if state.previous is None else best.update,
+            best.inner,
+        )
+        state = _linalg.where(ok, new_state, state)
+        return _linalg.where(ok, best.update, _linalg.zeros_like(best.update)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class Candidate(NamedTuple):
+    """A step that may be taken.
+
+    Attributes:
+      update: the step, gradient-like.
+      inner: the state of its direction.
+      inner_damping: gamma.
+      damping: tau.
+      step_size: alpha.
+      change: of the model by the step; not positive.
+    """
+
+    update: Tree
+    inner: Any
+    inner_damping: Scalar
+    damping: Scalar
+    step_size: Scalar
+    change: Scalar
+
+
+class Model(NamedTuple):
+    """The quadratic model on the span of some directions.
+
+    Attributes:
+      slope: the gradient along each.
+      curvature: of the Gauss-Newton matrix.
+      lengths: the inner products of the directions.
+    """
+
+    slope: Float[Array, " k"]
+    curvature: Float[Array, "k k"]
+    lengths: Float[Array, "k k"]
+
+    @property
+    def rayleigh(self) -> Scalar:
+        """The curvature per squared length along the first direction."""
+        length = self.lengths[0, 0]
+        return jnp.where(length > 0, self.curvature[0, 0] / jnp.where(length > 0, length, 1), 0)
+
+
+def quadratic_model(network: Linearised, slope: Tree, directions: list[Tree]) -> Model:
+    """What the model knows of some directions: one forward-mode pass for each."""
+    pushed = [network.push(direction) for direction in directions]
+    bent = [network.hessian(outputs) for outputs in pushed]
+
+    def products(left: list[Tree], right: list[Tree]) -> Array:
+        return jnp.stack(
+            [
+                jnp.stack([_linalg.dot(_linalg.wide(a), _linalg.wide(b)) for b in right])
+                for a in left
+            ]
+        )
+
+    return Model(
+        products([slope], directions)[0],
+        products(pushed, bent),
+        products(directions, directions),
+    )
+
+
+def minimum(model: Model, damping: Scalar) -> tuple[Float[Array, " k"], Scalar]:
+    """The steps (to be subtracted) that lower the damped model most, and how it then changes.
+
+    Zero where the model has no minimum: along a direction of no or negative curvature.
+    """
+    matrix = model.curvature + damping.astype(model.lengths.dtype) * model.lengths
+    diagonal = jnp.diagonal(matrix)
+    good = diagonal > 0
+    root = jnp.where(good, 1 / jnp.sqrt(jnp.where(good, diagonal, 1)), 0)
+    unit = matrix * root[:, None] * root[None]
+    # Directions may be parallel, or zero.
+    eps = float(10 * jnp.finfo(matrix.dtype).eps)
+    steps = root * _linalg.solve(_linalg.damped(unit, eps), (root * model.slope)[:, None])[:, 0]
+    steps = jnp.where(jnp.isfinite(steps), steps, 0)
+    return steps, steps @ matrix @ steps / 2 - steps @ model.slope
+
+
+def fall_of_loss(
+    value_fn: ValueFn, value: Any, params: Tree, update: Tree, l2: Scalar
+) -> Float[Array, ""]:
+    """How much the loss changes, its l2 term included, when the update is subtracted."""
+    new = jax.tree.map(jnp.subtract, params, update)
+    growth = _squares(new) - _squares(params)
+    change = value_fn(new).astype(l2.dtype) - jnp.asarray(value, l2.dtype)
+    return change + l2 / 2 * growth.astype(l2.dtype)
+
+
+def levenberg_marquardt(damping: Scalar, ratio: Scalar, factor: Scalar) -> Scalar:
+    """Less damping where the loss fell as the model said, more where it did not (B.3.1).
+
+    A ratio that is not a number counts as a loss that did not fall.
+    """
+    grown = jnp.maximum(damping, jnp.finfo(damping.dtype).tiny) / factor
+    kept = jnp.where(ratio > 0.75, damping * factor, damping)
+    return jnp.where(ratio >= 0.25, kept, grown)
+
+
+def check_line(method: str, *, value_fn: ValueFn | None, **others: Any) -> ValueFn:
+    """The loss as a function of the parameters; refuse missing arguments.
+
+    Raises:
+      TypeError: one is missing.
+    """
+    missing = [f"`{name}`" for name, value in others.items() if value is None]
+    if value_fn is None or missing:
+        missing += ["`value_fn`"] if value_fn is None else []
+        raise TypeError(
+            f"`{method}` needs {', '.join(missing)}: call `tx.update(grads, state, params, "
+            f"captured=captured, value=loss, grad=grads, value_fn=lambda p: loss_fn(p, batch))`, "
+            f"with the batch of the gradients."
+        )
+    return value_fn
+
+
+def dtype_of_model(params: Tree) -> Any:
+    """Of the quadratic model's numbers: float64 if a parameter is, else float32."""
+    wide = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(params))
+    return jnp.float64 if wide else jnp.float32
+
+
+def _squares(params: Tree) -> Scalar:
+    return _linalg.dot(_linalg.wide(params), _linalg.wide(params))
+
+
+def _combined(directions: list[Tree], steps: Float[Array, " k"]) -> Tree:
+    scaled = [_linalg.scale(d, step) for d, step in zip(directions, steps, strict=True)]
+    total = scaled[0]
+    for other in scaled[1:]:
+        total = _linalg.add(total, other)
+    return total

@@ -1,0 +1,258 @@
+"""Products of the Gauss-Newton matrix and of the Fisher with a vector, matrix-free."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from locoprop_jax import _curvature, _jaxpr, _layers, _linalg, losses
+from locoprop_jax._curvature import Point, Target
+from locoprop_jax._heads import addresses, head_plan
+from locoprop_jax._layers import Layers
+from locoprop_jax._trace import Traced, trace
+
+Tree = Any
+Outputs = list[Array]  # one array for each target
+Product = Callable[[Tree], Tree]
+
+
+class Linearised(NamedTuple):
+    """A network at some parameters, up to the outputs that its loss takes.
+
+    Attributes:
+      loss: its value there.
+      push: J v for the Jacobian J of the outputs by the parameters; linear.
+      pull: J' u; linear.
+      targets: where the outputs are.
+      points: the outputs, and what the loss makes of them.
+    """
+
+    loss: Array
+    push: Callable[[Tree], Outputs]
+    pull: Callable[[Outputs], Tree]
+    targets: tuple[Target, ...]
+    points: list[Point]
+
+    def hessian(self, vectors: Outputs) -> Outputs:
+        """H u for the Hessian H of the loss by the outputs."""
+        return [
+            _hessian(target, point)(vector)
+            for target, point, vector in zip(self.targets, self.points, vectors, strict=True)
+        ]
+
+
+def gauss_newton_vector_product(
+    loss_fn: Callable[..., Any],
+    params: Tree,
+    *args: Any,
+    has_aux: bool = False,
+    layers: Layers | None = None,
+    **kwargs: Any,
+) -> Product:
+    """Products of vectors with the generalised Gauss-Newton matrix (practical GN, eqs. 12, 13).
+
+    The matrix is J'HJ, with J the Jacobian of the network's outputs by all parameters and H the
+    Hessian of the loss, as written, by these outputs: what a mean over the batch divides by stays
+    in it. Any loss will do whose head is convex and which one layer feeds; the losses of
+    `locoprop_jax.losses` may be several, and where the Hessian of one is not positive
+    semi-definite its positive part counts. Parts of the loss that reach the parameters past every
+    layer, weight decay for example, do not enter.
+
+    The network runs forward when this is called, a product is one pass forward and one backward.
+
+    Args:
+      loss_fn: `loss_fn(params, *args, **kwargs)` with a scalar loss, or a pair (loss, aux).
+      params: where to take the matrix.
+      *args: a batch and whatever else the loss takes.
+      has_aux: whether the loss function returns a pair.
+      layers: from `find_layers`, for the block-diagonal matrix: one block for each layer, and one
+        for all other parameters. A product then costs as many passes as there are blocks, one
+        after the other.
+      **kwargs: keyword arguments of the loss.
+
+    Returns:
+      A linear function of a tree like `params`, with a tree like it for a result.
+
+    Raises:
+      TypeError: the loss is not a scalar, or a parameter is not an array.
+      ValueError: no layer was found, or several unmarked output layers were.
+
+    References:
+      N. Schraudolph, `Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent
+      <https://doi.org/10.1162/08997660260028683>`_, 2002.
+
+    Example:
+      >>> import jax.numpy as jnp, locoprop_jax as lp
+      >>> def loss_fn(w, x):
+      ...     return jnp.mean((x @ w["kernel"]) ** 2)
+      >>> w, x = {"kernel": jnp.ones((3, 1))}, jnp.eye(3)
+      >>> lp.gauss_newton_vector_product(loss_fn, w, x)(w)["kernel"].round(2).tolist()
+      [[0.67], [0.67], [0.67]]
+    """
+    name = "gauss_newton_vector_product"
+    network = linearise(loss_fn, params, args, kwargs, has_aux, name)
+
+    def product(vector: Tree) -> Tree:
+        return network.pull(network.hessian(network.push(vector)))
+
+    return product if layers is None else _by_layer(product, layers)
+
+
+def fisher_vector_product(
+    loss_fn: Callable[..., Any],
+    params: Tree,
+    *args: Any,
+    rng: Array | None = None,
+    samples: int = 1,
+    has_aux: bool = False,
+    layers: Layers | None = None,
+    **kwargs: Any,
+) -> Product:
+    """Products of vectors with the Fisher, for labels sampled from the model (practical GN, C.1).
+
+    The matrix is the sum over loss terms of w e e', with e the gradient of one term for a label
+    that the model predicts, averaged over some labels, and w the term's weight in the loss: for
+    exponential families in their natural parameters its expectation is the Gauss-Newton matrix.
+
+    Args:
+      loss_fn: `loss_fn(params, *args, **kwargs)`, written with `locoprop_jax.losses`.
+      params: where to take the matrix.
+      *args: a batch and whatever else the loss takes.
+      rng: a key, for the labels. The loss does not get it.
+      samples: how many labels for each term.
+      has_aux: whether the loss function returns a pair (loss, aux).
+      layers: from `find_layers`, for the block-diagonal matrix, as for
+        `gauss_newton_vector_product`.
+      **kwargs: keyword arguments of the loss.
+
+    Returns:
+      A linear function of a tree like `params`, with a tree like it for a result.
+
+    Raises:
+      TypeError: the loss is not a scalar, a parameter is not an array, or `rng` is missing.
+      ValueError: the loss is not marked, or `samples` is not positive.
+    """
+    _curvature.check_arguments("fisher_mc", samples)
+    if rng is None:
+        raise TypeError(
+            "`fisher_vector_product` samples labels: pass a key as the keyword `rng`, such as "
+            "`rng=jax.random.key(0)`."
+        )
+    network = linearise(loss_fn, params, args, kwargs, has_aux, "fisher_mc")
+    drawn = _curvature.cotangents(network.targets, network.points, "fisher_mc", samples, rng)
+
+    def outer(target: Target, columns: Array, vector: Array) -> Array:
+        along = jnp.sum(columns * vector[None], [i + 1 for i in target.outputs], keepdims=True)
+        return jnp.sum(columns * along, 0)
+
+    def product(vector: Tree) -> Tree:
+        pushed = network.push(vector)
+        return network.pull([*map(outer, network.targets, drawn, pushed)])
+
+    return product if layers is None else _by_layer(product, layers)
+
+
+def linearise(
+    loss_fn: Callable[..., Any],
+    params: Tree,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    has_aux: bool,
+    asked: str,
+) -> Linearised:
+    """Run the network forward, up to the outputs that its loss takes.
+
+    Args:
+      loss_fn: the loss function.
+      params: where.
+      args: the loss's other arguments.
+      kwargs: its keyword arguments.
+      has_aux: whether it returns a pair.
+      asked: a kind of curvature, or the name of the method that asks, for errors.
+
+    Raises:
+      ValueError: the outputs cannot be told.
+    """
+    traced = trace(loss_fn, params, tuple(args), kwargs, has_aux)
+    program = traced.program
+    targets = _curvature.plan(traced, asked, _names(traced), ())
+    plans = [head_plan(traced, t.value if t.call is None else t.terms) for t in targets]
+    free = [v for plan in plans for v in plan.free]
+    starts = [v for target in targets if target.call for v in (*target.operands, target.terms)]
+    wanted = addresses(program, [*(target.value for target in targets), *free, *starts])
+
+    def forward(params: Tree) -> tuple[Outputs, tuple[Array, dict]]:
+        flat = [*jax.tree.leaves(params), *traced.arguments]
+        results, recorded = _jaxpr.evaluate(traced.closed, flat, frozenset(wanted.values()), {})
+        return [recorded[wanted[target.value]] for target in targets], (results[0], recorded)
+
+    # By the transpose of the pass backward, which also exists where only that one is defined.
+    outputs, pull, (loss, recorded) = jax.vjp(forward, params, has_aux=True)
+    push = jax.linear_transpose(lambda u: pull(u)[0], outputs)
+    given = [*jax.tree.leaves(params), *traced.arguments]
+    known: dict[int, Any] = dict(zip(program.inputs, given, strict=True))
+    known |= program.constants
+    known |= {value: recorded[address] for value, address in wanted.items()}
+
+    def point(target: Target, plan: Any) -> Point:
+        def head(x: Array) -> Array:
+            return _jaxpr.as_callable(plan.closed)(x, *(known[v] for v in plan.free))[0]
+
+        if target.call is None:
+            return Point(known[target.value], head=head)
+        weights = jax.grad(head)(known[target.terms])
+        return Point(known[target.value], tuple(known[v] for v in target.operands), weights)
+
+    return Linearised(
+        loss,
+        lambda v: push(v)[0],
+        lambda u: pull(u)[0],
+        targets,
+        [point(target, plan) for target, plan in zip(targets, plans, strict=True)],
+    )
+
+
+def _names(traced: Traced) -> list[str]:
+    return [traced.names[site.leaf] for site in traced.detection.sites]
+
+
+def _hessian(target: Target, point: Point) -> Callable[[Array], Array]:
+    """The product with the Hessian of the loss as written by a target's outputs."""
+    if target.loss is not None and target.loss.root is None:  # it may be indefinite
+        loss = functools.partial(_curvature.weighted, target, point)
+        root = losses.dense_root(loss, point.value, target.outputs)
+        return lambda vector: root(root(vector)).astype(vector.dtype)
+    loss = point.head or functools.partial(_curvature.weighted, target, point)
+    # Reverse over reverse: a loss may have a derivative of its own that has no forward mode.
+    product = jax.vjp(jax.grad(loss), point.value)[1]
+    return lambda vector: product(vector)[0]
+
+
+def _by_layer(product: Product, layers: Layers) -> Product:
+    """The product with the diagonal blocks: each layer's, and that of the other parameters."""
+    numbers = {
+        parameter.path: i
+        for i, layer in enumerate(layers.values())
+        for parameter in layer.parameters
+    }
+
+    def only(block: Array, tree: Tree) -> Tree:
+        def part(path: Any, leaf: Array) -> Array:
+            number = numbers.get(_layers.path_name(path), len(layers))
+            return jnp.where(block == number, leaf, jnp.zeros_like(leaf))
+
+        return jax.tree_util.tree_map_with_path(part, tree)
+
+    def of_blocks(vector: Tree) -> Tree:
+        def add_block(i: Array, total: Tree) -> Tree:
+            return _linalg.add(total, only(i, product(only(i, vector))))
+
+        # In a loop, because the program would be as long as the network is deep, twice.
+        return jax.lax.fori_loop(0, len(layers) + 1, add_block, _linalg.zeros_like(vector))
+
+    return of_blocks
