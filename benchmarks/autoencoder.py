@@ -17,9 +17,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float
 
+import locoprop_jax as lp
 from benchmarks import cli, plots, report
 from benchmarks.comparison import compare
 from benchmarks.data import DataError, Dataset
@@ -85,7 +85,7 @@ def make_problem(dataset: Dataset, network: nn.Module | None = None) -> Problem:
 
     def loss_fn(params: Params, images: Float[Array, "batch 784"]) -> Float[Array, ""]:
         logits: Any = network.apply(params, images)
-        return optax.sigmoid_binary_cross_entropy(logits, images).sum(-1).mean()
+        return lp.losses.sigmoid_binary_cross_entropy(logits, images).sum(-1).mean()
 
     return Problem(
         NAME,

@@ -6,9 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float
 
+import locoprop_jax as lp
 from benchmarks.data import Dataset
 from benchmarks.steps import Batch, Params
 from benchmarks.training import Problem, make_evaluation
@@ -23,14 +23,15 @@ class Classifier(nn.Module):
     activation: Callable[[Array], Array] = nn.tanh
     use_bias: bool = True
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    outputs: int = CLASSES
 
     @nn.compact
-    def __call__(self, images: Float[Array, "batch 784"]) -> Float[Array, "batch 10"]:
+    def __call__(self, images: Float[Array, "batch 784"]) -> Float[Array, "batch outputs"]:
         activations = images
         options: dict[str, Any] = {"use_bias": self.use_bias, "kernel_init": self.kernel_init}
         for width in self.hidden:
             activations = self.activation(nn.Dense(width, **options)(activations))
-        return nn.Dense(CLASSES, **options)(activations)
+        return nn.Dense(self.outputs, **options)(activations)
 
 
 def make_problem(dataset: Dataset, network: Classifier) -> Problem:
@@ -41,7 +42,7 @@ def make_problem(dataset: Dataset, network: Classifier) -> Problem:
 
     def loss_fn(params: Params, batch: Batch) -> Float[Array, ""]:
         logits: Any = network.apply(params, batch["images"])
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+        losses = lp.losses.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
         return losses.mean()
 
     return Problem(

@@ -49,6 +49,8 @@ class Method(NamedTuple):
       needs_capture: whether its step captures the layers' inputs and cotangents. A baseline must
         not pay for capture, and a method that needs it must.
       transferred: whether that capture holds the cotangents after the transfer functions too.
+      curvature: which curvature it holds, None for none.
+      schedule: (learning rate, steps) -> its schedule; None for a warm-up and a linear decay.
       options: the experiment's options, of the same name, that `build` takes as well.
       starts: where a search begins, after the values tuned so far: what a person would try.
     """
@@ -58,6 +60,8 @@ class Method(NamedTuple):
     space: SearchSpace
     needs_capture: bool = True
     transferred: bool = False
+    curvature: str | None = None
+    schedule: Callable[[float, int], optax.Schedule] | None = None
     options: tuple[str, ...] = ()
     starts: tuple[Hyperparameters, ...] = ()
 

@@ -48,19 +48,30 @@ class Contestant(NamedTuple):
       build: (layers, learning rate) -> optimizer.
       learning_rate: the default.
       needs_capture: whether its step captures activations and cotangents.
+      curvature: which curvature it captures.
+      schedule: (learning rate, steps) -> its schedule; None for a warm-up and a linear decay.
     """
 
     label: str
     build: Callable[..., optax.GradientTransformation]
     learning_rate: float
     needs_capture: bool = False
+    curvature: str | None = None
+    schedule: Callable[[float, int], optax.Schedule] | None = None
 
     def method(self) -> Method:
         def build(layers: Any, schedule: optax.Schedule) -> Any:
             arguments = (layers,) if self.needs_capture else ()
             return optax.with_extra_args_support(self.build(*arguments, schedule))
 
-        return Method(self.label, build, {}, needs_capture=self.needs_capture)
+        return Method(
+            self.label,
+            build,
+            {},
+            needs_capture=self.needs_capture,
+            curvature=self.curvature,
+            schedule=self.schedule,
+        )
 
 
 FOOF = Contestant("FOOF", lp.foof, 4.0, needs_capture=True)

@@ -20,11 +20,13 @@ Batch = Any  # a pytree of arrays whose first axis is the example
 LossFn = Callable[[Params, Batch], Float[Array, ""]]
 
 WARMUP = 0.05  # of all steps, as the paper's 5 of 100 epochs
+SAMPLED = ("fisher_mc", "ggn_mc")  # the kinds of curvature that need a key
 
 
 class State(NamedTuple):
     params: Params
     opt_state: optax.OptState
+    rng: Array  # for curvature that is sampled; else it stays as it is
 
 
 Step = Callable[[State, Batch, Int[Any, " batch"]], tuple[State, Float[Array, ""]]]
@@ -58,21 +60,34 @@ def make_step(loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs, method
     """One training step, to be jitted: the whole training set and a batch's indices go in.
 
     The set lives on the device, so that a step moves a few kilobytes of indices and no images.
+    `tx.update` gets the loss, its gradient and the loss as a function, as Optax's line searches do.
     """
 
     def step(
         state: State, examples: Batch, indices: Int[Any, " batch"]
     ) -> tuple[State, Float[Array, ""]]:
         batch = jax.tree.map(lambda leaf: leaf[indices], examples)
+        rng, extra = state.rng, {}
         if method.needs_capture:
-            capture = lp.value_grad_and_capture(loss_fn, transferred=method.transferred)
-            loss, grads, captured = capture(state.params, batch)
-            extra = {"captured": captured}
+            sampled = {}
+            if method.curvature in SAMPLED:
+                rng, sampled["rng"] = jax.random.split(rng)
+            capture = lp.value_grad_and_capture(
+                loss_fn, transferred=method.transferred, curvature=method.curvature
+            )
+            loss, grads, extra["captured"] = capture(state.params, batch, **sampled)
         else:
             loss, grads = jax.value_and_grad(loss_fn)(state.params, batch)
-            extra = {}
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
-        return State(optax.apply_updates(state.params, updates), opt_state), loss
+        updates, opt_state = tx.update(
+            grads,
+            state.opt_state,
+            state.params,
+            value=loss,
+            grad=grads,
+            value_fn=lambda params: loss_fn(params, batch),
+            **extra,
+        )
+        return State(optax.apply_updates(state.params, updates), opt_state, rng), loss
 
     return step
 
@@ -85,14 +100,16 @@ def compile_step(
     params: Params,
     examples: Batch,
     batch_size: int,
+    seed: int = 0,
 ) -> tuple[State, Step]:
     """Build the optimizer and compile its step. `params` are donated with the state."""
     layers = None
     if method.needs_capture:
         layers = lp.find_layers(loss_fn, params, slice_examples(examples, 0, batch_size))
-    tx = method.build(layers, schedule, **hyperparameters)
+    tx = optax.with_extra_args_support(method.build(layers, schedule, **hyperparameters))
     # Under jit the state's arrays are fresh buffers of settled types: safe to donate, no retrace.
-    state = jax.jit(lambda params: State(params, tx.init(params)))(params)
+    start = jax.jit(lambda params, rng: State(params, tx.init(params), rng))
+    state = start(params, jax.random.key(seed))
     step = jax.jit(make_step(loss_fn, tx, method), donate_argnums=0)
     indices = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     return state, step.lower(state, examples, indices).compile()

@@ -200,9 +200,16 @@ def train(
         params = jax.jit(problem.init)(jax.random.key(settings.seed))
         started = time.perf_counter()
         peak, rest = split_learning_rate(hyperparameters)
-        schedule = warmup_linear_decay(peak, steps_per_epoch * settings.epochs)
+        make_schedule = method.schedule or warmup_linear_decay
         state, step = compile_step(
-            problem.loss_fn, method, schedule, rest, params, examples, settings.batch_size
+            problem.loss_fn,
+            method,
+            make_schedule(peak, steps_per_epoch * settings.epochs),
+            rest,
+            params,
+            examples,
+            settings.batch_size,
+            settings.seed,
         )
         compile_seconds = time.perf_counter() - started
         curve, kept = [record(0, 0.0, state.params)], _copy_to_host(state.params)
