@@ -28,6 +28,26 @@ class Look(NamedTuple):
     marker: str
 
 
+class Line(NamedTuple):
+    """A curve of `plot_updates`: several share a colour and are told apart by their dashes.
+
+    Attributes:
+      label: beside its end.
+      x: for each panel.
+      y: the loss.
+      colour: a number.
+      dashed: whether it is.
+      other: another loss; the area up to it is shaded.
+    """
+
+    label: str
+    x: tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]
+    y: Float[np.ndarray, " k"]
+    colour: int
+    dashed: bool = False
+    other: Float[np.ndarray, " k"] | None = None
+
+
 def look(colour: int, marker: int) -> Look:
     """The look of this number, whichever the number is."""
     return Look(COLOURS[colour % len(COLOURS)], MARKERS[marker % len(MARKERS)])
@@ -57,14 +77,11 @@ def plot_losses(
     if looks is None:
         looks = {name: look(position, position) for position, name in enumerate(METHODS)}
     first = max([1.0, *(WARMUP * run.curve[-1].epoch for run in runs)])
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    figure.suptitle(title, color=TEXT, fontsize=11, x=0.01, ha="left")
-    by_epoch, by_seconds = figure.subplots(1, 2, sharey=True)
+    figure, (by_epoch, by_seconds) = _panels(title)
     for axes, field, label in (
         (by_epoch, "epoch", "epoch"),
         (by_seconds, "seconds", "seconds of training, without compilation and evaluation"),
     ):
-        _style(axes)
         axes.set_yscale("log" if log else "linear")
         axes.set_xlabel(label, color=TEXT)
         ends = {}
@@ -93,6 +110,100 @@ def plot_losses(
         "loss (training: solid, test: dashed)" if test else "training loss", color=TEXT
     )
     figure.savefig(path, dpi=150)
+
+
+def plot_updates(lines: Sequence[Line], title: str, path: Path, log: bool = True) -> None:
+    """Loss against updates and against seconds, without the first of both (`WARMUP`)."""
+    figure, panels = _panels(title)
+    for i, (axes, label) in enumerate(
+        zip(
+            panels,
+            ("updates", "seconds of training, without compilation and evaluation"),
+            strict=True,
+        )
+    ):
+        axes.set_yscale("log" if log else "linear")
+        axes.set_xlabel(label, color=TEXT)
+        ends = {}
+        for line in lines:
+            first = min(int(WARMUP * len(line.y)) + 1, len(line.y) - 1)
+            colour = COLOURS[line.colour % len(COLOURS)]
+            x, y = line.x[i][first:], line.y[first:]
+            axes.plot(x, y, color=colour, linewidth=1.8, linestyle="--" if line.dashed else "-")
+            if line.other is not None:
+                axes.fill_between(x, y, line.other[first:], color=colour, alpha=0.2, linewidth=0)
+            ends[line.label] = (x[-1], y[-1], colour)
+        _label_ends(axes, ends)
+    panels[0].set_ylabel("loss of the batch, mean of ten", color=TEXT)
+    figure.savefig(path, dpi=150)
+
+
+class Panel(NamedTuple):
+    """Curves over one axis, by their labels: places and values."""
+
+    label: str
+    curves: Mapping[str, tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]]
+    log: bool = False
+
+
+def plot_panels(
+    panels: Sequence[Panel], xlabel: str, title: str, path: Path, log: bool = False
+) -> None:
+    """Panels beside each other; a label has one colour in all of them.
+
+    Args:
+      panels: what is in them.
+      xlabel: of their axis.
+      title: of the picture.
+      path: where it goes.
+      log: whether the axis is logarithmic.
+    """
+    figure, all_axes = _panels(title, len(panels), sharey=False)
+    labels = list(dict.fromkeys(label for panel in panels for label in panel.curves))
+    for axes, panel in zip(all_axes, panels, strict=True):
+        axes.set_xscale("log" if log else "linear")
+        axes.set_yscale("log" if panel.log else "linear")
+        axes.set_xlabel(xlabel, color=TEXT)
+        axes.set_ylabel(panel.label, color=TEXT)
+        for label, (x, y) in panel.curves.items():
+            colour, marker = look(at := labels.index(label), at)
+            style = "-" if at < len(COLOURS) else "--"
+            axes.plot(x, y, style, color=colour, marker=marker, markersize=4, label=label)
+        axes.legend(fontsize=8, frameon=False, labelcolor=TEXT)
+    figure.savefig(path, dpi=150)
+
+
+def plot_heat(
+    rows: Mapping[str, Float[np.ndarray, " columns"]],
+    columns: Sequence[str],
+    title: str,
+    path: Path,
+) -> None:
+    """Cosines as colours, with their numbers."""
+    values = np.stack(list(rows.values()))
+    figure = Figure(figsize=(2.4 + 0.9 * len(columns), 1.2 + 0.4 * len(rows)), layout="constrained")
+    figure.suptitle(title, color=TEXT, fontsize=11, x=0.01, ha="left")
+    axes = figure.subplots()
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set(xticks=range(len(columns)), yticks=range(len(rows)))
+    axes.set_xticklabels(columns, color=TEXT, fontsize=9)
+    axes.set_yticklabels(rows, color=TEXT, fontsize=9)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    for (i, j), value in np.ndenumerate(values):
+        colour = "white" if value > 0.6 else TEXT
+        axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def _panels(title: str, count: int = 2, sharey: bool = True) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with panels beside each other."""
+    figure = Figure(figsize=(5 * count, 4.4), layout="constrained")
+    figure.suptitle(title, color=TEXT, fontsize=11, x=0.01, ha="left")
+    panels = list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
+    for axes in panels:
+        _style(axes)
+    return figure, panels
 
 
 def plot_images(rows: Mapping[str, Float[np.ndarray, "images 784"]], path: Path) -> None:
