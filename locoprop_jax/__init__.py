@@ -3,6 +3,9 @@
 import typing as _typing
 
 from locoprop_jax import losses as losses
+from locoprop_jax._averaging import IterateAverageState as IterateAverageState
+from locoprop_jax._averaging import average_iterates as average_iterates
+from locoprop_jax._averaging import averaged_params as averaged_params
 from locoprop_jax._boosting import LnbState as LnbState
 from locoprop_jax._boosting import lnb as lnb
 from locoprop_jax._boosting import scale_by_lnb as scale_by_lnb

@@ -161,9 +161,11 @@ def scale_by_gauss_newton_step(
 
             def better(k: Array, best: Candidate) -> Candidate:
                 new = candidate(state.inner_damping * factor ** (1 - k).astype(dtype))
-                return _linalg.where(new.change < best.change, new, best)
+                return _linalg.where((k == 0) | (new.change < best.change), new, best)
 
-            return jax.lax.fori_loop(1, 3, better, candidate(state.inner_damping * factor))
+            zero = jnp.zeros([], dtype)
+            none = Candidate(_linalg.zeros_like(updates), state.inner, *[zero] * 4)
+            return jax.lax.fori_loop(0, 3, better, none)
 
         if is_adapted:
             due = (state.count % inner_damping_period == 0) & (state.count > 0)
@@ -270,8 +272,9 @@ def minimum(model: Model, damping: Scalar) -> tuple[Float[Array, " k"], Scalar]:
     # Directions may be parallel, or zero.
     eps = float(10 * jnp.finfo(matrix.dtype).eps)
     steps = root * _linalg.solve(_linalg.damped(unit, eps), (root * model.slope)[:, None])[:, 0]
-    steps = jnp.where(jnp.isfinite(steps), steps, 0)
-    return steps, steps @ matrix @ steps / 2 - steps @ model.slope
+    steps = jnp.where(jnp.isfinite(steps).all(), steps, 0)
+    change = steps @ matrix @ steps / 2 - steps @ model.slope
+    return steps, jnp.where(jnp.isfinite(change), change, 0)
 
 
 def fall_of_loss(

@@ -60,8 +60,8 @@ def gauss_newton_vector_product(
     Hessian of the loss, as written, by these outputs: what a mean over the batch divides by stays
     in it. Any loss will do whose head is convex and which one layer feeds; the losses of
     `locoprop_jax.losses` may be several, and where the Hessian of one is not positive
-    semi-definite its positive part counts. Parts of the loss that reach the parameters past every
-    layer, weight decay for example, do not enter.
+    semi-definite its positive part counts. What an unmarked loss does with parameters after its
+    last layer, or past every layer (weight decay), does not enter.
 
     The network runs forward when this is called, a product is one pass forward and one backward.
 

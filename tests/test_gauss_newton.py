@@ -86,7 +86,7 @@ def test_the_product_of_blocks_leaves_out_what_is_between_layers():
 
 def test_parameters_in_no_layer_are_a_block_of_their_own():
     def loss_fn(params, x, y):
-        return optax.l2_loss(params["gain"] * (x @ params["kernel"]), y).mean()
+        return optax.l2_loss((params["gain"] * x) @ params["kernel"], y).mean()
 
     params = {"gain": jnp.array(1.5), "kernel": jnp.ones((3, 2))}
     batch = NET.data()
@@ -208,9 +208,9 @@ def test_a_transfer_function_with_a_backward_pass_of_its_own():
     cube.defvjp(lambda a: (a**3, a), lambda a, e: (3 * a**2 * e,))
 
     def loss(transfer, w, x):
-        return optax.l2_loss(transfer(x @ w) @ w.T, x).sum(-1).mean()
+        return optax.l2_loss(transfer(x @ w["in"]) @ w["out"], x).sum(-1).mean()
 
-    w, x = jnp.ones((3, 2)) / 2, NET.data()[0]
+    w, x = {"in": jnp.ones((3, 2)) / 2, "out": jnp.ones((2, 3))}, NET.data()[0]
     matrices = [
         dense(lp.gauss_newton_vector_product(functools.partial(loss, transfer), w, x), w)
         for transfer in (cube, lambda a: a**3)
