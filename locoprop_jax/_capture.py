@@ -17,9 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from locoprop_jax import _chains, _curvature, _detect, _flow, _jaxpr, _layers, _transfer
+from locoprop_jax import (
+    _chains,
+    _curvature,
+    _detect,
+    _flow,
+    _jaxpr,
+    _layers,
+    _targets,
+    _transfer,
+)
 from locoprop_jax._chains import Chain, Shape
-from locoprop_jax._curvature import Point, Target
+from locoprop_jax._curvature import Point
 from locoprop_jax._detect import Site
 from locoprop_jax._flow import Piece
 from locoprop_jax._jaxpr import Address, Path, Program
@@ -33,6 +42,7 @@ from locoprop_jax._layers import (
     Parameter,
     StaticJaxpr,
 )
+from locoprop_jax._targets import Target
 from locoprop_jax._trace import Traced, trace
 from locoprop_jax._transfer import Transfer
 
@@ -382,7 +392,7 @@ def value_grad_and_capture(
         targets: tuple[Target, ...] = ()
         if curvature in _curvature.PULLED:
             to_rows = [layout.outputs for layout in layouts]
-            targets = _curvature.plan(traced, curvature, names, to_rows)
+            targets = _targets.plan(traced, curvature, names, to_rows)
         inputs = [_detect.input_address(program, site) for site in sites]
         outputs = [_detect.output_address(program, site) for site in sites]
         piece_ends = _addresses(program, [piece.end for piece in pieces if piece])
