@@ -24,6 +24,7 @@ from locoprop_jax import (
     _flow,
     _jaxpr,
     _layers,
+    _output_hessian,
     _targets,
     _transfer,
 )
@@ -42,6 +43,7 @@ from locoprop_jax._layers import (
     Parameter,
     StaticJaxpr,
 )
+from locoprop_jax._output_hessian import OutputPlan
 from locoprop_jax._targets import Target
 from locoprop_jax._trace import Traced, trace
 from locoprop_jax._transfer import Transfer
@@ -150,36 +152,37 @@ def _same_order(one: Chain, other: Chain, shape: Shape) -> bool:
     return np.array_equal(_chains.apply(one, order), _chains.apply(other, order))
 
 
-class HeadPlan(NamedTuple):
-    """An output layer's head: the loss from its outputs on, and the other values it needs."""
+class Cut(NamedTuple):
+    """A part of the program as a function of one value, and the other values it needs."""
 
     closed: Any
     free: list[int]
 
+    def function(self, known: Mapping[int, Any]) -> Callable[[jax.Array], jax.Array]:
+        """The same as a function of the one value alone, the others held fixed."""
+        free = [known[v] for v in self.free]
+        return lambda value: _jaxpr.as_callable(self.closed)(value, *free)[0]
 
-def _head_plan(traced: Traced, site: Site) -> HeadPlan:
-    """Cut the head out of the program.
 
-    What the loss computes from other parameters (regularizers, other output layers) is held fixed
-    at its value, what it computes from the arguments alone is computed again.
+def _cut(traced: Traced, source: int, end: int) -> Cut:
+    """Cut what lies between two values out of the program: to the loss, an output layer's head.
+
+    What is computed from other parameters (regularizers, other output layers) is held fixed at its
+    value, what is computed from the arguments alone is computed again.
     """
-    program, loss = traced.program, traced.program.outputs[0]
-    moving = _flow.reached_from(program, [site.output])
+    program = traced.program
+    moving = _flow.reached_from(program, [source])
     of_params = _flow.reached_from(program, program.inputs[: traced.n_leaves])
-    equations, _ = program.slice([site.output], loss)
+    equations, _ = program.slice([source], end)
     fixed = {v for e in equations for v in e.inputs if v in of_params and v not in moving}
-    equations, free = program.slice([site.output, *fixed], loss)
-    free = [v for v in free if v != site.output]
+    equations, free = program.slice([source, *fixed], end)
+    free = [v for v in free if v != source]
 
-    def head(output: Any, *values: Any) -> Any:
-        return program.call(
-            equations,
-            {site.output: output, **dict(zip(free, values, strict=True))},
-            loss,
-        )
+    def function(value: Any, *values: Any) -> Any:
+        return program.call(equations, {source: value, **dict(zip(free, values, strict=True))}, end)
 
-    avals = [program.avals[v] for v in (site.output, *free)]
-    return HeadPlan(jax.make_jaxpr(head)(*map(_struct, avals)), free)
+    avals = [program.avals[v] for v in (source, *free)]
+    return Cut(jax.make_jaxpr(function)(*map(_struct, avals)), free)
 
 
 def _struct(aval: Any) -> jax.ShapeDtypeStruct:
@@ -275,6 +278,7 @@ def find_layers(
             ),
             is_output=i in ends,
             source=sources[i],
+            bypasses=_detect.bypasses(traced.program, traced.detection, i),
         )
         for i, (site, name) in enumerate(zip(traced.detection.sites, names, strict=True))
     ]
@@ -334,6 +338,12 @@ def value_grad_and_capture(
     * "ggn_exact": the columns of that root: as many as outputs per example, times the positions
       of an example that meet in the network. No example may meet another.
 
+    "ggn_output" gives no cotangents but the Gauss-Newton factor of the output layer alone, from
+    which `scale_by_kfra` computes those of all others: `output_hessian`, the sum over rows of the
+    Hessian of the loss as written by the outputs of the row, (d_out, d_out), or its diagonal
+    (d_out,) where the loss takes each output by itself. No further pass. The loss has one output
+    layer, and no row of it meets another in the loss.
+
     Losses of `locoprop_jax.losses` have square roots in closed form, and there may be several of
     them; any other loss works for "ggn_mc" and "ggn_exact" if a single layer feeds it and its
     Hessian is seen to be one block per example. A negative part of an example's Hessian counts as
@@ -382,7 +392,7 @@ def value_grad_and_capture(
         traced = trace(loss_fn, params, args, kwargs, has_aux)
         program, sites, names = traced.program, traced.detection.sites, _names(traced)
         ends = sorted(_detect.output_sites(program, traced.detection))
-        heads = {i: _head_plan(traced, sites[i]) for i in ends}
+        heads = {i: _cut(traced, sites[i].output, program.outputs[0]) for i in ends}
         found = [
             _piece(traced, site) if transferred and i not in ends else None
             for i, site in enumerate(sites)
@@ -390,15 +400,23 @@ def value_grad_and_capture(
         pieces = [piece if piece and piece.equations else None for piece in found]
         layouts = [_layout(traced, site, piece) for site, piece in zip(sites, pieces, strict=True)]
         targets: tuple[Target, ...] = ()
+        to_rows = [layout.outputs for layout in layouts]
         if curvature in _curvature.PULLED:
-            to_rows = [layout.outputs for layout in layouts]
             targets = _targets.plan(traced, curvature, names, to_rows)
+        output: OutputPlan | None = None
+        if curvature == "ggn_output":
+            output = _output_hessian.plan(traced, names, to_rows)
+            targets = output.targets
+        between = {
+            target.value: _cut(traced, sites[output.site].output, target.value)
+            for target in (output.targets if output else ())
+        }
         inputs = [_detect.input_address(program, site) for site in sites]
         outputs = [_detect.output_address(program, site) for site in sites]
         piece_ends = _addresses(program, [piece.end for piece in pieces if piece])
         fixed = _addresses(
             program,
-            [v for plan in heads.values() for v in plan.free]
+            [v for plan in (*heads.values(), *between.values()) for v in plan.free]
             + [v for target in targets for v in target.operands],
         )
         injected = _addresses(program, [target.value for target in targets])
@@ -415,7 +433,7 @@ def value_grad_and_capture(
         tapped |= {address.path: value for value, address in piece_ends.items()}
         tapped |= {address.path: value for value, address in terms.items()}
         zeros = {path: jnp.zeros_like(program.avals[value]) for path, value in tapped.items()}
-        if targets:
+        if curvature in _curvature.PULLED:
             (loss, at_targets), pull, (rest, recorded) = jax.vjp(
                 forward, params, zeros, has_aux=True
             )
@@ -438,11 +456,17 @@ def value_grad_and_capture(
         if curvature == "fisher_empirical":
             root = math.sqrt(_averaged_terms(of_heads, names))
             curved = {path: (root * e)[None] for path, e in cotangents.items()}
-        elif pull is not None and curvature is not None:
-            points = [
-                _point(target, recorded[injected[target.value]], cotangents, terms, known, heads)
-                for target in targets
-            ]
+        points = [
+            _point(target, recorded[injected[target.value]], cotangents, terms, known, heads)
+            for target in targets
+        ]
+        hessian = None
+        if output is not None:
+            functions = [between[target.value].function(known) for target in targets]
+            hessian = _output_hessian.total(
+                output, points, functions, recorded[outputs[output.site]], layouts[output.site]
+            )
+        if pull is not None and curvature is not None:
             columns = _curvature.cotangents(targets, points, curvature, samples, rng)
             curved = jax.vmap(lambda c: pull((jnp.zeros_like(loss), c))[1])(columns)
 
@@ -462,6 +486,7 @@ def value_grad_and_capture(
                 raw_transferred_curvature=(
                     None if piece is None else curved.get(piece_ends[piece.end].path)
                 ),
+                output_hessian=hessian if output is not None and i == output.site else None,
             )
             for i, (site, piece) in enumerate(zip(sites, pieces, strict=True))
         )
@@ -499,20 +524,17 @@ def _point(
     cotangents: Mapping[Path, jax.Array],
     terms: Mapping[int, Address],
     known: Mapping[int, Any],
-    heads: Mapping[int, HeadPlan],
+    heads: Mapping[int, Cut],
 ) -> Point:
     """The arrays of a target of curvature cotangents."""
     if target.call is not None:
         weights = cotangents[terms[target.terms].path]
         return Point(value, tuple(known[v] for v in target.operands), weights)
     (plan,) = heads.values()
-    free = [known[v] for v in plan.free]
-    return Point(value, head=lambda raw: _jaxpr.as_callable(plan.closed)(raw, *free)[0])
+    return Point(value, head=plan.function(known))
 
 
-def _head(
-    traced: Traced, site: Site, plan: HeadPlan, layout: Layout, known: Mapping[int, Any]
-) -> Head:
+def _head(traced: Traced, site: Site, plan: Cut, layout: Layout, known: Mapping[int, Any]) -> Head:
     program = traced.program
     terms = _flow.averaged_terms(program, traced.detection.terms, site.output)
     rows = math.prod(program.shape(site.output)) // site.d_out

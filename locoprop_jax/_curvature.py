@@ -25,7 +25,7 @@ from jax import Array
 from locoprop_jax import _jaxpr, losses
 from locoprop_jax._targets import Target
 
-KINDS = ("fisher_mc", "fisher_empirical", "ggn_mc", "ggn_exact")
+KINDS = ("fisher_mc", "fisher_empirical", "ggn_mc", "ggn_exact", "ggn_output")
 SAMPLED = ("fisher_mc", "ggn_mc")
 PULLED = ("fisher_mc", "ggn_mc", "ggn_exact")  # by passes of their own
 
@@ -108,7 +108,7 @@ def cotangents(
 
 
 def _columns(target: Target, point: Point) -> Array:
-    root = _root(target, point)
+    root = root_of(target, point)
     dtype = losses.working_dtype(point.value.dtype)
     vectors = losses.unit_vectors(point.value.shape, target.alone, dtype)
     return jax.vmap(root)(vectors).astype(point.value.dtype)
@@ -125,7 +125,7 @@ def _apart(columns: Sequence[Array]) -> list[Array]:
 
 
 def _noise(target: Target, point: Point) -> Callable[[Array], Array]:
-    root = _root(target, point)
+    root = root_of(target, point)
     dtype = losses.working_dtype(point.value.dtype)
     return lambda key: root(jax.random.rademacher(key, point.value.shape, dtype))
 
@@ -133,10 +133,10 @@ def _noise(target: Target, point: Point) -> Callable[[Array], Array]:
 def _labels_sampled(target: Target, point: Point) -> Callable[[Array], Array]:
     """sqrt(w) times the gradient of each term, for labels that the model predicts."""
     assert target.loss is not None
-    loss, outputs = target.loss, losses.at_least_float32(_by_example(target, point.value))
+    loss, outputs = target.loss, losses.at_least_float32(by_example(target, point.value))
     if loss.sampler is None:
         loss.sample(jnp.zeros(()), outputs)  # says so
-    scale = _scale(target, point)
+    scale = scale_of(target, point)
 
     def draw(key: Array) -> Array:
         labels = jax.lax.stop_gradient(loss.sample(key, outputs))
@@ -148,7 +148,7 @@ def _labels_sampled(target: Target, point: Point) -> Callable[[Array], Array]:
     return draw
 
 
-def _root(target: Target, point: Point) -> Callable[[Array], Array]:
+def root_of(target: Target, point: Point) -> Callable[[Array], Array]:
     """The product of vectors with the square root of the Hessian of the loss as written."""
     if target.loss is None:
         assert point.head is not None
@@ -159,12 +159,12 @@ def _root(target: Target, point: Point) -> Callable[[Array], Array]:
         )
     of_examples, outputs = (
         target.loss.root,
-        losses.at_least_float32(_by_example(target, point.value)),
+        losses.at_least_float32(by_example(target, point.value)),
     )
-    scale = losses.spread(_scale(target, point), outputs.ndim).astype(outputs.dtype)
+    scale = losses.spread(scale_of(target, point), outputs.ndim).astype(outputs.dtype)
 
     def root(v: Array) -> Array:
-        v = _by_example(target, v).astype(outputs.dtype)
+        v = by_example(target, v).astype(outputs.dtype)
         return _as_given(target, scale * of_examples(outputs, v))
 
     return root
@@ -178,7 +178,7 @@ def _weighted(target: Target, point: Point, outputs: Array) -> Array:
     return jnp.sum(jnp.maximum(point.weights, 0) * terms)
 
 
-def _scale(target: Target, point: Point) -> Array:
+def scale_of(target: Target, point: Point) -> Array:
     """The square root of each term's weight, of the shape of the terms."""
     assert point.weights is not None
     scale = jnp.sqrt(jnp.maximum(losses.at_least_float32(point.weights), 0))
@@ -194,7 +194,7 @@ def _scale(target: Target, point: Point) -> Array:
     return scale * jnp.sqrt(jnp.maximum(mass, 0))
 
 
-def _by_example(target: Target, x: Array) -> Array:
+def by_example(target: Target, x: Array) -> Array:
     return x.transpose((*target.examples, *target.outputs))
 
 

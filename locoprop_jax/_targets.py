@@ -64,7 +64,7 @@ def plan(
 
     Args:
       traced: the loss.
-      curvature: one of `PULLED`.
+      curvature: which; one that needs targets.
       names: of the layers, for errors.
       to_rows: of the layers, what brings their outputs to (batch, shared, d_out).
 
@@ -85,7 +85,7 @@ def plan(
         loss = losses.find(str(call.params.get("name", "")))
         if loss is not None and program.is_inexact(call.outputs[0]):
             marked.setdefault(call.outputs[0], (call, loss))
-    ends = [v for v in _linear_ends(program, of_params, set(marked)) if v in of_layers]
+    ends = [v for v in linear_ends(program, of_params, set(marked)) if v in of_layers]
     plain = [v for v in ends if v not in marked]
     found = [marked[v] for v in ends if v in marked]
     if not plain:
@@ -118,7 +118,7 @@ def _producer(program: Program, value: int) -> str:
     return "a parameter" if position is None else str(program.equations[position].primitive)
 
 
-def _linear_ends(program: Program, of_params: set[int], stop: set[int]) -> list[int]:
+def linear_ends(program: Program, of_params: set[int], stop: set[int]) -> list[int]:
     """The values that the loss is a weighted sum of, the weights free of parameters.
 
     The loss is followed back through linear equations, up to marked losses and to what is computed
@@ -240,7 +240,7 @@ def _layer_target(
         raise ValueError(f"{needs} several layers are outputs: {listed}. {REMEDY}.")
     (head,) = heads
     site = detection.sites[head]
-    past = _reached_past(traced, site.output)
+    past = reached_past(traced, site.output)
     if program.outputs[0] in past:
         raise ValueError(
             f"{needs} the loss also depends on a layer in a way that does not pass through "
@@ -251,7 +251,7 @@ def _layer_target(
     examples = tuple(
         i
         for i in range(len(program.shape(site.output)))
-        if all(_is_separate(axes[i]) for axes in found)
+        if all(is_separate(axes[i]) for axes in found)
     )
     outputs = tuple(i for i in range(len(program.shape(site.output))) if i not in examples)
     mixed = _batch(traced, site.output) & set(outputs)
@@ -264,11 +264,11 @@ def _layer_target(
     return Target(site.output, examples, outputs, outputs)
 
 
-def _is_separate(axis: _separable.Axis) -> bool:
+def is_separate(axis: _separable.Axis) -> bool:
     return all(f.label is not None and f.label != _separable.UNKNOWN for f in axis)
 
 
-def _reached_past(traced: Traced, output: int) -> set[int]:
+def reached_past(traced: Traced, output: int) -> set[int]:
     """What the other layers reach without passing through a layer's output."""
     program, live = traced.program, traced.detection.live
     reached = {s.output for s in traced.detection.sites if s.output != output}
