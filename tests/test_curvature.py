@@ -314,6 +314,15 @@ def output_hessian(loss_fn, params, *args):
 
 PARAMS3, LABELS = layers_of(3, 4, 3), jax.nn.softmax(normal(6, 5, 3))
 TOKEN_LABELS = jax.nn.softmax(normal(7, 5, 4, 3))
+
+
+def twice(z):
+    return jnp.broadcast_to(z[None], (2, *z.shape))
+
+
+MASK = (WEIGHTS > 0.5).astype(float)
+CLASSES = LABELS.argmax(-1)
+INTEGERS = lp.losses.softmax_cross_entropy_with_integer_labels
 own = lp.losses.output_loss()(lambda z, y: jnp.sum(jnp.logaddexp(z, 0) ** 2 - y * z, -1))
 
 
@@ -324,13 +333,13 @@ own = lp.losses.output_loss()(lambda z, y: jnp.sum(jnp.logaddexp(z, 0) ** 2 - y 
         (X, lambda z: MARKED["sigmoid"](z, LABELS).sum(), False),
         (X, lambda z: (WEIGHTS[:, None] * lp.losses.squared_error(z, LABELS)).mean(), False),
         (X, lambda z: MARKED["sigmoid"](2 * z + 1, LABELS).sum(), False),
-        (X, lambda z: lp.losses.squared_error(jnp.stack([z, 2 * z]), jnp.ones((2, 5, 3))).sum(), 0),
+        (X, lambda z: lp.losses.squared_error(twice(z), twice(LABELS)).sum(), False),
         (X, lambda z: MARKED["softmax"](z, LABELS).mean(), True),
         (X, lambda z: weighted(z, LABELS, WEIGHTS), True),
-        (X, lambda z: MARKED["softmax"](z, LABELS * (WEIGHTS > 0.5)[:, None]).sum(), True),
+        (X, lambda z: MARKED["softmax"](z, LABELS * MASK[:, None]).sum(), True),
         (X, lambda z: MARKED["softmax"](0.5 * z + 1, LABELS).sum(), True),
         (X, lambda z: MARKED["softmax"](z, LABELS).sum() + MARKED["squared"](z, X).sum(), True),
-        (X, lambda z: MARKED["softmax"](z.reshape(5, 3, 1), LABELS[..., None]).sum(), True),
+        (X, lambda z: MARKED["softmax"](z.reshape(5, 1, 3), LABELS[:, None]).sum(), True),
         (
             X,
             lambda z: lp.losses.softmax_cross_entropy_with_integer_labels(
@@ -340,7 +349,6 @@ own = lp.losses.output_loss()(lambda z, y: jnp.sum(jnp.logaddexp(z, 0) ** 2 - y 
         ),
         (X, lambda z: jax.vmap(lp.losses.softmax_cross_entropy, (1, 0))(z.T, LABELS).sum(), True),
         (TOKENS[0], lambda z: MARKED["softmax"](z, TOKEN_LABELS).mean(), True),
-        (TOKENS[0], lambda z: MARKED["softmax"](rows(z), rows(TOKEN_LABELS)).mean(), True),
         (TOKENS[0], lambda z: MARKED["sigmoid"](z, TOKEN_LABELS).mean(), False),
         (X, lambda z: mixture(z, jnp.asarray([0.0, 1, 1, 0, 1])).mean(), True),
         (X, lambda z: own(z, LABELS).mean(), True),
@@ -361,7 +369,7 @@ own = lp.losses.output_loss()(lambda z, y: jnp.sum(jnp.logaddexp(z, 0) ** 2 - y 
 def test_the_output_layers_factor_is_the_sum_of_the_rows_hessians(x, loss, is_matrix):
     dense = Dense(PARAMS3, x, loss)
     found, was_matrix = output_hessian(dense.loss_fn, PARAMS3, x)
-    assert was_matrix == bool(is_matrix)
+    assert was_matrix == is_matrix
     assert_close(found, dense.gauss_newton()[-1])
 
 
@@ -977,5 +985,5 @@ def test_a_loss_whose_curvature_cannot_be_told_is_an_error(curvature, loss, para
 def test_rows_that_are_pooled_have_no_factor_of_the_output_layer_alone(is_marked):
     head = MARKED["softmax"] if is_marked else optax.softmax_cross_entropy
     dense = Dense(PARAMS, TOKENS[0], lambda z: head(z.mean(1), jax.nn.softmax(Y)).mean())
-    with pytest.raises(ValueError, match="rows of 1/0.*pooling over positions.*`scale_by_kfac`"):
+    with pytest.raises(ValueError, match=r"rows of 1, .*pooling over positions.*`scale_by_kfac`"):
         lp.value_grad_and_capture(dense.loss_fn, curvature="ggn_output")(PARAMS, TOKENS[0])
