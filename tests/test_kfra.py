@@ -271,9 +271,9 @@ def test_networks_that_are_no_chain_are_refused_where_they_break(network, messag
 
 
 def test_two_layers_on_the_same_inputs_are_no_chain():
-    def network(p, x):
-        h = jnp.tanh(x @ p["a"])
-        return (h @ p["b"]) * (h @ p["c"])
+    def network(x, a, b, c):
+        h = jnp.tanh(x @ a)
+        return (h @ b) * (h @ c)
 
     layers = lp.find_layers(loss_of(network), KERNELS, X)
     with pytest.raises(ValueError, match="b feeds the loss and not c"):
