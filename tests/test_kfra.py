@@ -43,14 +43,18 @@ def recursion(net, params, batch):
     return {name: result[name] for name in net.names}
 
 
-def step(net, tx, params, state, batch):
+def update_function(net, tx):
     @jax.jit
     def update(params, state, *batch):
         capture = lp.value_grad_and_capture(net.loss, curvature=CURVATURE)
         _, grads, captured = capture(params, *batch)
         return tx.update(grads, state, params, captured=captured)
 
-    return update(params, state, *batch)
+    return update
+
+
+def step(net, tx, params, state, batch):
+    return update_function(net, tx)(params, state, *batch)
 
 
 def kflr(net, params, batch):
@@ -112,7 +116,7 @@ def test_factors_are_averaged_and_inverted_when_they_are_due():
     tx = scale_by_kfra(
         net.layers(), damping=damping, decay=decay, inverse_period=4, statistics_steps=2
     )
-    params, state = net.params(), tx.init(net.params())
+    update, params, state = update_function(net, tx), net.params(), tx.init(net.params())
     total, inverse, last = dict.fromkeys(net.names, (0.0, 0.0)), {}, 0
     for count in range(6):
         batch = net.data(count)
@@ -127,7 +131,7 @@ def test_factors_are_averaged_and_inverted_when_they_are_due():
                 )
         if due:
             inverse = {n: [f / (1 - decay**last) for f in total[n]] for n in net.names}
-        updates, state = step(net, tx, params, state, batch)
+        updates, state = update(params, state, *batch)
         expected = {n: divided((*inverse[n], now[n][2]), damping) for n in net.names}
         assert_blocks(net, updates, expected, 1e-8)
     assert (state.count, state.gathered) == (6, 5)
