@@ -404,13 +404,12 @@ def value_grad_and_capture(
         if curvature in _curvature.PULLED:
             targets = _targets.plan(traced, curvature, names, to_rows)
         output: OutputPlan | None = None
+        between: dict[int, Cut] = {}
         if curvature == "ggn_output":
             output = _output_hessian.plan(traced, names, to_rows)
             targets = output.targets
-        between = {
-            target.value: _cut(traced, sites[output.site].output, target.value)
-            for target in (output.targets if output else ())
-        }
+            values = {target.value for target in targets}
+            between = {value: _cut(traced, output.output, value) for value in values}
         inputs = [_detect.input_address(program, site) for site in sites]
         outputs = [_detect.output_address(program, site) for site in sites]
         piece_ends = _addresses(program, [piece.end for piece in pieces if piece])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from locoprop_jax import _jaxpr, _layers, _separable, _targets
+from locoprop_jax import _jaxpr, _layers, _separable, _targets, losses
 from locoprop_jax._blocks import as_rows
 from locoprop_jax._checks import check_layers
 from locoprop_jax._flow import live_equations, reached_from
@@ -117,8 +117,8 @@ def _of_head(head: Head, outputs: Float[Array, "batch shared d_out"]) -> Hessian
     units = jnp.eye(d_out, dtype=outputs.dtype)[:, None, None]
     vectors = jnp.broadcast_to(units, (d_out, *outputs.shape))
     columns = jax.lax.map(lambda v: product(v)[0], vectors)
-    wide = jnp.promote_types(columns.dtype, jnp.float32)
-    hessians = columns.reshape(d_out, -1, d_out).transpose(1, 0, 2).astype(wide)
+    columns = losses.at_least_float32(columns)
+    hessians = columns.reshape(d_out, -1, d_out).transpose(1, 0, 2)
     return (hessians + hessians.transpose(0, 2, 1)) / 2
 
 

@@ -127,12 +127,12 @@ def scale_by_kfra(
 
 def _factors(layers: Layers, last: str, data: Recursion) -> dict[str, Float[Array, "d d"]]:
     """Gamma of each layer passed (practical GN, eq. 26)."""
-    hessian = data.hessian
-    gamma = jnp.diag(hessian) if hessian.ndim == 1 else hessian
-    result, above = {last: gamma}, last
+    gamma, above = data.hessian, last
+    result = {last: jnp.diag(gamma) if gamma.ndim == 1 else gamma}
     for name, outputs in reversed(data.outputs.items()):
-        back = data.kernels[above].T
-        gamma = second_moment(back, second_moment(gamma.astype(back.dtype), back))
+        back, gamma = data.kernels[above].T, gamma.astype(data.kernels[above].dtype)
+        after = gamma[:, None] * back if gamma.ndim == 1 else second_moment(gamma, back)
+        gamma = second_moment(back, after)
         slopes = layers[name].transfer.derivative(outputs)
         gamma = gamma * second_moment(slopes) / len(slopes)
         result[name], above = gamma, name

@@ -223,8 +223,10 @@ def scale_by_kronecker(
 
         def gather() -> dict[str, Factors]:
             outputs = output_factors.compute(data)
-            inputs = {name: _input_factor(x, slopes[name]) for name, x in rows.items()}
-            return {name: Factors(inputs[name], outputs[name]) for name in rows}
+            return {
+                name: Factors(_input_factor(x, slopes[name]), outputs[name].astype(x.dtype))
+                for name, x in rows.items()
+            }
 
         def invert(averages: dict[str, Factors]) -> dict[str, Any]:
             return map_layers(lambda _, factors: damping.invert(factors), averages)
