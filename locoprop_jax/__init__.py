@@ -22,11 +22,16 @@ from locoprop_jax._gauss_newton import GaussNewtonStepState as GaussNewtonStepSt
 from locoprop_jax._gauss_newton import (
     scale_by_gauss_newton_step as scale_by_gauss_newton_step,
 )
+from locoprop_jax._hessian import hessian_blocks as hessian_blocks
 from locoprop_jax._hessian_free import HessianFreeState as HessianFreeState
 from locoprop_jax._hessian_free import hessian_free as hessian_free
 from locoprop_jax._hessian_free import scale_by_hessian_free as scale_by_hessian_free
 from locoprop_jax._kfac import KfacState as KfacState
+from locoprop_jax._kfac import kfac as kfac
+from locoprop_jax._kfac import kflr as kflr
 from locoprop_jax._kfac import scale_by_kfac as scale_by_kfac
+from locoprop_jax._kfra import kfra as kfra
+from locoprop_jax._kfra import scale_by_kfra as scale_by_kfra
 from locoprop_jax._layers import Captured as Captured
 from locoprop_jax._layers import Layer as Layer
 from locoprop_jax._layers import LayerArrays as LayerArrays

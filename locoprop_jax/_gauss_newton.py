@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_not_negative, check_positive, check_whole
+from locoprop_jax._checks import check_not_negative, check_positive, check_whole, is_number
 from locoprop_jax._products import Linearised, linearise
 
 Scalar = Float[Array, ""]
@@ -330,3 +330,25 @@ def _combined(directions: list[Tree], steps: Float[Array, " k"]) -> Tree:
     for other in scaled[1:]:
         total = _linalg.add(total, other)
     return total
+
+
+def complete(
+    direction: Callable[[Any], optax.GradientTransformation],
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    damping: float,
+    step_damping: float,
+    adapt_damping: bool,
+    momentum: bool,
+    l2: float,
+) -> optax.GradientTransformationExtraArgs:
+    """A direction of damping gamma with Gauss-Newton steps: a complete optimizer (Algorithm 1)."""
+    step = scale_by_gauss_newton_step(
+        direction if adapt_damping else direction(damping),
+        damping=step_damping,
+        inner_damping=damping,
+        l2=l2,
+        momentum=momentum,
+    )
+    decayed = optax.identity() if is_number(l2) and l2 == 0 else optax.add_decayed_weights(l2)
+    return optax.chain(decayed, step, optax.scale_by_learning_rate(learning_rate))

@@ -11,6 +11,7 @@ from locoprop_jax import _linalg
 from locoprop_jax._amortised import Amortisation
 from locoprop_jax._blocks import Block, curvature_rows, dtype_of
 from locoprop_jax._checks import check_fisher, check_layers
+from locoprop_jax._gauss_newton import complete
 from locoprop_jax._kronecker import Damping, KroneckerState, OutputFactors, scale_by_kronecker
 from locoprop_jax._layers import Captured, Layers
 
@@ -103,3 +104,93 @@ def scale_by_kfac(
         Damping(damping, relative, exact_damping, output_factor),
         Amortisation(decay, inverse_period, statistics_steps),
     )
+
+
+def kfac(
+    layers: Layers,
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    *,
+    damping: float = 1.0,
+    step_damping: float = 0.1,
+    adapt_damping: bool = True,
+    exact_damping: bool = False,
+    curvature: str = "captured",
+    decay: float = 0.95,
+    inverse_period: int = 20,
+    statistics_steps: int = 1,
+    momentum: bool = True,
+    l2: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC with steps and damping from the Gauss-Newton model: nothing to tune.
+
+    The direction of `scale_by_kfac`, amortised, with the step of `scale_by_gauss_newton_step`
+    (Martens and Grosse; practical GN, appendices B and G). Without momentum, evaluate the
+    average of the parameters: `optax.chain(kfac(layers, momentum=False), average_iterates())`.
+
+    Args:
+      layers: from `find_layers`.
+      learning_rate: multiplies the step of the model; best left at one.
+      damping: the first gamma, in units of each layer's mean eigenvalue of S (x) Gamma.
+      step_damping: the first tau, in units of the curvature along the first direction.
+      adapt_damping: whether gamma is adapted too: every 20 steps the best of three.
+      exact_damping: whether gamma is added in the eigenvectors of both factors.
+      curvature: "captured" or "empirical", as for `scale_by_kfac`.
+      decay: of the averages of S and Gamma.
+      inverse_period: the steps from one inversion to the next; of 20 it should be a divisor or a
+        multiple, because where nothing is inverted gamma has no effect.
+      statistics_steps: how many steps up to each inversion gather statistics.
+      momentum: whether the step is the best one along the direction and the last update.
+      l2: eta of `eta / 2 |params|^2`, added to the loss.
+
+    Returns:
+      A complete optimizer. Its `update` needs `captured` (with `curvature="ggn_mc"`,
+      "fisher_mc", or another kind), the parameters, `value`, `grad` and `value_fn`:
+      `tx.update(grads, state, params, captured=captured, value=loss, grad=grads,
+      value_fn=lambda p: loss_fn(p, batch))`.
+
+    Raises:
+      ValueError, TypeError: as `scale_by_kfac` and `scale_by_gauss_newton_step`.
+    """
+
+    def direction(gamma: Any) -> optax.GradientTransformationExtraArgs:
+        return scale_by_kfac(
+            layers,
+            damping=gamma,
+            exact_damping=exact_damping,
+            curvature=curvature,
+            decay=decay,
+            inverse_period=inverse_period,
+            statistics_steps=statistics_steps,
+        )
+
+    return complete(
+        direction,
+        learning_rate,
+        damping=damping,
+        step_damping=step_damping,
+        adapt_damping=adapt_damping,
+        momentum=momentum,
+        l2=l2,
+    )
+
+
+def kflr(
+    layers: Layers, learning_rate: optax.ScalarOrSchedule = 1.0, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """KFLR: K-FAC with exact output factors (practical GN, section 3.4), for few outputs.
+
+    It is `kfac` for what `value_grad_and_capture(loss_fn, curvature="ggn_exact")` captures: all
+    columns of a square root of the loss Hessian, pulled back through the network.
+
+    Args:
+      layers: from `find_layers`.
+      learning_rate: multiplies the step of the model; best left at one.
+      **options: those of `kfac`, but for `curvature`.
+
+    Returns:
+      A complete optimizer, whose `update` needs what `kfac` needs.
+
+    Raises:
+      ValueError, TypeError: as `kfac`.
+    """
+    return kfac(layers, learning_rate, **options)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from locoprop_jax._amortised import Amortisation
 from locoprop_jax._blocks import Block, as_rows
 from locoprop_jax._checks import check_layers
+from locoprop_jax._gauss_newton import complete
 from locoprop_jax._kronecker import Damping, OutputFactors, scale_by_kronecker
 from locoprop_jax._layers import Captured, Layers
 from locoprop_jax._linalg import second_moment
@@ -137,3 +138,65 @@ def _factors(layers: Layers, last: str, data: Recursion) -> dict[str, Float[Arra
         gamma = gamma * second_moment(slopes) / len(slopes)
         result[name], above = gamma, name
     return result
+
+
+def kfra(
+    layers: Layers,
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    *,
+    damping: float = 1.0,
+    step_damping: float = 0.1,
+    adapt_damping: bool = True,
+    exact_damping: bool = False,
+    decay: float = 0.95,
+    inverse_period: int = 20,
+    statistics_steps: int = 1,
+    momentum: bool = True,
+    l2: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """KFRA with steps and damping from the Gauss-Newton model (practical GN, Algorithm 1).
+
+    The direction of `scale_by_kfra`, amortised, with the step of `scale_by_gauss_newton_step`;
+    nothing is sampled and nothing is left to tune. Algorithm 1 has no momentum.
+
+    Args:
+      layers: from `find_layers`, a chain of dense layers.
+      learning_rate: multiplies the step of the model; best left at one.
+      damping: the first gamma, in units of each layer's mean eigenvalue of S (x) Gamma.
+      step_damping: the first tau, in units of the curvature along the first direction.
+      adapt_damping: whether gamma is adapted too: every 20 steps the best of three.
+      exact_damping: whether gamma is added in the eigenvectors of both factors.
+      decay: of the averages of S and Gamma.
+      inverse_period: the steps from one inversion to the next; of 20 it should be a divisor or a
+        multiple, because where nothing is inverted gamma has no effect.
+      statistics_steps: how many steps up to each inversion gather statistics.
+      momentum: whether the step is the best one along the direction and the last update.
+      l2: eta of `eta / 2 |params|^2`, added to the loss.
+
+    Returns:
+      A complete optimizer. Its `update` needs `captured` (with `curvature="ggn_output"`), the
+      parameters, `value`, `grad` and `value_fn`, as for `kfac`.
+
+    Raises:
+      ValueError, TypeError: as `scale_by_kfra` and `scale_by_gauss_newton_step`.
+    """
+
+    def direction(gamma: Any) -> optax.GradientTransformationExtraArgs:
+        return scale_by_kfra(
+            layers,
+            damping=gamma,
+            exact_damping=exact_damping,
+            decay=decay,
+            inverse_period=inverse_period,
+            statistics_steps=statistics_steps,
+        )
+
+    return complete(
+        direction,
+        learning_rate,
+        damping=damping,
+        step_damping=step_damping,
+        adapt_damping=adapt_damping,
+        momentum=momentum,
+        l2=l2,
+    )

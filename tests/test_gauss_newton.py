@@ -215,7 +215,7 @@ def test_a_transfer_function_with_a_backward_pass_of_its_own():
         dense(lp.gauss_newton_vector_product(functools.partial(loss, transfer), w, x), w)
         for transfer in (cube, lambda a: a**3)
     ]
-    np.testing.assert_allclose(*matrices, atol=1e-12)
+    np.testing.assert_allclose(matrices[0], matrices[1], atol=1e-12)
     assert abs(matrices[0]).max() > 0.1
 
 
@@ -345,7 +345,7 @@ def test_gamma_is_the_best_of_three_by_the_model():
         d, _ = line(NET, batch, curvature="ggn_exact")(single, params, single.init(params))
         d = flat(d)
         found[gamma] = -((d @ slope) ** 2) / (d @ damped @ d) / 2
-    np.testing.assert_allclose(new.inner_damping, min(found, key=found.get))
+    np.testing.assert_allclose(new.inner_damping, min(found, key=lambda gamma: found[gamma]))
     model = flat(update) @ damped @ flat(update) / 2 - flat(update) @ slope
     np.testing.assert_allclose(model, min(found.values()), rtol=1e-6)
 
