@@ -373,11 +373,7 @@ def value_grad_and_capture(
             output = _output_hessian.plan(traced, names, to_rows)
             targets = output.targets
             values = {target.value for target in targets}
-<<<<<<< HEAD
             between = {value: cut(traced, output.output, value) for value in values}
-=======
-            between = {value: _cut(traced, output.output, value) for value in values}
->>>>>>> kfra
         inputs = [_detect.input_address(program, site) for site in sites]
         outputs = [_detect.output_address(program, site) for site in sites]
         piece_ends = addresses(program, [piece.end for piece in pieces if piece])
