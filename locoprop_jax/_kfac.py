@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -19,6 +18,7 @@ from locoprop_jax._blocks import (
     dtype_of,
     extend,
     matrix,
+    matrix_sizes,
     replace,
     unmatrix,
 )
@@ -128,7 +128,7 @@ def scale_by_kfac(
 
     def init(params: Any) -> KfacState:
         statistics, inverse = {}, {}
-        for name, (d, d_out, dtype) in _sizes(layers, params).items():
+        for name, (d, d_out, dtype) in matrix_sizes(layers, params).items():
 
             def factors(d: int = d, d_out: int = d_out, dtype: Any = dtype) -> Factors:
                 return Factors(jnp.zeros((d, d), dtype), jnp.zeros((d_out, d_out), dtype))
@@ -231,13 +231,3 @@ def _divide(gradient: Float[Array, "d d_out"], by: Factors | EigenFactors) -> Ar
         return by.inputs @ gradient @ by.outputs
     left, right = by.bases
     return left @ (by.scale * (left.T @ gradient @ right)) @ right.T
-
-
-def _sizes(layers: Layers, params: Any) -> dict[str, tuple[int, int, Any]]:
-    """d, d_out and dtype of each block among the parameters, by layer."""
-    if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
-        return dict.fromkeys(layers, (1, 1, jnp.float32))
-    return {
-        name: (*jax.eval_shape(matrix, block).shape, dtype_of(block))
-        for name, block in blocks(layers, params).items()
-    }
