@@ -41,7 +41,7 @@ def fisher_product(
 
     Raises:
       ValueError: no layers, an unknown `curvature`, `captured` from another model or without
-        curvature, layers that differ in their examples.
+        curvature or with exact columns that join positions, layers that differ in their examples.
       TypeError: `captured` is not a `Captured`.
 
     References:

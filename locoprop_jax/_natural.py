@@ -41,7 +41,7 @@ def scale_by_natural_gradient(
     batch_size: int | None = None,
     *,
     samples: int = 1,
-    damping: float = 1.0,
+    damping: float = 10.0,
     relative: bool = True,
     block_diagonal: bool = False,
     curvature: str = "captured",
@@ -88,7 +88,8 @@ def scale_by_natural_gradient(
       ValueError: at construction, for no layers, damping that is not positive, a size, samples or a
         period below one, samples or a period without `batch_size`, `batch_size` for layers whose
         axis of the batch could not be told, an unknown `curvature`; at update, for `captured` or
-        `fisher` from another model, without curvature or of another size than said, for `fisher`
+        `fisher` from another model, without curvature, with exact columns that join positions or of
+        another size than said, for `fisher`
         beside `batch_size`, for layers that differ in their examples.
       TypeError: at update, `captured` is missing.
 
@@ -167,11 +168,11 @@ def scale_by_natural_gradient(
 
 def natural_gradient(
     layers: Layers,
-    learning_rate: optax.ScalarOrSchedule = 0.1,
+    learning_rate: optax.ScalarOrSchedule = 1.0,
     batch_size: int | None = None,
     *,
     samples: int = 1,
-    damping: float = 1.0,
+    damping: float = 10.0,
     relative: bool = True,
     block_diagonal: bool = False,
     curvature: str = "captured",

@@ -52,7 +52,18 @@ class System(NamedTuple):
 
 
 def columns_of(captured: Captured, name: str, like: Block, curvature: str) -> Columns:
-    """A layer's part of G, for the parts of the layer that `like` has."""
+    """A layer's part of G, for the parts of the layer that `like` has.
+
+    Raises:
+      ValueError: the curvature was not captured, or not by columns of one loss term each.
+    """
+    if curvature == "captured" and captured.has_joint_columns:
+        raise ValueError(
+            'The columns of `curvature="ggn_exact"` stand for several positions of an example at '
+            "once, which do not meet in this network: good for a layer's factors, but their sum is "
+            'no gradient of the exact Fisher. Capture "ggn_mc" or "fisher_mc" instead, or let the '
+            "loss function join the positions with the batch before its first layer."
+        )
     dtype = dtype_of(like)
     x = captured[name].inputs
     extended = extend(as_rows(x, dtype), like)

@@ -37,6 +37,11 @@ def ravel(tree):
     return np.asarray(jax.flatten_util.ravel_pytree(tree)[0])
 
 
+def separate(net, kind):
+    """Without positions that exact columns would join."""
+    return Net(**{**vars(net), "tokens": None}) if kind == "ggn_exact" else net
+
+
 def capture(net, params, batch, kind="fisher_empirical", samples=1, seed=0):
     """The gradients, and what was captured."""
     options = {"rng": jax.random.key(seed)} if kind == "ggn_mc" else {}
@@ -97,6 +102,7 @@ def divided(g, u, damping, relative=False, systems=None):
 def test_products_with_the_fisher_and_its_inverse_are_those_of_dense_matrices(
     net, kind, block_diagonal, damping, seed
 ):
+    net = separate(net, kind)
     params, vector = net.params(seed), net.params(seed + 1)
     samples = 2 if kind == "ggn_mc" else 1
     _, captured = capture(net, params, net.data(seed), kind, samples, seed)
@@ -123,6 +129,7 @@ def test_products_with_the_fisher_and_its_inverse_are_those_of_dense_matrices(
 @settings(max_examples=3)
 @given(net=nets(), seed=st.integers(0, 99))
 def test_with_all_columns_it_is_the_gauss_newton_matrix(net, seed):
+    net = separate(net, "ggn_exact")
     params, (x, y) = net.params(seed), net.data(seed)
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     head = HEADS[net.head][0]
@@ -136,6 +143,35 @@ def test_with_all_columns_it_is_the_gauss_newton_matrix(net, seed):
     matrix = jax.jit(jax.vmap(lambda v: ravel_traced(product(unravel(v)))))
     actual = matrix(jnp.eye(len(flat)))
     assert_equal_to_rounding(actual, np.asarray(expected), 1e-9)
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_with_positions_it_is_the_gauss_newton_matrix_or_an_error(is_mixed):
+    """Exact columns hold one position each where these meet; else several, which must not add."""
+
+    def outputs(params, x):
+        hidden = jnp.tanh(x @ params["a"]["kernel"])
+        hidden = hidden - hidden.mean(1, keepdims=True) if is_mixed else hidden
+        return hidden @ params["b"]["kernel"]
+
+    def loss_fn(params, x):
+        return optax.l2_loss(outputs(params, x)).sum(-1).mean()
+
+    rng = np.random.default_rng(0)
+    params = {"a": {"kernel": rng.normal(size=(2, 3))}, "b": {"kernel": rng.normal(size=(3, 2))}}
+    params, x = jax.tree.map(jnp.asarray, params), jnp.asarray(rng.normal(size=(4, 3, 2)))
+    layers = lp.find_layers(loss_fn, params, x)
+    run = jax.jit(lp.value_grad_and_capture(loss_fn, curvature="ggn_exact"))
+    *_, captured = run(params, x)
+    product = jax.jit(functools.partial(fisher_product, layers))
+    if not is_mixed:
+        with pytest.raises(ValueError, match=r'do not meet in this network.*Capture "ggn_mc"'):
+            product(captured, params)
+        return
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    jacobian = jax.jit(jax.jacobian(lambda v: outputs(unravel(v), x).ravel()))(flat)
+    expected = jacobian.T @ (jacobian @ flat) / 12
+    assert_equal_to_rounding(ravel(product(captured, params)), np.asarray(expected))
 
 
 def ravel_traced(tree):
@@ -212,6 +248,7 @@ def test_gradients_of_single_examples_are_not_formed(batch_size):
 def test_a_step_divides_by_the_damped_fisher_of_its_own_batch(
     net, kind, relative, block_diagonal, damping, seed
 ):
+    net = separate(net, kind)
     params = net.params(seed)
     grads, captured = capture(net, params, net.data(seed), kind, seed=seed)
     tx = scale_by_natural_gradient(
@@ -279,6 +316,7 @@ def test_without_one_the_fisher_of_another_batch_can_be_given():
 def test_with_relative_damping_a_multiple_of_the_loss_has_the_same_direction(
     net, factor, block_diagonal
 ):
+    net = separate(net, "ggn_exact")
     params, batch = net.params(), net.data()
     tx = scale_by_natural_gradient(net.layers(), damping=0.2, block_diagonal=block_diagonal)
 
