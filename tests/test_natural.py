@@ -114,10 +114,11 @@ def test_products_with_the_fisher_and_its_inverse_are_those_of_dense_matrices(
     options = {"block_diagonal": block_diagonal}
 
     @jax.jit
-    def all_three(*arguments):
-        product = fisher_product(layers, *arguments, **options)
-        norm = fisher_norm(layers, *arguments, **options)
-        return product, norm, inverse_fisher_product(layers, *arguments, damping, **options)
+    def all_three(captured, vector):
+        product = fisher_product(layers, captured, vector, **options)
+        norm = fisher_norm(layers, captured, vector, **options)
+        inverse = inverse_fisher_product(layers, captured, vector, damping, **options)
+        return product, norm, inverse
 
     product, norm, inverse = all_three(captured, vector)
     assert_equal_to_rounding(ravel(product), products)
@@ -610,8 +611,8 @@ def test_laplace_samples_have_exactly_the_posterior_covariance(
     noises, unravel_noise = jax.flatten_util.ravel_pytree(empty)
 
     def offset(normal):
-        parts = unravel(normal[: len(flat)]), unravel_noise(normal[len(flat) :])
-        return ravel_traced(_fisher.laplace_offset(layers, systems, *parts, prior, examples))
+        own, noise = unravel(normal[: len(flat)]), unravel_noise(normal[len(flat) :])
+        return ravel_traced(_fisher.laplace_offset(layers, systems, own, noise, prior, examples))
 
     size = len(flat) + len(noises)
     map_of_noise = np.asarray(jax.jit(jax.vmap(offset))(jnp.eye(size))).T
