@@ -15,6 +15,10 @@ from locoprop_jax._divergences import Divergence as Divergence
 from locoprop_jax._divergences import Target as Target
 from locoprop_jax._divergences import natural as natural
 from locoprop_jax._divergences import oracle as oracle
+from locoprop_jax._fisher import fisher_norm as fisher_norm
+from locoprop_jax._fisher import fisher_product as fisher_product
+from locoprop_jax._fisher import inverse_fisher_product as inverse_fisher_product
+from locoprop_jax._fisher import sample_laplace as sample_laplace
 from locoprop_jax._foof import FoofState as FoofState
 from locoprop_jax._foof import foof as foof
 from locoprop_jax._foof import scale_by_foof as scale_by_foof
@@ -46,6 +50,9 @@ from locoprop_jax._locoprop import pocoprop_m as pocoprop_m
 from locoprop_jax._locoprop import pocoprop_s as pocoprop_s
 from locoprop_jax._locoprop import proxprop as proxprop
 from locoprop_jax._metric import scale_by_metric_norm as scale_by_metric_norm
+from locoprop_jax._natural import NaturalGradientState as NaturalGradientState
+from locoprop_jax._natural import natural_gradient as natural_gradient
+from locoprop_jax._natural import scale_by_natural_gradient as scale_by_natural_gradient
 from locoprop_jax._products import fisher_vector_product as fisher_vector_product
 from locoprop_jax._products import gauss_newton_vector_product as gauss_newton_vector_product
 from locoprop_jax._regularizers import Penalty as Penalty

@@ -453,7 +453,8 @@ def value_grad_and_capture(
             )
             for i, (site, piece) in enumerate(zip(sites, pieces, strict=True))
         )
-        captured = Captured(tuple(names), arrays)
+        joint = curvature == "ggn_exact" and _targets.joins_positions(traced, targets)
+        captured = Captured(tuple(names), arrays, joint)
         return traced.rebuild_output([loss, *rest]), grads, captured
 
     return wrapped

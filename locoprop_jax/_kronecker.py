@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
@@ -23,6 +22,7 @@ from locoprop_jax._blocks import (
     dtype_of,
     extend,
     matrix,
+    matrix_sizes,
     replace,
     unmatrix,
 )
@@ -192,7 +192,7 @@ def scale_by_kronecker(
 
     def init(params: Any) -> KroneckerState:
         statistics, inverse = {}, {}
-        for name, (d, d_out, dtype) in _sizes(layers, params).items():
+        for name, (d, d_out, dtype) in matrix_sizes(layers, params).items():
 
             def factors(d: int = d, d_out: int = d_out, dtype: Any = dtype) -> Factors:
                 return Factors(jnp.zeros((d, d), dtype), jnp.zeros((d_out, d_out), dtype))
@@ -265,13 +265,3 @@ def _as_long_as(
     """The direction with the other's norm; zero if it is."""
     length = jnp.linalg.norm(direction)
     return direction * (jnp.linalg.norm(model) / jnp.where(length > 0, length, 1))
-
-
-def _sizes(layers: Layers, params: Any) -> dict[str, tuple[int, int, Any]]:
-    """d, d_out and dtype of each block among the parameters, by layer."""
-    if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
-        return dict.fromkeys(layers, (1, 1, jnp.float32))
-    return {
-        name: (*jax.eval_shape(matrix, block).shape, dtype_of(block))
-        for name, block in blocks(layers, params).items()
-    }

@@ -417,14 +417,23 @@ class LayerArrays:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["_arrays"], meta_fields=["_names"]
+    jax.tree_util.register_dataclass,
+    data_fields=["_arrays"],
+    meta_fields=["_names", "has_joint_columns"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Captured(Mapping[str, LayerArrays]):
-    """The arrays of every layer by its name: a pytree, so it crosses `jit`, `scan` and `vmap`."""
+    """The arrays of every layer by its name: a pytree, so it crosses `jit`, `scan` and `vmap`.
+
+    Attributes:
+      has_joint_columns: whether an exact column was injected at several positions of an example at
+        once, because they do not meet in the network. Its rows then belong to the curvature each
+        on their own; products between them do not.
+    """
 
     _names: tuple[str, ...]  # in the order the data meets the layers, which a dict would lose
     _arrays: tuple[LayerArrays, ...]
+    has_joint_columns: bool = False
 
     def __getitem__(self, name: str) -> LayerArrays:
         if name not in self._names:

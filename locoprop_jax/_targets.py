@@ -293,6 +293,18 @@ def _batch(traced: Traced, value: int) -> set[int]:
     return {i for i in traced.batch_axes[value] if traced.program.shape(value)[i] > 1}
 
 
+def joins_positions(traced: Traced, targets: Sequence[Target]) -> bool:
+    """Whether an exact column has entries at several positions of one example."""
+    if traced.batch_axes is None:
+        return False
+    return any(
+        traced.program.shape(target.value)[i] > 1
+        for target in targets
+        for i in target.examples
+        if i not in target.alone and i not in traced.batch_axes[target.value]
+    )
+
+
 def _with_columns(
     traced: Traced, target: Target, names: Sequence[str], to_rows: Sequence[Chain]
 ) -> Target:
