@@ -3,6 +3,9 @@
 import typing as _typing
 
 from locoprop_jax import losses as losses
+from locoprop_jax._averaging import IterateAverageState as IterateAverageState
+from locoprop_jax._averaging import average_iterates as average_iterates
+from locoprop_jax._averaging import averaged_params as averaged_params
 from locoprop_jax._boosting import LnbState as LnbState
 from locoprop_jax._boosting import lnb as lnb
 from locoprop_jax._boosting import scale_by_lnb as scale_by_lnb
@@ -12,6 +15,10 @@ from locoprop_jax._divergences import Divergence as Divergence
 from locoprop_jax._divergences import Target as Target
 from locoprop_jax._divergences import natural as natural
 from locoprop_jax._divergences import oracle as oracle
+from locoprop_jax._fisher import fisher_norm as fisher_norm
+from locoprop_jax._fisher import fisher_product as fisher_product
+from locoprop_jax._fisher import inverse_fisher_product as inverse_fisher_product
+from locoprop_jax._fisher import sample_laplace as sample_laplace
 from locoprop_jax._foof import FoofState as FoofState
 from locoprop_jax._foof import foof as foof
 from locoprop_jax._foof import scale_by_foof as scale_by_foof
@@ -19,11 +26,16 @@ from locoprop_jax._gauss_newton import GaussNewtonStepState as GaussNewtonStepSt
 from locoprop_jax._gauss_newton import (
     scale_by_gauss_newton_step as scale_by_gauss_newton_step,
 )
+from locoprop_jax._hessian import hessian_blocks as hessian_blocks
 from locoprop_jax._hessian_free import HessianFreeState as HessianFreeState
 from locoprop_jax._hessian_free import hessian_free as hessian_free
 from locoprop_jax._hessian_free import scale_by_hessian_free as scale_by_hessian_free
 from locoprop_jax._kfac import KfacState as KfacState
+from locoprop_jax._kfac import kfac as kfac
+from locoprop_jax._kfac import kflr as kflr
 from locoprop_jax._kfac import scale_by_kfac as scale_by_kfac
+from locoprop_jax._kfra import kfra as kfra
+from locoprop_jax._kfra import scale_by_kfra as scale_by_kfra
 from locoprop_jax._layers import Captured as Captured
 from locoprop_jax._layers import Layer as Layer
 from locoprop_jax._layers import LayerArrays as LayerArrays
@@ -38,6 +50,9 @@ from locoprop_jax._locoprop import pocoprop_m as pocoprop_m
 from locoprop_jax._locoprop import pocoprop_s as pocoprop_s
 from locoprop_jax._locoprop import proxprop as proxprop
 from locoprop_jax._metric import scale_by_metric_norm as scale_by_metric_norm
+from locoprop_jax._natural import NaturalGradientState as NaturalGradientState
+from locoprop_jax._natural import natural_gradient as natural_gradient
+from locoprop_jax._natural import scale_by_natural_gradient as scale_by_natural_gradient
 from locoprop_jax._products import fisher_vector_product as fisher_vector_product
 from locoprop_jax._products import gauss_newton_vector_product as gauss_newton_vector_product
 from locoprop_jax._regularizers import Penalty as Penalty

@@ -121,16 +121,16 @@ def as_rows(x: Float[Array, "... d"], dtype: Any) -> Float[Array, "rows d"]:
     return x.reshape(-1, x.shape[-1]).astype(dtype)
 
 
-def curvature_rows(
+def curvature_of(
     captured: Captured, name: str, source: str, dtype: Any, *, is_after: bool = False
-) -> Float[Array, "samples_rows d_out"]:
-    """Rows whose second moment, summed, is the Fisher's factor of a layer's outputs.
+) -> Float[Array, "samples batch shared d_out"]:
+    """The curvature cotangents of a layer, as a method asked for them.
 
     Args:
       captured: of the batch.
       name: of the layer.
       source: "captured", or "empirical" for the loss's own cotangents.
-      dtype: of the rows.
+      dtype: of the result.
       is_after: whether of the outputs after the transfer function.
 
     Raises:
@@ -138,9 +138,21 @@ def curvature_rows(
     """
     arrays = captured[name]
     if source == "captured":
-        return as_rows(arrays.transferred_curvature if is_after else arrays.curvature, dtype)
+        curvature = arrays.transferred_curvature if is_after else arrays.curvature
+        return curvature.astype(dtype)
     empirical = arrays.transferred_cotangents if is_after else arrays.cotangents
-    return as_rows(empirical, dtype) * jnp.sqrt(jnp.asarray(captured.terms, dtype))
+    return empirical[None].astype(dtype) * jnp.sqrt(jnp.asarray(captured.terms, dtype))
+
+
+def curvature_rows(
+    captured: Captured, name: str, source: str, dtype: Any, *, is_after: bool = False
+) -> Float[Array, "samples_rows d_out"]:
+    """`curvature_of` as rows: their second moment, summed, is the Fisher's factor of the outputs.
+
+    Raises:
+      ValueError: they were not captured.
+    """
+    return as_rows(curvature_of(captured, name, source, dtype, is_after=is_after), dtype)
 
 
 def divide(
@@ -184,6 +196,16 @@ def unmatrix(value: Float[Array, "d d_out"], like: Block) -> Block:
     """The inverse of `matrix`."""
     parts = {"kernel": lambda: value[: like["kernel"].shape[0]], "bias": lambda: value[-1]}
     return {part: parts[part]() for part in like}
+
+
+def matrix_sizes(layers: Layers, params: Any) -> dict[str, tuple[int, int, Any]]:
+    """d, d_out and dtype of each block among the parameters, as one matrix, by layer."""
+    if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
+        return dict.fromkeys(layers, (1, 1, jnp.float32))
+    return {
+        name: (*jax.eval_shape(matrix, block).shape, dtype_of(block))
+        for name, block in blocks(layers, params).items()
+    }
 
 
 def _parts(block: Block) -> list[str]:

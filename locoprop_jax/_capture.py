@@ -17,12 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from locoprop_jax import _chains, _curvature, _detect, _flow, _jaxpr, _layers, _transfer
+from locoprop_jax import (
+    _chains,
+    _curvature,
+    _detect,
+    _flow,
+    _jaxpr,
+    _layers,
+    _output_hessian,
+    _targets,
+    _transfer,
+)
 from locoprop_jax._chains import Chain, Shape
-from locoprop_jax._curvature import Point, Target
+from locoprop_jax._curvature import Point
 from locoprop_jax._detect import Site
 from locoprop_jax._flow import Piece
-from locoprop_jax._heads import HeadPlan, addresses, as_struct, head_plan
+from locoprop_jax._heads import Cut, addresses, as_struct, cut
 from locoprop_jax._jaxpr import Address, Path
 from locoprop_jax._layers import (
     Captured,
@@ -34,6 +44,8 @@ from locoprop_jax._layers import (
     Parameter,
     StaticJaxpr,
 )
+from locoprop_jax._output_hessian import OutputPlan
+from locoprop_jax._targets import Target
 from locoprop_jax._trace import Traced, trace
 from locoprop_jax._transfer import Transfer
 
@@ -230,6 +242,7 @@ def find_layers(
             ),
             is_output=i in ends,
             source=sources[i],
+            bypasses=_detect.bypasses(traced.program, traced.detection, i),
         )
         for i, (site, name) in enumerate(zip(traced.detection.sites, names, strict=True))
     ]
@@ -289,6 +302,12 @@ def value_grad_and_capture(
     * "ggn_exact": the columns of that root: as many as outputs per example, times the positions
       of an example that meet in the network. No example may meet another.
 
+    "ggn_output" gives no cotangents but the Gauss-Newton factor of the output layer alone, from
+    which `scale_by_kfra` computes those of all others: `output_hessian`, the sum over rows of the
+    Hessian of the loss as written by the outputs of the row, (d_out, d_out), or its diagonal
+    (d_out,) where the loss takes each output by itself. No further pass. The loss has one output
+    layer, and no row of it meets another in the loss.
+
     Losses of `locoprop_jax.losses` have square roots in closed form, and there may be several of
     them; any other loss works for "ggn_mc" and "ggn_exact" if a single layer feeds it and its
     Hessian is seen to be one block per example. A negative part of an example's Hessian counts as
@@ -337,7 +356,7 @@ def value_grad_and_capture(
         traced = trace(loss_fn, params, args, kwargs, has_aux)
         program, sites, names = traced.program, traced.detection.sites, _names(traced)
         ends = sorted(_detect.output_sites(program, traced.detection))
-        heads = {i: head_plan(traced, sites[i].output) for i in ends}
+        heads = {i: cut(traced, sites[i].output, program.outputs[0]) for i in ends}
         found = [
             _piece(traced, site) if transferred and i not in ends else None
             for i, site in enumerate(sites)
@@ -345,15 +364,22 @@ def value_grad_and_capture(
         pieces = [piece if piece and piece.equations else None for piece in found]
         layouts = [_layout(traced, site, piece) for site, piece in zip(sites, pieces, strict=True)]
         targets: tuple[Target, ...] = ()
+        to_rows = [layout.outputs for layout in layouts]
         if curvature in _curvature.PULLED:
-            to_rows = [layout.outputs for layout in layouts]
-            targets = _curvature.plan(traced, curvature, names, to_rows)
+            targets = _targets.plan(traced, curvature, names, to_rows)
+        output: OutputPlan | None = None
+        between: dict[int, Cut] = {}
+        if curvature == "ggn_output":
+            output = _output_hessian.plan(traced, names, to_rows)
+            targets = output.targets
+            values = {target.value for target in targets}
+            between = {value: cut(traced, output.output, value) for value in values}
         inputs = [_detect.input_address(program, site) for site in sites]
         outputs = [_detect.output_address(program, site) for site in sites]
         piece_ends = addresses(program, [piece.end for piece in pieces if piece])
         fixed = addresses(
             program,
-            [v for plan in heads.values() for v in plan.free]
+            [v for plan in (*heads.values(), *between.values()) for v in plan.free]
             + [v for target in targets for v in target.operands],
         )
         injected = addresses(program, [target.value for target in targets])
@@ -370,7 +396,7 @@ def value_grad_and_capture(
         tapped |= {address.path: value for value, address in piece_ends.items()}
         tapped |= {address.path: value for value, address in terms.items()}
         zeros = {path: jnp.zeros_like(program.avals[value]) for path, value in tapped.items()}
-        if targets:
+        if curvature in _curvature.PULLED:
             (loss, at_targets), pull, (rest, recorded) = jax.vjp(
                 forward, params, zeros, has_aux=True
             )
@@ -393,11 +419,17 @@ def value_grad_and_capture(
         if curvature == "fisher_empirical":
             root = math.sqrt(_averaged_terms(of_heads, names))
             curved = {path: (root * e)[None] for path, e in cotangents.items()}
-        elif pull is not None and curvature is not None:
-            points = [
-                _point(target, recorded[injected[target.value]], cotangents, terms, known, heads)
-                for target in targets
-            ]
+        points = [
+            _point(target, recorded[injected[target.value]], cotangents, terms, known, heads)
+            for target in targets
+        ]
+        hessian = None
+        if output is not None:
+            functions = [between[target.value].function(known) for target in targets]
+            hessian = _output_hessian.total(
+                output, points, functions, recorded[outputs[output.site]], layouts[output.site]
+            )
+        if pull is not None and curvature is not None:
             columns = _curvature.cotangents(targets, points, curvature, samples, rng)
             curved = jax.vmap(lambda c: pull((jnp.zeros_like(loss), c))[1])(columns)
 
@@ -417,10 +449,12 @@ def value_grad_and_capture(
                 raw_transferred_curvature=(
                     None if piece is None else curved.get(piece_ends[piece.end].path)
                 ),
+                output_hessian=hessian if output is not None and i == output.site else None,
             )
             for i, (site, piece) in enumerate(zip(sites, pieces, strict=True))
         )
-        captured = Captured(tuple(names), arrays)
+        joint = curvature == "ggn_exact" and _targets.joins_positions(traced, targets)
+        captured = Captured(tuple(names), arrays, joint)
         return traced.rebuild_output([loss, *rest]), grads, captured
 
     return wrapped
@@ -454,20 +488,17 @@ def _point(
     cotangents: Mapping[Path, jax.Array],
     terms: Mapping[int, Address],
     known: Mapping[int, Any],
-    heads: Mapping[int, HeadPlan],
+    heads: Mapping[int, Cut],
 ) -> Point:
     """The arrays of a target of curvature cotangents."""
     if target.call is not None:
         weights = cotangents[terms[target.terms].path]
         return Point(value, tuple(known[v] for v in target.operands), weights)
     (plan,) = heads.values()
-    free = [known[v] for v in plan.free]
-    return Point(value, head=lambda raw: _jaxpr.as_callable(plan.closed)(raw, *free)[0])
+    return Point(value, head=plan.function(known))
 
 
-def _head(
-    traced: Traced, site: Site, plan: HeadPlan, layout: Layout, known: Mapping[int, Any]
-) -> Head:
+def _head(traced: Traced, site: Site, plan: Cut, layout: Layout, known: Mapping[int, Any]) -> Head:
     program = traced.program
     terms = _flow.averaged_terms(program, traced.detection.terms, site.output)
     rows = math.prod(program.shape(site.output)) // site.d_out

@@ -338,6 +338,19 @@ def output_sites(program: Program, detection: Detection) -> set[int]:
     }
 
 
+def bypasses(program: Program, detection: Detection, site: int) -> bool:
+    """Whether a site's outputs reach the loss past all sites, beside those that they feed."""
+    positions = {site.position for site in detection.sites}
+    own = detection.sites[site].output
+    reached, feeds = {own}, False
+    for i, equation in enumerate(program.equations):
+        if detection.live[i] and reached.intersection(equation.inputs):
+            feeds |= i in positions
+            if i not in positions:
+                reached.update(v for v in equation.outputs if program.is_inexact(v))
+    return feeds and program.outputs[0] in reached
+
+
 def axes_of_rows(
     program: Program, site: Site, batch_axes: Sequence[Shape] | None
 ) -> tuple[tuple[Shape, Shape, Shape], tuple[Shape, Shape, Shape]]:

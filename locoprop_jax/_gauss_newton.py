@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_not_negative, check_positive, check_whole
+from locoprop_jax._checks import check_not_negative, check_positive, check_whole, is_number
 from locoprop_jax._products import Linearised, linearise
 
 Scalar = Float[Array, ""]
@@ -161,9 +161,11 @@ def scale_by_gauss_newton_step(
 
             def better(k: Array, best: Candidate) -> Candidate:
                 new = candidate(state.inner_damping * factor ** (1 - k).astype(dtype))
-                return _linalg.where(new.change < best.change, new, best)
+                return _linalg.where((k == 0) | (new.change < best.change), new, best)
 
-            return jax.lax.fori_loop(1, 3, better, candidate(state.inner_damping * factor))
+            zero = jnp.zeros([], dtype)
+            none = Candidate(_linalg.zeros_like(updates), state.inner, *[zero] * 4)
+            return jax.lax.fori_loop(0, 3, better, none)
 
         if is_adapted:
             due = (state.count % inner_damping_period == 0) & (state.count > 0)
@@ -270,8 +272,9 @@ def minimum(model: Model, damping: Scalar) -> tuple[Float[Array, " k"], Scalar]:
     # Directions may be parallel, or zero.
     eps = float(10 * jnp.finfo(matrix.dtype).eps)
     steps = root * _linalg.solve(_linalg.damped(unit, eps), (root * model.slope)[:, None])[:, 0]
-    steps = jnp.where(jnp.isfinite(steps), steps, 0)
-    return steps, steps @ matrix @ steps / 2 - steps @ model.slope
+    steps = jnp.where(jnp.isfinite(steps).all(), steps, 0)
+    change = steps @ matrix @ steps / 2 - steps @ model.slope
+    return steps, jnp.where(jnp.isfinite(change), change, 0)
 
 
 def fall_of_loss(
@@ -327,3 +330,25 @@ def _combined(directions: list[Tree], steps: Float[Array, " k"]) -> Tree:
     for other in scaled[1:]:
         total = _linalg.add(total, other)
     return total
+
+
+def complete(
+    direction: Callable[[Any], optax.GradientTransformation],
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    damping: float,
+    step_damping: float,
+    adapt_damping: bool,
+    momentum: bool,
+    l2: float,
+) -> optax.GradientTransformationExtraArgs:
+    """A direction of damping gamma with Gauss-Newton steps: a complete optimizer (Algorithm 1)."""
+    step = scale_by_gauss_newton_step(
+        direction if adapt_damping else direction(damping),
+        damping=step_damping,
+        inner_damping=damping,
+        l2=l2,
+        momentum=momentum,
+    )
+    decayed = optax.identity() if is_number(l2) and l2 == 0 else optax.add_decayed_weights(l2)
+    return optax.chain(decayed, step, optax.scale_by_learning_rate(learning_rate))

@@ -1,47 +1,48 @@
-"""The head of a network: the part of a traced loss between some value and the loss."""
+"""Parts of a traced loss as functions of one value, and where a run of it computes a value."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from locoprop_jax import _flow
+from locoprop_jax import _flow, _jaxpr
 from locoprop_jax._jaxpr import Address, Program
 from locoprop_jax._trace import Traced
 
 
-class HeadPlan(NamedTuple):
-    """The loss as a function of one value, and the other values it needs."""
+class Cut(NamedTuple):
+    """A part of the program as a function of one value, and the other values it needs."""
 
     closed: Any
     free: list[int]
 
+    def function(self, known: Mapping[int, Any]) -> Callable[[jax.Array], jax.Array]:
+        """The same as a function of the one value alone, the others held fixed."""
+        free = [known[v] for v in self.free]
+        return lambda value: _jaxpr.as_callable(self.closed)(value, *free)[0]
 
-def head_plan(traced: Traced, value: int) -> HeadPlan:
-    """Cut out of the program what leads from a value to the loss.
 
-    What the loss computes from other parameters (regularizers, other output layers) is held fixed
-    at its value, what it computes from the arguments alone is computed again.
+def cut(traced: Traced, source: int, end: int) -> Cut:
+    """Cut what lies between two values out of the program: to the loss, an output layer's head.
+
+    What is computed from other parameters (regularizers, other output layers) is held fixed at its
+    value, what is computed from the arguments alone is computed again.
     """
-    program, loss = traced.program, traced.program.outputs[0]
-    moving = _flow.reached_from(program, [value])
+    program = traced.program
+    moving = _flow.reached_from(program, [source])
     of_params = _flow.reached_from(program, program.inputs[: traced.n_leaves])
-    equations, _ = program.slice([value], loss)
+    equations, _ = program.slice([source], end)
     fixed = {v for e in equations for v in e.inputs if v in of_params and v not in moving}
-    equations, free = program.slice([value, *fixed], loss)
-    free = [v for v in free if v != value]
+    equations, free = program.slice([source, *fixed], end)
+    free = [v for v in free if v != source]
 
-    def head(output: Any, *values: Any) -> Any:
-        return program.call(
-            equations,
-            {value: output, **dict(zip(free, values, strict=True))},
-            loss,
-        )
+    def function(value: Any, *values: Any) -> Any:
+        return program.call(equations, {source: value, **dict(zip(free, values, strict=True))}, end)
 
-    avals = [program.avals[v] for v in (value, *free)]
-    return HeadPlan(jax.make_jaxpr(head)(*map(as_struct, avals)), free)
+    avals = [program.avals[v] for v in (source, *free)]
+    return Cut(jax.make_jaxpr(function)(*map(as_struct, avals)), free)
 
 
 def as_struct(aval: Any) -> jax.ShapeDtypeStruct:

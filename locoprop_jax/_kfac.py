@@ -2,66 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from locoprop_jax import _layers, _linalg
-from locoprop_jax._amortised import Amortisation, AmortisedState
-from locoprop_jax._blocks import (
-    Block,
-    as_rows,
-    blocks,
-    curvature_rows,
-    dtype_of,
-    extend,
-    matrix,
-    replace,
-    unmatrix,
-)
+from locoprop_jax import _linalg
+from locoprop_jax._amortised import Amortisation
+from locoprop_jax._blocks import Block, curvature_rows, dtype_of
 from locoprop_jax._checks import check_fisher, check_layers
+from locoprop_jax._gauss_newton import complete
+from locoprop_jax._kronecker import Damping, KroneckerState, OutputFactors, scale_by_kronecker
 from locoprop_jax._layers import Captured, Layers
-from locoprop_jax._stacking import map_layers
 
-
-class Factors(NamedTuple):
-    """Of a layer whose block W is a matrix (d, d_out), its bias the last row.
-
-    Attributes:
-      inputs: S = X'X / N, X with its column of ones.
-      outputs: Gamma = C'C, summed over samples and rows.
-    """
-
-    inputs: Float[Array, "d d"]
-    outputs: Float[Array, "d_out d_out"]
-
-
-class EigenFactors(NamedTuple):
-    """The eigenvectors of both factors, and the damped inverse in their basis.
-
-    Attributes:
-      bases: of the inputs' and the outputs' factor, in columns.
-      scale: 1 / (a_i b_j + damping) for the eigenvalues a and b.
-    """
-
-    bases: Factors
-    scale: Float[Array, "d d_out"]
-
-
-class KfacState(AmortisedState):
-    """State of `scale_by_kfac`.
-
-    Attributes:
-      count: finite batches so far. shape=(), dtype=int32
-      gathered: `count` after the last batch whose factors were gathered. shape=(), dtype=int32
-      failures: factorisations that did not succeed; their layers kept the inverse they had.
-        shape=(), dtype=int32
-      statistics: `Factors` by layer, their running sums. Empty for the current batch's alone.
-      inverse: by layer, the inverses of the damped `Factors`, or `EigenFactors`.
-    """
+KfacState = KroneckerState
 
 
 def scale_by_kfac(
@@ -74,6 +28,7 @@ def scale_by_kfac(
     decay: float = 0.95,
     inverse_period: int = 1,
     statistics_steps: int = 1,
+    output_factor: str = "keep",
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC: (S (x) Gamma + k I)^-1 G for each layer (Benzing, section 3; practical GN, eq. 18).
 
@@ -87,6 +42,11 @@ def scale_by_kfac(
     sqrt(k) / pi)^-1, with pi^2 the ratio of the factors' mean eigenvalues; or exact (Benzing calls
     it correct), which takes two eigendecompositions at each inversion. Weights that an example uses
     at several positions have each taken for a row.
+
+    Without its second factor and with the same damping of the first this is a FOOF whose damping is
+    K-FAC's (Benzing, D.8): `output_factor="constant"` puts a number in its place, sqrt(k) / pi,
+    its damping (his Figure 3), "norm" gives each layer's step the length that K-FAC's own has (his
+    Figure 4C).
 
     For steps that its metric measures chain `scale_by_metric_norm(scale_by_kfac(...))` and
     `optax.scale_by_learning_rate`; their squared length is in units of the loss.
@@ -104,6 +64,8 @@ def scale_by_kfac(
       inverse_period: the steps from one inversion to the next; with more inversions at first (after
         0, 1, 2, 4, 8... steps).
       statistics_steps: how many steps up to each inversion gather statistics, its own included.
+      output_factor: "keep" for K-FAC, "constant" or "norm" for FOOF with its damping, which is
+        factored.
 
     Returns:
       A transformation whose `update` needs `captured`. A batch that is not finite leaves its state
@@ -112,7 +74,8 @@ def scale_by_kfac(
     Raises:
       ValueError: at construction, for no layers, negative damping, a decay outside [0, 1), a
         period or a number of statistics steps below one, more of these than the period, an unknown
-        `curvature`; at update, for `captured` from another model or without curvature.
+        `curvature` or `output_factor`, exact damping of a factor that is left out; at update, for
+        `captured` from another model or without curvature.
       TypeError: at update, `captured` is missing.
 
     References:
@@ -121,123 +84,113 @@ def scale_by_kfac(
       Botev et al., `Practical Gauss-Newton Optimisation for Deep Learning
       <https://arxiv.org/abs/1706.03662>`_, 2017: sections 3.4 and B.
     """
-    amortisation = Amortisation(decay, inverse_period, statistics_steps)
     check_layers(layers, "scale_by_kfac")
     check_fisher("scale_by_kfac", damping, curvature)
-    amortisation.check()
 
-    def init(params: Any) -> KfacState:
-        statistics, inverse = {}, {}
-        for name, (d, d_out, dtype) in _sizes(layers, params).items():
+    def read(captured: Captured, params: Any, slopes: dict[str, Block]) -> dict[str, Array]:
+        del params
+        return {
+            name: curvature_rows(captured, name, curvature, dtype_of(slope))
+            for name, slope in slopes.items()
+        }
 
-            def factors(d: int = d, d_out: int = d_out, dtype: Any = dtype) -> Factors:
-                return Factors(jnp.zeros((d, d), dtype), jnp.zeros((d_out, d_out), dtype))
+    def compute(rows: dict[str, Array]) -> dict[str, Array]:
+        return {name: _linalg.second_moment(c) for name, c in rows.items()}
 
-            if amortisation.is_averaged:
-                statistics[name] = factors()
-            if exact_damping:
-                inverse[name] = EigenFactors(factors(), jnp.zeros((d, d_out), dtype))
-            else:
-                inverse[name] = factors()
-
-        def zero() -> Array:  # one for each: a buffer cannot be donated twice
-            return jnp.zeros([], jnp.int32)
-
-        return KfacState(zero(), zero(), zero(), statistics, inverse)
-
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        captured: Captured | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, KfacState]:
-        del params, extra_args
-        captured = _layers.check_captured(layers, captured, "scale_by_kfac")
-        slopes = blocks(layers, updates)
-        rows = {}
-        for name, slope in slopes.items():
-            dtype = dtype_of(slope)
-            inputs = as_rows(captured[name].inputs, dtype)
-            rows[name] = inputs, curvature_rows(captured, name, curvature, dtype)
-        ok = _linalg.all_finite((updates, rows))
-
-        def gather() -> dict[str, Factors]:
-            return {name: _factors(x, c, slopes[name]) for name, (x, c) in rows.items()}
-
-        def invert(averages: dict[str, Factors]) -> dict[str, Any]:
-            def one(_: str, factors: Factors) -> Any:
-                return (_eigen if exact_damping else _inverses)(factors, damping, relative)
-
-            return map_layers(one, averages)
-
-        def apply(_: str, arrays: tuple[Block, Any]) -> Block:
-            slope, inverse = arrays
-            return unmatrix(_divide(matrix(slope), inverse), slope)
-
-        state = amortisation.advance(state, ok, gather, invert)
-        new = map_layers(apply, {name: (slopes[name], state.inverse[name]) for name in slopes})
-        directions = replace(layers, updates, new)
-        state = state._replace(count=state.count + ok.astype(jnp.int32))
-        return _linalg.where(ok, directions, _linalg.zeros_like(directions)), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-# --- one layer -----------------------------------------------------------------------------------
-
-
-def _factors(
-    inputs: Float[Array, "rows d_in"], curvature: Float[Array, "samples_rows d_out"], like: Block
-) -> Factors:
-    x = extend(inputs, like)
-    return Factors(_linalg.second_moment(x) / len(x), _linalg.second_moment(curvature))
-
-
-def _mean_eigenvalues(factors: Factors) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """One for a factor of zeros: a gradient that never met data is not made long."""
-    means = (jnp.diagonal(factor).mean() for factor in factors)
-    inputs, outputs = (jnp.where(mean > 0, mean, 1) for mean in means)
-    return inputs, outputs
-
-
-def _amount(factors: Factors, damping: Any, relative: bool) -> Float[Array, ""]:
-    inputs, outputs = _mean_eigenvalues(factors)
-    amount = jnp.asarray(damping, inputs.dtype)
-    return amount * inputs * outputs if relative else amount
-
-
-def _inverses(factors: Factors, damping: Any, relative: bool) -> Factors:
-    """Of both factors, with factored damping."""
-    inputs, outputs = _mean_eigenvalues(factors)
-    pi, root = jnp.sqrt(inputs / outputs), jnp.sqrt(_amount(factors, damping, relative))
-    return Factors(
-        _linalg.inverse(_linalg.damped(factors.inputs, root * pi)),
-        _linalg.inverse(_linalg.damped(factors.outputs, root / pi)),
+    return scale_by_kronecker(
+        "scale_by_kfac",
+        layers,
+        OutputFactors(read, compute),
+        Damping(damping, relative, exact_damping, output_factor),
+        Amortisation(decay, inverse_period, statistics_steps),
     )
 
 
-def _eigen(factors: Factors, damping: Any, relative: bool) -> EigenFactors:
-    values, bases = zip(*(jnp.linalg.eigh((f + f.T) / 2) for f in factors), strict=True)
-    inputs, outputs = (jnp.maximum(value, 0) for value in values)
-    products = inputs[:, None] * outputs[None] + _amount(factors, damping, relative)
-    tiny = jnp.finfo(products.dtype).tiny
-    return EigenFactors(Factors(*bases), 1 / jnp.maximum(products, tiny))
+def kfac(
+    layers: Layers,
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    *,
+    damping: float = 1.0,
+    step_damping: float = 0.1,
+    adapt_damping: bool = True,
+    exact_damping: bool = False,
+    curvature: str = "captured",
+    decay: float = 0.95,
+    inverse_period: int = 20,
+    statistics_steps: int = 1,
+    momentum: bool = True,
+    l2: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC with steps and damping from the Gauss-Newton model: nothing to tune.
+
+    The direction of `scale_by_kfac`, amortised, with the step of `scale_by_gauss_newton_step`
+    (Martens and Grosse; practical GN, appendices B and G). Without momentum, evaluate the
+    average of the parameters: `optax.chain(kfac(layers, momentum=False), average_iterates())`.
+
+    Args:
+      layers: from `find_layers`.
+      learning_rate: multiplies the step of the model; best left at one.
+      damping: the first gamma, in units of each layer's mean eigenvalue of S (x) Gamma.
+      step_damping: the first tau, in units of the curvature along the first direction.
+      adapt_damping: whether gamma is adapted too: every 20 steps the best of three.
+      exact_damping: whether gamma is added in the eigenvectors of both factors.
+      curvature: "captured" or "empirical", as for `scale_by_kfac`.
+      decay: of the averages of S and Gamma.
+      inverse_period: the steps from one inversion to the next; of 20 it should be a divisor or a
+        multiple, because where nothing is inverted gamma has no effect.
+      statistics_steps: how many steps up to each inversion gather statistics.
+      momentum: whether the step is the best one along the direction and the last update.
+      l2: eta of `eta / 2 |params|^2`, added to the loss.
+
+    Returns:
+      A complete optimizer. Its `update` needs `captured` (with `curvature="ggn_mc"`,
+      "fisher_mc", or another kind), the parameters, `value`, `grad` and `value_fn`:
+      `tx.update(grads, state, params, captured=captured, value=loss, grad=grads,
+      value_fn=lambda p: loss_fn(p, batch))`.
+
+    Raises:
+      ValueError, TypeError: as `scale_by_kfac` and `scale_by_gauss_newton_step`.
+    """
+
+    def direction(gamma: Any) -> optax.GradientTransformationExtraArgs:
+        return scale_by_kfac(
+            layers,
+            damping=gamma,
+            exact_damping=exact_damping,
+            curvature=curvature,
+            decay=decay,
+            inverse_period=inverse_period,
+            statistics_steps=statistics_steps,
+        )
+
+    return complete(
+        direction,
+        learning_rate,
+        damping=damping,
+        step_damping=step_damping,
+        adapt_damping=adapt_damping,
+        momentum=momentum,
+        l2=l2,
+    )
 
 
-def _divide(gradient: Float[Array, "d d_out"], by: Factors | EigenFactors) -> Array:
-    if isinstance(by, Factors):
-        return by.inputs @ gradient @ by.outputs
-    left, right = by.bases
-    return left @ (by.scale * (left.T @ gradient @ right)) @ right.T
+def kflr(
+    layers: Layers, learning_rate: optax.ScalarOrSchedule = 1.0, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """KFLR: K-FAC with exact output factors (practical GN, section 3.4), for few outputs.
 
+    It is `kfac` for what `value_grad_and_capture(loss_fn, curvature="ggn_exact")` captures: all
+    columns of a square root of the loss Hessian, pulled back through the network.
 
-def _sizes(layers: Layers, params: Any) -> dict[str, tuple[int, int, Any]]:
-    """d, d_out and dtype of each block among the parameters, by layer."""
-    if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
-        return dict.fromkeys(layers, (1, 1, jnp.float32))
-    return {
-        name: (*jax.eval_shape(matrix, block).shape, dtype_of(block))
-        for name, block in blocks(layers, params).items()
-    }
+    Args:
+      layers: from `find_layers`.
+      learning_rate: multiplies the step of the model; best left at one.
+      **options: those of `kfac`, but for `curvature`.
+
+    Returns:
+      A complete optimizer, whose `update` needs what `kfac` needs.
+
+    Raises:
+      ValueError, TypeError: as `kfac`.
+    """
+    return kfac(layers, learning_rate, **options)

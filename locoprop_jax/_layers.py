@@ -8,6 +8,7 @@ the static layout that turns them into the one format all methods read:
     outputs     A   (batch, shared, d_out)    pre-activations, bias included
     cotangents  E   (batch, shared, d_out)    dL/dA of the loss as written
     curvature       (samples, batch, shared, d_out)    cotangents of Fisher and Gauss-Newton methods
+    output_hessian  (d_out, d_out) or (d_out,)    at the output layer, for `scale_by_kfra`
 
 `shared` counts the positions where one example meets the weights (1 for a plain dense layer).
 """
@@ -83,6 +84,8 @@ class Layer:
       is_output: whether its outputs go straight into the loss, not into another layer.
       source: the layer whose transferred outputs are, row by row, this layer's inputs; None where
         anything else happens in between.
+      bypasses: whether its outputs reach the loss past all other layers, beside those that they
+        feed: by a residual connection around the last layer, or by a penalty on activations.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Layer:
     transfer: Transfer
     is_output: bool
     source: str | None = None
+    bypasses: bool = False
 
     @property
     def uses_head(self) -> bool:
@@ -309,6 +313,7 @@ class Head:
         "head",
         "raw_curvature",
         "raw_transferred_curvature",
+        "output_hessian",
     ],
     meta_fields=["signature", "layout", "has_transferred"],
 )
@@ -329,6 +334,9 @@ class LayerArrays:
       raw_curvature: the curvature cotangents, with a leading axis of samples; None if they were
         not captured.
       raw_transferred_curvature: those after the transfer function; None where the cotangents are.
+      output_hessian: the sum over rows of the Hessian of the loss as written by the outputs of
+        each, (d_out, d_out), or its diagonal (d_out,) where the loss takes each output by itself.
+        None unless `curvature="ggn_output"` was captured and this is the output layer.
     """
 
     raw_inputs: Array
@@ -341,6 +349,7 @@ class LayerArrays:
     has_transferred: bool = False
     raw_curvature: Array | None = None
     raw_transferred_curvature: Array | None = None
+    output_hessian: Array | None = None
 
     @property
     def inputs(self) -> Float[Array, "batch shared d_in"]:
@@ -408,14 +417,23 @@ class LayerArrays:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["_arrays"], meta_fields=["_names"]
+    jax.tree_util.register_dataclass,
+    data_fields=["_arrays"],
+    meta_fields=["_names", "has_joint_columns"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Captured(Mapping[str, LayerArrays]):
-    """The arrays of every layer by its name: a pytree, so it crosses `jit`, `scan` and `vmap`."""
+    """The arrays of every layer by its name: a pytree, so it crosses `jit`, `scan` and `vmap`.
+
+    Attributes:
+      has_joint_columns: whether an exact column was injected at several positions of an example at
+        once, because they do not meet in the network. Its rows then belong to the curvature each
+        on their own; products between them do not.
+    """
 
     _names: tuple[str, ...]  # in the order the data meets the layers, which a dict would lose
     _arrays: tuple[LayerArrays, ...]
+    has_joint_columns: bool = False
 
     def __getitem__(self, name: str) -> LayerArrays:
         if name not in self._names:

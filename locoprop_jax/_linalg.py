@@ -150,8 +150,19 @@ def solve(
     """Solve a positive definite system by Cholesky; of a diagonal one, given as a vector."""
     if matrix.ndim == 1:
         return right / matrix[:, None]
-    factor = jax.scipy.linalg.cho_factor((matrix + matrix.T) / 2, lower=True)
-    return jax.scipy.linalg.cho_solve(factor, right)
+    return cholesky_solve(cholesky(matrix), right)
+
+
+def cholesky(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """The lower Cholesky factor of a positive definite matrix; not finite where there is none."""
+    return jax.scipy.linalg.cho_factor((matrix + matrix.T) / 2, lower=True)[0]
+
+
+def cholesky_solve(
+    factor: Float[Array, "n n"], right: Float[Array, "n m"] | Float[Array, " n"]
+) -> Float[Array, "n m"] | Float[Array, " n"]:
+    """Solve the system of a Cholesky factor."""
+    return jax.scipy.linalg.cho_solve((factor, True), right)
 
 
 def inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from locoprop_jax import _curvature, _jaxpr, _layers, _linalg, losses
-from locoprop_jax._curvature import Point, Target
-from locoprop_jax._heads import addresses, head_plan
+from locoprop_jax import _curvature, _jaxpr, _layers, _linalg, _targets, losses
+from locoprop_jax._curvature import Point
+from locoprop_jax._heads import Cut, addresses, cut
 from locoprop_jax._layers import Layers
+from locoprop_jax._targets import Target
 from locoprop_jax._trace import Traced, trace
 
 Tree = Any
@@ -60,8 +61,8 @@ def gauss_newton_vector_product(
     Hessian of the loss, as written, by these outputs: what a mean over the batch divides by stays
     in it. Any loss will do whose head is convex and which one layer feeds; the losses of
     `locoprop_jax.losses` may be several, and where the Hessian of one is not positive
-    semi-definite its positive part counts. Parts of the loss that reach the parameters past every
-    layer, weight decay for example, do not enter.
+    semi-definite its positive part counts. What an unmarked loss does with parameters after its
+    last layer, or past every layer (weight decay), does not enter.
 
     The network runs forward when this is called, a product is one pass forward and one backward.
 
@@ -180,11 +181,12 @@ def linearise(
     """
     traced = trace(loss_fn, params, tuple(args), kwargs, has_aux)
     program = traced.program
-    targets = _curvature.plan(traced, asked, _names(traced), ())
-    plans = [head_plan(traced, t.value if t.call is None else t.terms) for t in targets]
-    free = [v for plan in plans for v in plan.free]
-    starts = [v for target in targets if target.call for v in (*target.operands, target.terms)]
-    wanted = addresses(program, [*(target.value for target in targets), *free, *starts])
+    targets = _targets.plan(traced, asked, _names(traced), ())
+    starts = [target.value if target.call is None else target.terms for target in targets]
+    heads = [cut(traced, start, program.outputs[0]) for start in starts]
+    free = [v for head in heads for v in head.free]
+    operands = [v for target in targets for v in target.operands]
+    wanted = addresses(program, [*(t.value for t in targets), *starts, *operands, *free])
 
     def forward(params: Tree) -> tuple[Outputs, tuple[Array, dict]]:
         flat = [*jax.tree.leaves(params), *traced.arguments]
@@ -199,13 +201,11 @@ def linearise(
     known |= program.constants
     known |= {value: recorded[address] for value, address in wanted.items()}
 
-    def point(target: Target, plan: Any) -> Point:
-        def head(x: Array) -> Array:
-            return _jaxpr.as_callable(plan.closed)(x, *(known[v] for v in plan.free))[0]
-
+    def point(target: Target, head: Cut) -> Point:
+        rest = head.function(known)
         if target.call is None:
-            return Point(known[target.value], head=head)
-        weights = jax.grad(head)(known[target.terms])
+            return Point(known[target.value], head=rest)
+        weights = jax.grad(rest)(known[target.terms])
         return Point(known[target.value], tuple(known[v] for v in target.operands), weights)
 
     return Linearised(
@@ -213,7 +213,7 @@ def linearise(
         lambda v: push(v)[0],
         lambda u: pull(u)[0],
         targets,
-        [point(target, plan) for target, plan in zip(targets, plans, strict=True)],
+        [point(target, head) for target, head in zip(targets, heads, strict=True)],
     )
 
 

@@ -52,6 +52,17 @@ class Transfer:
     def is_identity(self) -> bool:
         return self.name == "identity"
 
+    def derivative(self, a: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """f'(a); at a kink what autodiff makes of it.
+
+        Raises:
+          ValueError: for a function of whole rows, whose Jacobian is not diagonal.
+        """
+        if not self.is_elementwise:
+            raise ValueError(f"The transfer function {self.name!r} has no derivative by entries.")
+        # In reverse: a function may have a derivative of its own that has no forward mode.
+        return jax.vjp(self.function, a)[1](jnp.ones_like(a))[0]
+
     def is_monotone(self) -> bool:
         """Whether the function is non-decreasing, checked on a grid over [-1e4, 1e4].
 

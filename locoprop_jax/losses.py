@@ -47,6 +47,7 @@ class OutputLoss:
         root: Callable[[Array, Array], Array] | None = None,
         mass: Callable[[Array], Array] | None = None,
         output_axes: int | None = None,
+        total: Callable[[Array, Array], Array] | None = None,
     ):
         """Mark a function.
 
@@ -56,6 +57,8 @@ class OutputLoss:
           root: R v of (outputs, v), where R R' is the Hessian; None to take it by autodiff.
           mass: by what the labels multiply `root`'s Hessian, of shape (*examples,); None for one.
           output_axes: how many axes the outputs of one example have; None for any number.
+          total: the sum of R R' over rows, of (outputs, weights) with the shapes (rows, K) and
+            (rows,); None to add it up column by column.
         """
         functools.update_wrapper(self, function)
         self.name = f"output_loss_{next(_numbers)}_{getattr(function, '__name__', 'custom')}"
@@ -64,6 +67,7 @@ class OutputLoss:
         self.root = root
         self.mass = mass
         self.output_axes = output_axes
+        self.total = total
 
         def marked(outputs: Array, labels: Any) -> Array:
             losses = function(outputs, labels)
@@ -237,6 +241,15 @@ def _softmax_root(logits: Array, v: Array) -> Array:
     return root * v - p * jnp.sum(root * v, -1, keepdims=True)
 
 
+def _softmax_total(logits: Array, weights: Array) -> Array:
+    """The sum of w (diag(p) - p p') over rows."""
+    p = jax.nn.softmax(logits)
+    weighted = weights[:, None] * p
+    return jnp.diag(weighted.sum(0)) - jnp.matmul(
+        weighted.T, p, precision=jax.lax.Precision.HIGHEST
+    )
+
+
 def _sigmoid_root(logits: Array, v: Array) -> Array:
     return jnp.sqrt(jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)) * v
 
@@ -310,12 +323,14 @@ softmax_cross_entropy = _build(
     _softmax_root,
     mass=lambda labels: jnp.sum(labels, -1),
     output_axes=1,
+    total=_softmax_total,
 )
 softmax_cross_entropy_with_integer_labels = _build(
     _softmax_cross_entropy_with_integer_labels,
     jax.random.categorical,
     _softmax_root,
     output_axes=1,
+    total=_softmax_total,
 )
 sigmoid_binary_cross_entropy = _build(
     _sigmoid_binary_cross_entropy,

@@ -300,6 +300,130 @@ def test_two_losses_of_the_same_outputs_add_up():
     assert_close(captured_blocks(dense.loss_fn, PARAMS, X), dense.gauss_newton())
 
 
+# --- the output layer alone ----------------------------------------------------------------------
+
+
+def output_hessian(loss_fn, params, *args):
+    """The output layer's factor as a matrix, and whether it came as one."""
+    capture = quick_jit(lp.value_grad_and_capture(loss_fn, curvature="ggn_output"))
+    *others, last = capture(params, *args)[2].values()
+    assert all(arrays.output_hessian is None for arrays in others)
+    found = last.output_hessian
+    return (jnp.diag(found), False) if found.ndim == 1 else (found, True)
+
+
+PARAMS3, LABELS = layers_of(3, 4, 3), jax.nn.softmax(normal(6, 5, 3))
+TOKEN_LABELS = jax.nn.softmax(normal(7, 5, 4, 3))
+
+
+def twice(z):
+    return jnp.broadcast_to(z[None], (2, *z.shape))
+
+
+MASK = (WEIGHTS > 0.5).astype(float)
+CLASSES = LABELS.argmax(-1)
+INTEGERS = lp.losses.softmax_cross_entropy_with_integer_labels
+own = lp.losses.output_loss()(lambda z, y: jnp.sum(jnp.logaddexp(z, 0) ** 2 - y * z, -1))
+
+
+@pytest.mark.parametrize(
+    "x, loss, is_matrix",
+    [
+        (X, lambda z: MARKED["squared"](z, LABELS).mean(), False),
+        (X, lambda z: MARKED["sigmoid"](z, LABELS).sum(), False),
+        (X, lambda z: (WEIGHTS[:, None] * lp.losses.squared_error(z, LABELS)).mean(), False),
+        (X, lambda z: MARKED["sigmoid"](2 * z + 1, LABELS).sum(), False),
+        (X, lambda z: lp.losses.squared_error(twice(z), twice(LABELS)).sum(), False),
+        (X, lambda z: MARKED["softmax"](z, LABELS).mean(), True),
+        (X, lambda z: weighted(z, LABELS, WEIGHTS), True),
+        (X, lambda z: MARKED["softmax"](z, LABELS * MASK[:, None]).sum(), True),
+        (X, lambda z: MARKED["softmax"](0.5 * z + 1, LABELS).sum(), True),
+        (X, lambda z: MARKED["softmax"](z, LABELS).sum() + MARKED["squared"](z, X).sum(), True),
+        (X, lambda z: MARKED["softmax"](z.reshape(5, 1, 3), LABELS[:, None]).sum(), True),
+        (
+            X,
+            lambda z: lp.losses.softmax_cross_entropy_with_integer_labels(
+                z, LABELS.argmax(-1)
+            ).sum(),
+            True,
+        ),
+        (X, lambda z: jax.vmap(lp.losses.softmax_cross_entropy, (1, 0))(z.T, LABELS).sum(), True),
+        (TOKENS[0], lambda z: MARKED["softmax"](z, TOKEN_LABELS).mean(), True),
+        (TOKENS[0], lambda z: MARKED["sigmoid"](z, TOKEN_LABELS).mean(), False),
+        (X, lambda z: mixture(z, jnp.asarray([0.0, 1, 1, 0, 1])).mean(), True),
+        (X, lambda z: own(z, LABELS).mean(), True),
+        # Not marked.
+        (X, lambda z: optax.l2_loss(z, LABELS).sum(), False),
+        (X, lambda z: optax.sigmoid_binary_cross_entropy(z, LABELS).mean(), False),
+        (X, lambda z: jnp.cos(z).sum(), False),
+        (X, lambda z: (WEIGHTS * optax.softmax_cross_entropy(z, LABELS)).sum(), True),
+        (
+            X,
+            lambda z: optax.softmax_cross_entropy_with_integer_labels(z, LABELS.argmax(-1)).sum(),
+            1,
+        ),
+        (X, lambda z: jnp.cos(z).prod(-1).sum(), True),
+        (TOKENS[0], lambda z: optax.softmax_cross_entropy(z, TOKEN_LABELS).mean(), True),
+    ],
+)
+def test_the_output_layers_factor_is_the_sum_of_the_rows_hessians(x, loss, is_matrix):
+    dense = Dense(PARAMS3, x, loss)
+    found, was_matrix = output_hessian(dense.loss_fn, PARAMS3, x)
+    assert was_matrix == is_matrix
+    assert_close(found, dense.gauss_newton()[-1])
+
+
+def test_the_output_layers_factor_is_split_where_the_loss_is_marked():
+    """As that of all columns: what lies between the layer and the loss belongs to the network."""
+    for loss in (
+        lambda z: MARKED["softmax"](2 * jnp.tanh(z), LABELS).mean(),
+        lambda z: MARKED["sigmoid"](jnp.sin(z), LABELS).mean(),
+        lambda z: mixture(jnp.tanh(z @ jnp.ones((3, 3))), jnp.ones(5)).mean(),
+    ):
+        dense = Dense(PARAMS3, X, loss)
+        found, _ = output_hessian(dense.loss_fn, PARAMS3, X)
+        assert_close(found, captured_blocks(dense.loss_fn, PARAMS3, X)[-1])
+
+
+def test_a_row_of_several_softmaxes_has_a_block_for_each():
+    y = jax.nn.softmax(normal(8, 5, 2, 3))
+    params = layers_of(3, 4, 6)
+    dense = Dense(params, X, lambda z: MARKED["softmax"](z.reshape(5, 2, 3), y).mean())
+    found, _ = output_hessian(dense.loss_fn, params, X)
+    assert_close(found, dense.gauss_newton()[-1])
+    assert_close(found[:3, 3:], jnp.zeros((3, 3)))
+
+
+@settings(max_examples=4)
+@given(problems())
+def test_the_output_layers_factor_in_every_front_end(problem):
+    for loss in (marked(problem.network), problem.loss_fn):
+        found, _ = output_hessian(loss, problem.params, *problem.batch)
+        assert_close(found, of_network(problem).gauss_newton()[-1])
+
+
+def test_the_output_layers_factor_of_an_elementwise_loss_takes_no_matrix_per_example():
+    network = Network(widths=(3, 4, 11), batch=7, head="sigmoid")
+    for loss in (marked(network), network.loss):
+        capture = lp.value_grad_and_capture(loss, curvature="ggn_output")
+        jaxpr = jax.make_jaxpr(capture)(network.params(), *network.data())
+        sizes = [math.prod(a.shape) for a in _jaxpr.flatten(jaxpr).avals if hasattr(a, "shape")]
+        assert max(sizes) < 11 * 11
+
+
+def test_the_output_layers_factor_of_a_convex_loss_takes_no_matrix_per_example():
+    network = Network(widths=(3, 4, 11), batch=20, head="softmax")
+    for scale in (1, 2):
+
+        def loss(params, x, y, scale=scale):
+            return lp.losses.softmax_cross_entropy(scale * network.apply(params, x), y).mean()
+
+        capture = lp.value_grad_and_capture(loss, curvature="ggn_output")
+        jaxpr = jax.make_jaxpr(capture)(network.params(), *network.data())
+        sizes = [math.prod(a.shape) for a in _jaxpr.flatten(jaxpr).avals if hasattr(a, "shape")]
+        assert max(sizes) < 20 * 11 * 11
+
+
 # --- expectations --------------------------------------------------------------------------------
 
 
@@ -491,7 +615,9 @@ def test_curvature_after_the_transfer_functions(curvature):
 # --- compositions --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("curvature", ["fisher_mc", "fisher_empirical", "ggn_mc", "ggn_exact"])
+@pytest.mark.parametrize(
+    "curvature", ["fisher_mc", "fisher_empirical", "ggn_mc", "ggn_exact", "ggn_output"]
+)
 @pytest.mark.parametrize("wrapper", ["nothing", "jit", "checkpoint"])
 def test_gradients_are_bit_for_bit_the_same_with_curvature(curvature, wrapper):
     network = Network(head="softmax", wrapper=wrapper, tokens=3, decay=0.1)
@@ -777,6 +903,16 @@ def normalised(params, x, y):
     return CE(h @ params["second"], jax.nn.softmax(y)).mean()
 
 
+def batch_normalised_head(params, x, y):
+    z = jnp.tanh(x @ params["first"]) @ params["second"]
+    return CE(z - z.mean(0, keepdims=True), jax.nn.softmax(y)).mean()
+
+
+def residual(params, x, y):
+    h = jnp.tanh(x @ params["first"])
+    return CE(h @ params["second"] + h[:, :2], jax.nn.softmax(y)).mean()
+
+
 def plain_heads(p, x, y):
     h = jnp.tanh(x @ p["trunk"])
     return optax.l2_loss(h @ p["policy"], y).mean() + optax.l2_loss(h @ p["value"]).mean()
@@ -817,6 +953,11 @@ def one_network_for_all_labels(params, x, y):
         ("ggn_mc", plain_heads, TWO_HEADS, "several layers are outputs: .*policy.*losses"),
         ("ggn_mc", loss_of_outputs(lambda z, y: of_all(z, y)), MLP, "one loss of several examples"),
         ("ggn_mc", one_network_for_all_labels, MLP, "cannot tell the examples of .* apart"),
+        ("ggn_output", plain_heads, TWO_HEADS, "several are: .*policy.*value.*`scale_by_kfac`"),
+        ("ggn_output", skips, MLP, "does not pass through second, its last"),
+        ("ggn_output", residual, MLP, "all layers through second, the last.*`scale_by_kfac`"),
+        ("ggn_output", loss_of_outputs(contrastive), MLP, "layer second and the loss"),
+        ("ggn_output", batch_normalised_head, MLP, "rows of second.*do not meet.*`scale_by_kfac`"),
         (
             "ggn_exact",
             lambda p, x, y: jnp.sum(p["scale"] ** 2),
@@ -838,3 +979,11 @@ def test_a_loss_whose_curvature_cannot_be_told_is_an_error(curvature, loss, para
     rng = {"rng": jax.random.key(0)} if curvature.endswith("mc") else {}
     with pytest.raises(ValueError, match=message):
         lp.value_grad_and_capture(loss, curvature=curvature)(params, X, Y, **rng)
+
+
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_rows_that_are_pooled_have_no_factor_of_the_output_layer_alone(is_marked):
+    head = MARKED["softmax"] if is_marked else optax.softmax_cross_entropy
+    dense = Dense(PARAMS, TOKENS[0], lambda z: head(z.mean(1), jax.nn.softmax(Y)).mean())
+    with pytest.raises(ValueError, match=r"rows of 1, .*pooling over positions.*`scale_by_kfac`"):
+        lp.value_grad_and_capture(dense.loss_fn, curvature="ggn_output")(PARAMS, TOKENS[0])

@@ -1,0 +1,267 @@
+"""Curvature of each layer as the Kronecker product of an input and an output factor.
+
+K-FAC and KFRA share the input factor, the damping and the amortisation; they differ in where the
+output factors come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from locoprop_jax import _layers, _linalg
+from locoprop_jax._amortised import Amortisation, AmortisedState
+from locoprop_jax._blocks import (
+    Block,
+    as_rows,
+    blocks,
+    dtype_of,
+    extend,
+    matrix,
+    matrix_sizes,
+    replace,
+    unmatrix,
+)
+from locoprop_jax._checks import check_layers, check_not_negative
+from locoprop_jax._layers import Captured, Layers
+from locoprop_jax._stacking import map_layers
+
+
+class Factors(NamedTuple):
+    """Of a layer whose block W is a matrix (d, d_out), its bias the last row.
+
+    Attributes:
+      inputs: S = X'X / N, X with its column of ones.
+      outputs: Gamma, for K-FAC C'C summed over samples and rows.
+    """
+
+    inputs: Float[Array, "d d"]
+    outputs: Float[Array, "d_out d_out"]
+
+
+class InputFactor(NamedTuple):
+    """The inverse of the damped input factor, and a number in place of the other's."""
+
+    inputs: Float[Array, "d d"]
+    scale: Float[Array, ""]
+
+
+class EigenFactors(NamedTuple):
+    """The eigenvectors of both factors, and the damped inverse in their basis.
+
+    Attributes:
+      bases: of the inputs' and the outputs' factor, in columns.
+      scale: 1 / (a_i b_j + damping) for the eigenvalues a and b.
+    """
+
+    bases: Factors
+    scale: Float[Array, "d d_out"]
+
+
+class KroneckerState(AmortisedState):
+    """State of `scale_by_kfac` and `scale_by_kfra`.
+
+    Attributes:
+      count: finite batches so far. shape=(), dtype=int32
+      gathered: `count` after the last batch whose factors were gathered. shape=(), dtype=int32
+      failures: factorisations that did not succeed; their layers kept the inverse they had.
+        shape=(), dtype=int32
+      statistics: `Factors` by layer, their running sums. Empty for the current batch's alone.
+      inverse: by layer, the inverses of the damped `Factors`, of the input factor alone with a
+        number for the other, or `EigenFactors`.
+    """
+
+
+class Damping(NamedTuple):
+    """How damped factors are inverted and what becomes of the output factor.
+
+    Attributes:
+      amount: k, in units of the mean eigenvalue of S (x) Gamma, or absolute.
+      relative: which of the two.
+      exact: whether k is added in the eigenvectors of both factors.
+      output_factor: "keep", "constant" or "norm".
+    """
+
+    amount: Any
+    relative: bool
+    exact: bool
+    output_factor: str
+
+    def check(self) -> None:
+        """Refuse what is out of range.
+
+        Raises:
+          ValueError: it is.
+        """
+        check_not_negative(damping=self.amount)
+        if self.output_factor not in ("keep", "constant", "norm"):
+            raise ValueError(
+                f"`output_factor` is 'keep', 'constant' or 'norm', got {self.output_factor!r}."
+            )
+        if self.exact and self.output_factor != "keep":
+            raise ValueError(
+                f"`output_factor={self.output_factor!r}` leaves out one of two factors, which "
+                f"exact damping does not have apart. Use `exact_damping=False`."
+            )
+
+    def zeros(self, d: int, d_out: int, dtype: Any) -> Factors | InputFactor | EigenFactors:
+        """What `invert` returns, before the first inversion."""
+        inputs = jnp.zeros((d, d), dtype)
+        if self.output_factor == "constant":
+            return InputFactor(inputs, jnp.zeros((), dtype))
+        both = Factors(inputs, jnp.zeros((d_out, d_out), dtype))
+        return EigenFactors(both, jnp.zeros((d, d_out), dtype)) if self.exact else both
+
+    def invert(self, factors: Factors) -> Factors | InputFactor | EigenFactors:
+        """The inverse of the damped product of two factors."""
+        if self.exact:
+            return self._invert_exactly(factors)
+        inputs, outputs = _mean_eigenvalues(factors)
+        pi, root = jnp.sqrt(inputs / outputs), jnp.sqrt(self._amount(factors))
+        inverse = _linalg.inverse(_linalg.damped(factors.inputs, root * pi))
+        if self.output_factor == "constant":
+            smallest = jnp.finfo(root.dtype).tiny
+            return InputFactor(inverse, 1 / jnp.maximum(root / pi, smallest))
+        return Factors(inverse, _linalg.inverse(_linalg.damped(factors.outputs, root / pi)))
+
+    def divide(
+        self, gradient: Float[Array, "d d_out"], by: Factors | InputFactor | EigenFactors
+    ) -> Float[Array, "d d_out"]:
+        """The gradient by what `invert` returned."""
+        if isinstance(by, InputFactor):
+            return by.scale * (by.inputs @ gradient)
+        if isinstance(by, EigenFactors):
+            left, right = by.bases
+            return left @ (by.scale * (left.T @ gradient @ right)) @ right.T
+        alone = by.inputs @ gradient
+        both = alone @ by.outputs
+        return _as_long_as(both, alone) if self.output_factor == "norm" else both
+
+    def _amount(self, factors: Factors) -> Float[Array, ""]:
+        inputs, outputs = _mean_eigenvalues(factors)
+        amount = jnp.asarray(self.amount, inputs.dtype)
+        return amount * inputs * outputs if self.relative else amount
+
+    def _invert_exactly(self, factors: Factors) -> EigenFactors:
+        values, bases = zip(*(jnp.linalg.eigh((f + f.T) / 2) for f in factors), strict=True)
+        inputs, outputs = (jnp.maximum(value, 0) for value in values)
+        products = inputs[:, None] * outputs[None] + self._amount(factors)
+        smallest = jnp.finfo(products.dtype).tiny
+        return EigenFactors(Factors(*bases), 1 / jnp.maximum(products, smallest))
+
+
+class OutputFactors(NamedTuple):
+    """Where a method's output factors come from.
+
+    Attributes:
+      read: (captured, params, the incoming blocks) to the arrays that they are made of; a batch
+        where one is not finite is not used.
+      compute: these arrays to Gamma of each of the blocks' layers, where statistics are gathered.
+    """
+
+    read: Callable[[Captured, Any, dict[str, Block]], Any]
+    compute: Callable[[Any], dict[str, Float[Array, "d_out d_out"]]]
+
+
+def scale_by_kronecker(
+    method: str,
+    layers: Layers,
+    output_factors: OutputFactors,
+    damping: Damping,
+    amortisation: Amortisation,
+) -> optax.GradientTransformationExtraArgs:
+    """Divide each layer's gradient by its damped Kronecker product.
+
+    Args:
+      method: for errors.
+      layers: from `find_layers`.
+      output_factors: where they come from.
+      damping: of the product.
+      amortisation: of its factors.
+
+    Raises:
+      ValueError: at construction, for no layers, and options out of range.
+    """
+    check_layers(layers, method)
+    damping.check()
+    amortisation.check()
+
+    def init(params: Any) -> KroneckerState:
+        statistics, inverse = {}, {}
+        for name, (d, d_out, dtype) in matrix_sizes(layers, params).items():
+
+            def factors(d: int = d, d_out: int = d_out, dtype: Any = dtype) -> Factors:
+                return Factors(jnp.zeros((d, d), dtype), jnp.zeros((d_out, d_out), dtype))
+
+            if amortisation.is_averaged:
+                statistics[name] = factors()
+            inverse[name] = damping.zeros(d, d_out, dtype)
+
+        def zero() -> Array:  # one for each: a buffer cannot be donated twice
+            return jnp.zeros([], jnp.int32)
+
+        return KroneckerState(zero(), zero(), zero(), statistics, inverse)
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        captured: Captured | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, KroneckerState]:
+        del extra_args
+        captured = _layers.check_captured(layers, captured, method)
+        slopes = blocks(layers, updates)
+        rows = {n: as_rows(captured[n].inputs, dtype_of(slope)) for n, slope in slopes.items()}
+        data = output_factors.read(captured, params, slopes)
+        ok = _linalg.all_finite((updates, rows, data))
+
+        def gather() -> dict[str, Factors]:
+            outputs = output_factors.compute(data)
+            return {
+                name: Factors(_input_factor(x, slopes[name]), outputs[name].astype(x.dtype))
+                for name, x in rows.items()
+            }
+
+        def invert(averages: dict[str, Factors]) -> dict[str, Any]:
+            return map_layers(lambda _, factors: damping.invert(factors), averages)
+
+        def apply(_: str, arrays: tuple[Block, Any]) -> Block:
+            slope, inverse = arrays
+            return unmatrix(damping.divide(matrix(slope), inverse), slope)
+
+        state = amortisation.advance(state, ok, gather, invert)
+        new = map_layers(apply, {name: (slopes[name], state.inverse[name]) for name in slopes})
+        directions = replace(layers, updates, new)
+        state = state._replace(count=state.count + ok.astype(jnp.int32))
+        return _linalg.where(ok, directions, _linalg.zeros_like(directions)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# --- one layer -----------------------------------------------------------------------------------
+
+
+def _input_factor(inputs: Float[Array, "rows d_in"], like: Block) -> Float[Array, "d d"]:
+    x = extend(inputs, like)
+    return _linalg.second_moment(x) / len(x)
+
+
+def _mean_eigenvalues(factors: Factors) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """One for a factor of zeros: a gradient that never met data is not made long."""
+    means = (jnp.diagonal(factor).mean() for factor in factors)
+    inputs, outputs = (jnp.where(mean > 0, mean, 1) for mean in means)
+    return inputs, outputs
+
+
+def _as_long_as(
+    model: Float[Array, "d d_out"], direction: Float[Array, "d d_out"]
+) -> Float[Array, "d d_out"]:
+    """The direction with the other's norm; zero if it is."""
+    length = jnp.linalg.norm(direction)
+    return direction * (jnp.linalg.norm(model) / jnp.where(length > 0, length, 1))
