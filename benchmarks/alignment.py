@@ -21,6 +21,7 @@ from benchmarks.steps import SAMPLED, Batch, LossFn, Params, State, slice_exampl
 from benchmarks.training import Problem, Settings
 from benchmarks.trajectories import follow
 from benchmarks.tuned import write_json
+from locoprop_jax import _linalg
 from locoprop_jax._blocks import blocks, matrix
 
 BATCH_SIZE = 500
@@ -123,7 +124,7 @@ def make_measurement(
 
         solution = cg(damped, grads, maxiter=iterations)[0]
         rest = jax.tree.map(jnp.subtract, grads, damped(solution))
-        return solution, optax.global_norm(rest) / optax.global_norm(grads)
+        return solution, jnp.sqrt(_linalg.dot(rest, rest) / _linalg.dot(grads, grads))
 
     return jax.jit(measure)
 
@@ -171,7 +172,7 @@ def run(
     small = pooled(dataset, args.pool)
     problem = make_problem(small, args.shrink)
     settings = Settings(args.epochs, min(BATCH_SIZE, len(small.train)), args.seed)
-    kfra = untuned.gauss_newton("KFRA", lp.scale_by_kfra, "ggn_output")
+    kfra = untuned.gauss_newton("KFRA", lp.kfra, "ggn_output")
     job = candidates.candidate(kfra, kfra.learning_rate, problem, settings).job
     some = slice_examples(small.train, 0, settings.batch_size)
     layers = lp.find_layers(problem.loss_fn, problem.init(jax.random.key(0)), some)
@@ -179,8 +180,9 @@ def run(
     measurement = make_measurement(problem.loss_fn, layers, methods)
 
     def measure(state: State, batch: Batch) -> Alignment:
-        opt_state: Any = state.opt_state
-        return measurement(state.params, batch, state.rng, opt_state[0].damping)
+        chained: Any = state.opt_state
+        step = next(part for part in chained if isinstance(part, lp.GaussNewtonStepState))
+        return measurement(state.params, batch, state.rng, step.damping)
 
     found, interrupted = follow(job, args.every, measure, "KFRA")
     described = candidates.describe(
