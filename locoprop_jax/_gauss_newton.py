@@ -298,10 +298,11 @@ def levenberg_marquardt(damping: Scalar, ratio: Scalar, factor: Scalar) -> Scala
 
 
 def check_line(method: str, *, value_fn: ValueFn | None, **others: Any) -> ValueFn:
-    """The loss as a function of the parameters; refuse missing arguments.
+    """The loss as a function of the parameters; refuse missing arguments, and masked parameters.
 
     Raises:
       TypeError: one is missing.
+      ValueError: some parameters are masked.
     """
     missing = [f"`{name}`" for name, value in others.items() if value is None]
     if value_fn is None or missing:
@@ -311,7 +312,17 @@ def check_line(method: str, *, value_fn: ValueFn | None, **others: Any) -> Value
             f"captured=captured, value=loss, grad=grads, value_fn=lambda p: loss_fn(p, batch))`, "
             f"with the batch of the gradients."
         )
+    leaves = jax.tree.leaves(others["params"], is_leaf=_is_masked)
+    if any(map(_is_masked, leaves)):
+        raise ValueError(
+            f"`{method}` needs all parameters, because it runs the whole network: use it outside "
+            f"of `optax.masked` and `optax.partition`, which may stand before it in a chain."
+        )
     return value_fn
+
+
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
 
 
 def dtype_of_model(params: Tree) -> Any:
