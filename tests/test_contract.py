@@ -62,7 +62,13 @@ def kfac_with_metric_steps(layers, learning_rate, damping, decay):
 
 def natural_gradient(layers, learning_rate, damping, momentum):
     return lp.natural_gradient(
-        layers, learning_rate, 6, curvature="empirical", damping=damping, momentum=momentum
+        layers,
+        learning_rate,
+        6,
+        block_diagonal=True,
+        curvature="empirical",
+        damping=damping,
+        momentum=momentum,
     )
 
 
@@ -177,17 +183,18 @@ def layers():
     return lp.find_layers(loss_fn, init_params(), batch())
 
 
-def line(grads, value=None, x=None, seed=0):
-    """What line searches take, at the initial parameters unless a loss and its batch are given."""
-    x = batch(seed) if x is None else x
-    value = loss_fn(init_params(), x) if value is None else value
-    return {"value": value, "grad": grads, "value_fn": lambda params: loss_fn(params, x)}
-
-
 @functools.cache
 def gradients(seed=0):
     """Gradients and captured arrays at the initial parameters."""
     return jax.jit(CAPTURE(loss_fn))(init_params(), batch(seed))[1:]
+
+
+def line(value=None, grads=None, x=None):
+    """What line searches take: at the initial parameters, or the loss, its gradient and batch."""
+    x = batch() if x is None else x
+    value = loss_fn(init_params(), x) if value is None else value
+    grads = gradients()[0] if grads is None else grads
+    return {"value": value, "grad": grads, "value_fn": lambda params: loss_fn(params, x)}
 
 
 def constructed(name, learning_rate=None):
@@ -205,7 +212,7 @@ def transformation(name):
 def plain_update(name):
     """(gradients, state, params, captured) -> (updates, state) without any wrapper, compiled."""
     tx = transformation(name)
-    return jax.jit(lambda g, s, p, captured: tx.update(g, s, p, captured=captured, **line(g)))
+    return jax.jit(lambda g, s, p, captured: tx.update(g, s, p, captured=captured, **line()))
 
 
 def update_of(tx, state=None, grads=None, captured=None, jit=jax.jit):
@@ -214,7 +221,7 @@ def update_of(tx, state=None, grads=None, captured=None, jit=jax.jit):
     grads = gradients()[0] if grads is None else grads
     captured = gradients()[1] if captured is None else captured
     state = tx.init(params) if state is None else state
-    update = jit(lambda g, s, p, captured: tx.update(g, s, p, captured=captured, **line(g)))
+    update = jit(lambda g, s, p, captured: tx.update(g, s, p, captured=captured, **line()))
     return update(grads, state, params, captured)
 
 
@@ -227,7 +234,7 @@ def plain_update_of(name, grads=None, captured=None):
 
 def step(tx, params, state, x):
     loss, grads, captured = CAPTURE(loss_fn)(params, x)
-    extra = line(grads, loss, x)
+    extra = line(loss, grads, x)
     updates, state = tx.update(grads, state, params, captured=captured, **extra)
     return optax.apply_updates(params, updates), state, loss
 
@@ -299,7 +306,7 @@ def test_unknown_extra_arguments_are_ignored(name):
     tx, params = transformation(name), init_params()
     grads, captured = gradients()
     expected = shapes(
-        lambda: tx.update(grads, tx.init(params), params, captured=captured, **line(grads))
+        lambda: tx.update(grads, tx.init(params), params, captured=captured, **line())
     )
     result = shapes(
         lambda: tx.update(
@@ -307,7 +314,7 @@ def test_unknown_extra_arguments_are_ignored(name):
             tx.init(params),
             params,
             captured=captured,
-            **line(grads),
+            **line(),
             of_another_method="text",
         )
     )
@@ -318,7 +325,7 @@ def test_unknown_extra_arguments_are_ignored(name):
 def test_captured_arrays_are_asked_for(name):
     tx, params, (grads, _) = transformation(name), init_params(), gradients()
     with pytest.raises(TypeError, match=r"`captured`.*value_grad_and_capture"):
-        tx.update(grads, tx.init(params), params, **line(grads))
+        tx.update(grads, tx.init(params), params, **line())
 
 
 @each_method
@@ -372,7 +379,7 @@ def test_the_state_passes_through_a_conditional(name):
     def sometimes(flag, state):
         return jax.lax.cond(
             flag,
-            lambda: tx.update(grads, state, params, captured=captured, **line(grads)),
+            lambda: tx.update(grads, state, params, captured=captured, **line()),
             lambda: (jax.tree.map(jnp.zeros_like, params), state),
         )
 
@@ -451,9 +458,7 @@ def test_inject_hyperparams_with_a_schedule_equals_the_schedule(name):
     params, (grads, captured) = init_params(), gradients()
     updates = []
     for tx in (constructed(name, schedule), injected):
-        update = jax.jit(
-            lambda s, tx=tx: tx.update(grads, s, params, captured=captured, **line(grads))
-        )
+        update = jax.jit(lambda s, tx=tx: tx.update(grads, s, params, captured=captured, **line()))
         first, state = update(tx.init(params))
         second, state = update(state)
         updates.append((first, second))
@@ -472,9 +477,7 @@ def test_multi_steps_averages_gradients_but_only_the_last_micro_batch_is_capture
     (first, captured_first), (second, captured_second) = gradients(0), gradients(1)
     multi = optax.MultiSteps(transformation(name), every_k_schedule=2)
     params = init_params()
-    update = jax.jit(
-        lambda g, s, p, captured: multi.update(g, s, p, captured=captured, **line(g, seed=1))
-    )
+    update = jax.jit(lambda g, s, p, captured: multi.update(g, s, p, captured=captured, **line()))
     with jax.numpy_dtype_promotion("standard"):  # it divides gradients by an integer count
         nothing, state = update(first, multi.init(params), params, captured_first)
         updates, state = update(second, state, params, captured_second)
@@ -489,7 +492,7 @@ def test_apply_if_finite_passes_finite_updates_and_drops_others(name):
     grads, _ = gradients()
     tx: Any = optax.apply_if_finite(transformation(name), max_consecutive_errors=3)
     params = init_params()
-    update = jax.jit(lambda g, s, p, captured: tx.update(g, s, p, captured=captured, **line(g)))
+    update = jax.jit(lambda g, s, p, captured: tx.update(g, s, p, captured=captured, **line()))
     updates, state = update(grads, tx.init(params), params, gradients()[1])
     assert_close((updates, state.inner_state), plain_update_of(name))
     broken = jax.tree.map(lambda g: g.at[0].set(np.nan), grads)
