@@ -24,10 +24,10 @@ HERE = Path(__file__).parent
 CHILD = HERE / "kfac_peer_child.py"
 REQUIREMENTS = HERE / "kfac_peer_requirements.txt"
 
-OUR_DEFAULTS: Hyperparameters = {"learning_rate": 1.0, "damping": 1.0}
+OUR_DEFAULTS: Hyperparameters = {"damping": 1.0, "step_damping": 0.1}
 OUR_SPACE: SearchSpace = {
-    "learning_rate": LogUniform(0.03, 30.0),
-    "damping": LogUniform(1e-3, 10.0),
+    "damping": LogUniform(1e-2, 100.0),
+    "step_damping": LogUniform(1e-3, 10.0),
 }
 THEIR_DEFAULTS: Hyperparameters = {"adaptive": 1.0, "damping": 150.0}
 THEIR_SPACE: SearchSpace = {
@@ -72,10 +72,9 @@ class Side(Protocol):
 
 
 def our_optimizer(
-    layers: lp.Layers, inverse_period: int, *, learning_rate: Any, damping: Any
+    layers: lp.Layers, inverse_period: int, **values: Any
 ) -> optax.GradientTransformationExtraArgs:
-    kfac = lp.scale_by_kfac(layers, damping=damping, inverse_period=inverse_period)
-    return optax.chain(lp.scale_by_metric_norm(kfac), optax.scale_by_learning_rate(learning_rate))
+    return lp.kfac(layers, inverse_period=inverse_period, **values)
 
 
 def our_step(loss_fn: Callable[..., Array], layers: lp.Layers, inverse_period: int) -> Any:
