@@ -60,16 +60,22 @@ def kfac_with_metric_steps(layers, learning_rate, damping, decay):
     return optax.chain(lp.scale_by_metric_norm(kfac), descend(learning_rate, 0.0))
 
 
-def natural_gradient(layers, learning_rate, damping, momentum):
+def natural_gradient(layers, learning_rate, damping, step_damping):
     return lp.natural_gradient(
         layers,
         learning_rate,
         6,
-        block_diagonal=True,
         curvature="empirical",
         damping=damping,
-        momentum=momentum,
+        step_damping=step_damping,
     )
+
+
+def natural_gradient_of_each_layer(layers, learning_rate, damping):
+    direction = lp.scale_by_natural_gradient(
+        layers, 6, block_diagonal=True, curvature="empirical", damping=damping
+    )
+    return optax.chain(lp.scale_by_metric_norm(direction), descend(learning_rate, 0.0))
 
 
 def empirical_kfac(layers, learning_rate, damping, step_damping):
@@ -122,8 +128,16 @@ METHODS = {
     ),
     "natural_gradient": Method(
         natural_gradient,
-        0.3,
-        {"damping": 1.0, "momentum": 0.5},
+        0.5,
+        {"damping": 1.0, "step_damping": 0.1},
+        is_joint=True,
+        is_whole=True,
+        statistics=("systems",),
+    ),
+    "natural_gradient of each layer": Method(
+        natural_gradient_of_each_layer,
+        0.1,
+        {"damping": 10.0},
         is_joint=True,
         statistics=("systems",),
     ),
