@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_not_negative, check_positive, check_whole, is_number
+from locoprop_jax._checks import check_not_negative, check_positive, check_whole
 from locoprop_jax._products import Linearised, linearise
 
 Scalar = Float[Array, ""]
@@ -83,8 +83,8 @@ def scale_by_gauss_newton_step(
         steps should do it at these.
       decay: by how much tau and gamma change, for each step of their periods; 1 to keep them.
       l2: eta, where the loss is to be understood as `loss + eta / 2 |params|^2`, and the incoming
-        updates and `grad` are of the loss alone. It is in C, and its gradient is in g; put
-        `optax.add_decayed_weights(eta)` before the direction, too.
+        updates and `grad` are of the loss alone. It is in C, its gradient is in g and in what
+        `direction` gets.
       momentum: whether the last update is a direction as well. It costs one more product.
 
     Returns:
@@ -125,7 +125,7 @@ def scale_by_gauss_newton_step(
             number(inner_damping),
             number(0),
             number(1),
-            _linalg.zeros_like(params) if momentum else None,
+            _linalg.zeros_like(_linalg.wide(params)) if momentum else None,
             of_damping(number(inner_damping)).init(params),
         )
 
@@ -142,13 +142,15 @@ def scale_by_gauss_newton_step(
         value_fn = check_line(name, params=params, value=value, grad=grad, value_fn=value_fn)
         dtype = dtype_of_model(params)
         extra_args |= {"value": value, "grad": grad, "value_fn": value_fn}
+        decayed = jax.tree.map(lambda g, p: g + jnp.asarray(l2, g.dtype) * p, updates, params)
         slope = jax.tree.map(lambda g, p: g + jnp.asarray(l2, g.dtype) * p, grad, params)
+        incoming = updates if direction is None else decayed
         network = linearise(value_fn, params, (), {}, False, name)
         ok = _linalg.all_finite((updates, grad, jnp.asarray(value)))
-        previous = [] if state.previous is None else [state.previous]
+        previous = [] if state.previous is None else [like(state.previous, params)]
 
         def candidate(gamma: Array) -> Candidate:
-            found, inner = of_damping(gamma).update(updates, state.inner, params, **extra_args)
+            found, inner = of_damping(gamma).update(incoming, state.inner, params, **extra_args)
             directions = [found, *previous]
             model = quadratic_model(network, slope, directions)
             first = jnp.asarray(damping, dtype) * model.rayleigh
@@ -190,7 +192,7 @@ def scale_by_gauss_newton_step(
             best.inner_damping,
             best.step_size,
             ratio,
-            None if state.previous is None else best.update,
+            None if state.previous is None else _linalg.wide(best.update),
             best.inner,
         )
         state = _linalg.where(ok, new_state, state)
@@ -298,10 +300,11 @@ def levenberg_marquardt(damping: Scalar, ratio: Scalar, factor: Scalar) -> Scala
 
 
 def check_line(method: str, *, value_fn: ValueFn | None, **others: Any) -> ValueFn:
-    """The loss as a function of the parameters; refuse missing arguments.
+    """The loss as a function of the parameters; refuse missing arguments, and masked parameters.
 
     Raises:
       TypeError: one is missing.
+      ValueError: some parameters are masked.
     """
     missing = [f"`{name}`" for name, value in others.items() if value is None]
     if value_fn is None or missing:
@@ -311,7 +314,22 @@ def check_line(method: str, *, value_fn: ValueFn | None, **others: Any) -> Value
             f"captured=captured, value=loss, grad=grads, value_fn=lambda p: loss_fn(p, batch))`, "
             f"with the batch of the gradients."
         )
+    leaves = jax.tree.leaves(others["params"], is_leaf=_is_masked)
+    if any(map(_is_masked, leaves)):
+        raise ValueError(
+            f"`{method}` needs all parameters, because it runs the whole network: use it outside "
+            f"of `optax.masked` and `optax.partition`, which may stand before it in a chain."
+        )
     return value_fn
+
+
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def like(tree: Tree, other: Tree) -> Tree:
+    """The tree in the dtypes of another."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, other)
 
 
 def dtype_of_model(params: Tree) -> Any:
@@ -350,5 +368,16 @@ def complete(
         l2=l2,
         momentum=momentum,
     )
-    decayed = optax.identity() if is_number(l2) and l2 == 0 else optax.add_decayed_weights(l2)
-    return optax.chain(decayed, step, optax.scale_by_learning_rate(learning_rate))
+    return optax.chain(step, descend(learning_rate))
+
+
+def descend(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Minus the updates times the learning rate, which may be of another dtype."""
+    if callable(learning_rate):
+        return optax.scale_by_learning_rate(learning_rate)
+
+    def scale(updates: Tree, params: Tree = None) -> Tree:
+        del params
+        return jax.tree.map(lambda u: -jnp.asarray(learning_rate, u.dtype) * u, updates)
+
+    return optax.stateless(scale)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
@@ -14,9 +13,11 @@ from locoprop_jax._checks import check_not_negative, check_positive, check_whole
 from locoprop_jax._gauss_newton import (
     ValueFn,
     check_line,
+    descend,
     dtype_of_model,
     fall_of_loss,
     levenberg_marquardt,
+    like,
 )
 from locoprop_jax._products import linearise
 
@@ -115,7 +116,7 @@ def scale_by_hessian_free(
         ok = _linalg.all_finite((updates, jnp.asarray(value)))
 
         def product(vector: Any) -> Any:
-            pushed = network.push(_like(vector, params))
+            pushed = network.push(like(vector, params))
             return _linalg.wide(network.pull(network.hessian(pushed)))
 
         length = _linalg.dot(slope, slope)
@@ -131,7 +132,7 @@ def scale_by_hessian_free(
             damped, slope, iterations, tolerance, start=state.previous
         )
         change = -(_linalg.dot(solution, slope) + _linalg.dot(solution, residual)) / 2
-        fall = fall_of_loss(value_fn, value, params, _like(solution, params), eta)
+        fall = fall_of_loss(value_fn, value, params, like(solution, params), eta)
         ratio = fall / jnp.where(change < 0, change.astype(dtype), -jnp.inf)
         factor = jnp.asarray(damping_decay, dtype)
         new = HessianFreeState(
@@ -141,7 +142,7 @@ def scale_by_hessian_free(
             made,
             solution,
         )
-        step = _like(solution, updates)
+        step = like(solution, updates)
         return _linalg.where(ok, step, _linalg.zeros_like(step)), _linalg.where(ok, new, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -181,9 +182,4 @@ def hessian_free(
         damping_decay=damping_decay,
         l2=l2,
     )
-    return optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
-
-
-def _like(tree: Any, other: Any) -> Any:
-    """The tree in the dtypes of another."""
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, other)
+    return optax.chain(direction, descend(learning_rate))

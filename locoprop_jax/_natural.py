@@ -13,8 +13,8 @@ from locoprop_jax import _layers, _linalg, _woodbury
 from locoprop_jax._amortised import keep_finite
 from locoprop_jax._blocks import blocks, matrix_sizes, replace
 from locoprop_jax._checks import check_fisher, check_layers, check_positive, check_whole
+from locoprop_jax._gauss_newton import complete
 from locoprop_jax._layers import Captured, Layers
-from locoprop_jax._metric import average_gradients, descend, scale_by_metric_norm
 from locoprop_jax._woodbury import Columns, System
 
 METHOD = "scale_by_natural_gradient"
@@ -41,7 +41,7 @@ def scale_by_natural_gradient(
     batch_size: int | None = None,
     *,
     samples: int = 1,
-    damping: float = 10.0,
+    damping: float = 1.0,
     relative: bool = True,
     block_diagonal: bool = False,
     curvature: str = "captured",
@@ -172,60 +172,62 @@ def natural_gradient(
     batch_size: int | None = None,
     *,
     samples: int = 1,
-    damping: float = 10.0,
-    relative: bool = True,
+    damping: float = 1.0,
+    step_damping: float = 0.1,
+    adapt_damping: bool = True,
     block_diagonal: bool = False,
     curvature: str = "captured",
     period: int = 1,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    floor: float = 1e-4,
+    momentum: bool = True,
+    l2: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """The exact natural gradient with steps of a size that its own metric measures.
+    """The exact natural gradient with steps from the Gauss-Newton model: nothing to tune.
 
-    The gradient is averaged over steps, divided by lambda I + F (`scale_by_natural_gradient`),
-    scaled to length one in that metric (`scale_by_metric_norm`) and multiplied by the square root
-    of the learning rate. For the plain method chain `scale_by_natural_gradient`, `optax.trace` and
+    The direction of `scale_by_natural_gradient` with the step of `scale_by_gauss_newton_step`, as
+    `kfac`. For the plain method chain `scale_by_natural_gradient` and
     `optax.scale_by_learning_rate`.
 
     Args:
       layers: from `find_layers`.
-      learning_rate: eps, the squared length of a step in the damped metric, in units of the loss:
-        a step changes the loss's quadratic model by at most eps / 2 beside its slope. A number, or
-        better a schedule that falls, because no step is shorter than that.
+      learning_rate: multiplies the step of the model; best left at one.
       batch_size: examples per batch, to divide by the Fisher of the previous one.
       samples: of its curvature cotangents.
-      damping: lambda, as for `scale_by_natural_gradient`.
-      relative: whether it is in units of the Fisher's mean eigenvalue.
+      damping: the first lambda, in units of the Fisher's mean eigenvalue.
+      step_damping: the first tau, in units of the curvature along the first direction.
+      adapt_damping: whether lambda is adapted too: every 20 steps the best of three.
       block_diagonal: whether each layer has a system of its own.
       curvature: "captured" or "empirical".
       period: the steps from one replacement of the batch kept to the next.
-      momentum: decay of the average of the gradients.
-      weight_decay: rho; parameters shrink by sqrt(eps) rho in each step, even in one whose batch is
-        not finite.
-      floor: as for `scale_by_metric_norm`.
+      momentum: whether the step is the best one along the direction and the last update.
+      l2: eta of `eta / 2 |params|^2`, added to the loss.
 
     Returns:
-      A complete optimizer. Its `update` needs `captured`, from `value_grad_and_capture`, and the
-      parameters if there is weight decay.
+      A complete optimizer. Its `update` needs `captured`, the parameters, `value`, `grad` and
+      `value_fn`, as for `kfac`.
 
     Raises:
-      ValueError, TypeError: as `scale_by_natural_gradient` and `scale_by_metric_norm`.
+      ValueError, TypeError: as `scale_by_natural_gradient` and `scale_by_gauss_newton_step`.
     """
-    direction = scale_by_natural_gradient(
-        layers,
-        batch_size,
-        samples=samples,
+
+    def direction(amount: Any) -> optax.GradientTransformationExtraArgs:
+        return scale_by_natural_gradient(
+            layers,
+            batch_size,
+            samples=samples,
+            damping=amount,
+            block_diagonal=block_diagonal,
+            curvature=curvature,
+            period=period,
+        )
+
+    return complete(
+        direction,
+        learning_rate,
         damping=damping,
-        relative=relative,
-        block_diagonal=block_diagonal,
-        curvature=curvature,
-        period=period,
-    )
-    return optax.chain(
-        average_gradients(momentum),
-        scale_by_metric_norm(direction, floor=floor),
-        descend(learning_rate, weight_decay),
+        step_damping=step_damping,
+        adapt_damping=adapt_damping,
+        momentum=momentum,
+        l2=l2,
     )
 
 

@@ -28,6 +28,7 @@ class Method:
       options: further keyword arguments.
       static: those that `optax.inject_hyperparams` must not make arrays of.
       is_joint: whether one length of step is chosen for all layers together.
+      is_whole: whether it needs all parameters, so that it cannot be masked.
       statistics: names in the state that are shaped like a bias without being like one.
     """
 
@@ -36,6 +37,7 @@ class Method:
     options: dict[str, Any]
     static: tuple[str, ...] = ()
     is_joint: bool = False
+    is_whole: bool = False
     statistics: tuple[str, ...] = ()
 
 
@@ -56,6 +58,40 @@ def kfac_with_metric_steps(layers, learning_rate, damping, decay):
         layers, damping=damping, decay=decay, curvature="empirical", inverse_period=3
     )
     return optax.chain(lp.scale_by_metric_norm(kfac), descend(learning_rate, 0.0))
+
+
+def natural_gradient(layers, learning_rate, damping, step_damping):
+    return lp.natural_gradient(
+        layers,
+        learning_rate,
+        6,
+        curvature="empirical",
+        damping=damping,
+        step_damping=step_damping,
+    )
+
+
+def natural_gradient_of_each_layer(layers, learning_rate, damping):
+    direction = lp.scale_by_natural_gradient(
+        layers, 6, block_diagonal=True, curvature="empirical", damping=damping
+    )
+    return optax.chain(lp.scale_by_metric_norm(direction), descend(learning_rate, 0.0))
+
+
+def empirical_kfac(layers, learning_rate, damping, step_damping):
+    return lp.kfac(
+        layers,
+        learning_rate,
+        curvature="empirical",
+        damping=damping,
+        step_damping=step_damping,
+        inverse_period=2,
+    )
+
+
+def hessian_free(layers, learning_rate, damping):
+    del layers
+    return lp.hessian_free(learning_rate, damping=damping, iterations=4)
 
 
 METHODS = {
@@ -82,6 +118,30 @@ METHODS = {
         is_joint=True,
         statistics=("statistics", "inverse"),
     ),
+    "kfac with gauss-newton steps": Method(
+        empirical_kfac,
+        0.5,
+        {"damping": 0.1, "step_damping": 0.1},
+        is_joint=True,
+        is_whole=True,
+        statistics=("statistics", "inverse"),
+    ),
+    "natural_gradient": Method(
+        natural_gradient,
+        0.5,
+        {"damping": 1.0, "step_damping": 0.1},
+        is_joint=True,
+        is_whole=True,
+        statistics=("systems",),
+    ),
+    "natural_gradient of each layer": Method(
+        natural_gradient_of_each_layer,
+        0.1,
+        {"damping": 10.0},
+        is_joint=True,
+        statistics=("systems",),
+    ),
+    "hessian_free": Method(hessian_free, 0.5, {"damping": 0.1}, is_joint=True, is_whole=True),
     "locoprop_s": Method(
         lp.locoprop_s,
         1e-2,
@@ -107,6 +167,7 @@ METHODS = {
 }
 CAPTURE = functools.partial(lp.value_grad_and_capture, transferred=True)
 each_method = pytest.mark.parametrize("name", METHODS)
+each_maskable = pytest.mark.parametrize("name", [n for n in METHODS if not METHODS[n].is_whole])
 
 # --- the problem: an autoencoder with one hidden layer -------------------------------------------
 
@@ -142,6 +203,14 @@ def gradients(seed=0):
     return jax.jit(CAPTURE(loss_fn))(init_params(), batch(seed))[1:]
 
 
+def line(value=None, grads=None, x=None):
+    """What line searches take: at the initial parameters, or the loss, its gradient and batch."""
+    x = batch() if x is None else x
+    value = loss_fn(init_params(), x) if value is None else value
+    grads = gradients()[0] if grads is None else grads
+    return {"value": value, "grad": grads, "value_fn": lambda params: loss_fn(params, x)}
+
+
 def constructed(name, learning_rate=None):
     method = METHODS[name]
     learning_rate = method.learning_rate if learning_rate is None else learning_rate
@@ -157,7 +226,7 @@ def transformation(name):
 def plain_update(name):
     """(gradients, state, params, captured) -> (updates, state) without any wrapper, compiled."""
     tx = transformation(name)
-    return jax.jit(lambda g, s, p, captured: tx.update(g, s, p, captured=captured))
+    return jax.jit(lambda g, s, p, captured: tx.update(g, s, p, captured=captured, **line()))
 
 
 def update_of(tx, state=None, grads=None, captured=None, jit=jax.jit):
@@ -166,7 +235,7 @@ def update_of(tx, state=None, grads=None, captured=None, jit=jax.jit):
     grads = gradients()[0] if grads is None else grads
     captured = gradients()[1] if captured is None else captured
     state = tx.init(params) if state is None else state
-    update = jit(lambda g, s, p, captured: tx.update(g, s, p, captured=captured))
+    update = jit(lambda g, s, p, captured: tx.update(g, s, p, captured=captured, **line()))
     return update(grads, state, params, captured)
 
 
@@ -179,7 +248,8 @@ def plain_update_of(name, grads=None, captured=None):
 
 def step(tx, params, state, x):
     loss, grads, captured = CAPTURE(loss_fn)(params, x)
-    updates, state = tx.update(grads, state, params, captured=captured)
+    extra = line(loss, grads, x)
+    updates, state = tx.update(grads, state, params, captured=captured, **extra)
     return optax.apply_updates(params, updates), state, loss
 
 
@@ -249,26 +319,27 @@ def test_thirty_donating_steps_are_compiled_once_and_lower_the_loss(name):
 def test_unknown_extra_arguments_are_ignored(name):
     tx, params = transformation(name), init_params()
     grads, captured = gradients()
-    expected = shapes(lambda: tx.update(grads, tx.init(params), params, captured=captured))
+    expected = shapes(
+        lambda: tx.update(grads, tx.init(params), params, captured=captured, **line())
+    )
     result = shapes(
         lambda: tx.update(
             grads,
             tx.init(params),
             params,
             captured=captured,
-            value=jnp.ones([]),
-            value_fn=loss_fn,
+            **line(),
             of_another_method="text",
         )
     )
     assert result == expected
 
 
-@each_method
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "hessian_free"])
 def test_captured_arrays_are_asked_for(name):
-    tx, params = transformation(name), init_params()
+    tx, params, (grads, _) = transformation(name), init_params(), gradients()
     with pytest.raises(TypeError, match=r"`captured`.*value_grad_and_capture"):
-        tx.update(gradients()[0], tx.init(params), params)
+        tx.update(grads, tx.init(params), params, **line())
 
 
 @each_method
@@ -322,7 +393,7 @@ def test_the_state_passes_through_a_conditional(name):
     def sometimes(flag, state):
         return jax.lax.cond(
             flag,
-            lambda: tx.update(grads, state, params, captured=captured),
+            lambda: tx.update(grads, state, params, captured=captured, **line()),
             lambda: (jax.tree.map(jnp.zeros_like, params), state),
         )
 
@@ -364,7 +435,7 @@ def test_chain_clips_before_and_decays_weights_after(name):
     assert_close(updates, jax.tree.map(lambda u, p: u - 1e-3 * p, clipped, params))
 
 
-@each_method
+@each_maskable
 def test_partition_gives_each_layer_its_own_optimizer(name):
     assert optax.multi_transform is optax.partition  # its old name
     grads, _ = gradients()
@@ -377,12 +448,18 @@ def test_partition_gives_each_layer_its_own_optimizer(name):
     assert_close(updates["decoder"], jax.tree.map(lambda g: -0.5 * g, grads["decoder"]))
 
 
-@each_method
+@each_maskable
 def test_masked_layers_keep_their_gradient(name):
     grads, _ = gradients()
     updates, _ = update_of(optax.masked(transformation(name), {"encoder": False, "decoder": True}))
     assert_same_step(name, updates["decoder"], plain_update_of(name)[0]["decoder"])
     assert_identical(updates["encoder"], grads["encoder"])
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n].is_whole])
+def test_methods_that_need_all_parameters_say_so_when_masked(name):
+    with pytest.raises(ValueError, match=r"all parameters.*outside of `optax.masked`"):
+        update_of(optax.masked(transformation(name), {"encoder": False, "decoder": True}))
 
 
 @each_method
@@ -395,7 +472,7 @@ def test_inject_hyperparams_with_a_schedule_equals_the_schedule(name):
     params, (grads, captured) = init_params(), gradients()
     updates = []
     for tx in (constructed(name, schedule), injected):
-        update = jax.jit(lambda s, tx=tx: tx.update(grads, s, params, captured=captured))
+        update = jax.jit(lambda s, tx=tx: tx.update(grads, s, params, captured=captured, **line()))
         first, state = update(tx.init(params))
         second, state = update(state)
         updates.append((first, second))
@@ -414,7 +491,7 @@ def test_multi_steps_averages_gradients_but_only_the_last_micro_batch_is_capture
     (first, captured_first), (second, captured_second) = gradients(0), gradients(1)
     multi = optax.MultiSteps(transformation(name), every_k_schedule=2)
     params = init_params()
-    update = jax.jit(lambda g, s, p, captured: multi.update(g, s, p, captured=captured))
+    update = jax.jit(lambda g, s, p, captured: multi.update(g, s, p, captured=captured, **line()))
     with jax.numpy_dtype_promotion("standard"):  # it divides gradients by an integer count
         nothing, state = update(first, multi.init(params), params, captured_first)
         updates, state = update(second, state, params, captured_second)
@@ -429,7 +506,7 @@ def test_apply_if_finite_passes_finite_updates_and_drops_others(name):
     grads, _ = gradients()
     tx: Any = optax.apply_if_finite(transformation(name), max_consecutive_errors=3)
     params = init_params()
-    update = jax.jit(lambda g, s, p, captured: tx.update(g, s, p, captured=captured))
+    update = jax.jit(lambda g, s, p, captured: tx.update(g, s, p, captured=captured, **line()))
     updates, state = update(grads, tx.init(params), params, gradients()[1])
     assert_close((updates, state.inner_state), plain_update_of(name))
     broken = jax.tree.map(lambda g: g.at[0].set(np.nan), grads)

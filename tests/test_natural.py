@@ -344,16 +344,27 @@ def test_a_metric_step_has_length_one_in_its_metric():
 
 
 def test_the_optimizer_is_its_parts():
-    net, params = DEEP, DEEP.params()
-    tx = natural_gradient(
-        net.layers(), 0.25, net.batch, damping=0.5, momentum=0.0, weight_decay=0.1
-    )
-    inner = lp.scale_by_metric_norm(scale_by_natural_gradient(net.layers(), damping=0.5))
-    grads, captured = capture(net, params, net.data())
-    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params, captured=captured)
-    directions, _ = jax.jit(inner.update)(grads, inner.init(params), captured=captured)
-    expected = jax.tree.map(lambda d, p: -0.5 * (d + 0.1 * p), directions, params)
-    assert_equal_to_rounding(updates, expected)
+    net, params, batch = DEEP, DEEP.params(), DEEP.data()
+    tx = natural_gradient(net.layers(), 0.5, net.batch, damping=0.3, momentum=False, l2=0.1)
+    direction = scale_by_natural_gradient(net.layers(), damping=0.3)
+    grads, captured = capture(net, params, batch)
+    decayed = jax.tree.map(lambda g, p: g + 0.1 * p, grads, params)
+    d, _ = jax.jit(direction.update)(decayed, direction.init(params), captured=captured)
+    step = lp.scale_by_gauss_newton_step(l2=0.1)
+
+    def update(tx, updates):
+        return tx.update(
+            updates,
+            tx.init(params),
+            params,
+            captured=captured,
+            value=net.loss(params, *batch),
+            grad=grads,
+            value_fn=lambda p: net.loss(p, *batch),
+        )[0]
+
+    expected = jax.tree.map(lambda u: -0.5 * u, jax.jit(lambda d: update(step, d))(d))
+    assert_equal_to_rounding(jax.jit(lambda g: update(tx, g))(grads), expected)
 
 
 @pytest.mark.parametrize("masked", ["kernel", "bias"])
