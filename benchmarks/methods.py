@@ -183,6 +183,13 @@ METHODS: Mapping[str, Method] = {
     ),
     "foof": Method("FOOF", lp.foof, METRIC_SPACE | {"damping": LogUniform(0.1, 100.0)}),
     "lnb": Method("LNB", lp.lnb, METRIC_SPACE | {"ridge": LogUniform(0.1, 100.0)}),
+    "kfac": Method(
+        "K-FAC",
+        lp.kfac,
+        {"learning_rate": LogUniform(0.1, 1.0), "damping": LogUniform(0.01, 100.0)},
+        curvature="ggn_mc",
+        schedule=lambda peak, steps: optax.constant_schedule(peak),
+    ),
     "rmsprop": Method(
         "RMSProp",
         functools.partial(_first_order, tensorflow_rmsprop),

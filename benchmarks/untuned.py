@@ -84,6 +84,7 @@ def run_autoencoder(
         gauss_newton("KFRA, momentum", lp.kfra, "ggn_output", momentum=True),
         gauss_newton("K-FAC", lp.kfac, "fisher_mc"),
         gauss_newton("K-FAC, batch", lp.kfac, "fisher_mc", is_averaged=False),
+        gauss_newton("K-FAC, momentum", lp.kfac, "fisher_mc", momentum=True),
         FOOF,
     ]
     claims = [

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_not_negative, check_positive, check_whole
+from locoprop_jax._checks import check_not_negative, check_positive, check_whole, is_number
 from locoprop_jax._products import Linearised, linearise
 
 Scalar = Float[Array, ""]
@@ -75,7 +75,8 @@ def scale_by_gauss_newton_step(
       direction: what makes d of the incoming updates: a function of gamma such as
         `lambda gamma: scale_by_kfac(layers, damping=gamma)`, a transformation, or None for updates
         that are a direction already (`optax.chain(scale_by_foof(layers),
-        scale_by_gauss_newton_step())`).
+        scale_by_gauss_newton_step())`). For a batch that is not finite it gets updates that are
+        not, which a direction of this library refuses.
       damping: the first tau, in units of the curvature d'Gd / d'd of the first direction.
       inner_damping: the first gamma.
       damping_period: the steps from one adaptation of tau to the next.
@@ -142,11 +143,12 @@ def scale_by_gauss_newton_step(
         value_fn = check_line(name, params=params, value=value, grad=grad, value_fn=value_fn)
         dtype = dtype_of_model(params)
         extra_args |= {"value": value, "grad": grad, "value_fn": value_fn}
-        decayed = jax.tree.map(lambda g, p: g + jnp.asarray(l2, g.dtype) * p, updates, params)
-        slope = jax.tree.map(lambda g, p: g + jnp.asarray(l2, g.dtype) * p, grad, params)
-        incoming = updates if direction is None else decayed
+        slope = with_l2(grad, params, l2)
+        incoming = updates if direction is None else with_l2(updates, params, l2)
+        ok = _linalg.all_finite((updates, jnp.asarray(value)))
+        # A direction of this library keeps its state then, which costs less than doing so here.
+        incoming = jax.tree.map(lambda u: jnp.where(ok, u, jnp.nan), incoming)
         network = linearise(value_fn, params, (), {}, False, name)
-        ok = _linalg.all_finite((updates, grad, jnp.asarray(value)))
         previous = [] if state.previous is None else [like(state.previous, params)]
 
         def candidate(gamma: Array) -> Candidate:
@@ -156,27 +158,29 @@ def scale_by_gauss_newton_step(
             first = jnp.asarray(damping, dtype) * model.rayleigh
             tau = jnp.where(state.count == 0, first, state.damping)
             steps, change = minimum(model, tau + jnp.asarray(l2, dtype))
-            return Candidate(_combined(directions, steps), inner, gamma, tau, steps[0], change)
+            return Candidate(directions, inner, tau, steps, change)
 
-        def best_of_three() -> Candidate:
+        def best_of_three() -> Array:
             factor = jnp.asarray(decay, dtype) ** inner_damping_period
 
-            def better(k: Array, best: Candidate) -> Candidate:
-                new = candidate(state.inner_damping * factor ** (1 - k).astype(dtype))
-                return _linalg.where((k == 0) | (new.change < best.change), new, best)
+            def better(k: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+                gamma = state.inner_damping * factor ** (1 - k).astype(dtype)
+                change = candidate(gamma).change
+                return _linalg.where(change < best[1], (gamma, change), best)
 
-            zero = jnp.zeros([], dtype)
-            none = Candidate(_linalg.zeros_like(updates), state.inner, *[zero] * 4)
-            return jax.lax.fori_loop(0, 3, better, none)
+            start = state.inner_damping, jnp.asarray(jnp.inf, dtype)
+            return jax.lax.fori_loop(0, 3, better, start)[0]
 
+        gamma = state.inner_damping
         if is_adapted:
-            due = (state.count % inner_damping_period == 0) & (state.count > 0)
-            best = jax.lax.cond(due, best_of_three, lambda: candidate(state.inner_damping))
-        else:
-            best = candidate(state.inner_damping)
+            # What comes out of a conditional is copied: a number, and not the direction's state.
+            due = ok & (state.count % inner_damping_period == 0) & (state.count > 0)
+            gamma = jax.lax.cond(due, best_of_three, lambda: state.inner_damping)
+        best = candidate(gamma)
+        step = _combined(best.directions, best.steps)
 
         def adapted() -> tuple[Array, Array]:
-            fall = fall_of_loss(value_fn, value, params, best.update, jnp.asarray(l2, dtype))
+            fall = fall_of_loss(value_fn, value, params, step, jnp.asarray(l2, dtype))
             ratio = fall / jnp.where(best.change < 0, best.change, -jnp.inf)
             factor = jnp.asarray(decay, dtype) ** damping_period
             return levenberg_marquardt(best.damping, ratio, factor), ratio
@@ -186,17 +190,18 @@ def scale_by_gauss_newton_step(
             adapted,
             lambda: (best.damping, state.reduction_ratio),
         )
-        new_state = GaussNewtonStepState(
-            state.count + 1,
-            tau,
-            best.inner_damping,
-            best.step_size,
-            ratio,
-            None if state.previous is None else _linalg.wide(best.update),
-            best.inner,
+        new = state._replace(
+            count=state.count + 1,
+            damping=tau,
+            inner_damping=gamma,
+            step_size=best.steps[0],
+            reduction_ratio=ratio,
+            previous=None if state.previous is None else _linalg.wide(step),
+            inner=None,
         )
-        state = _linalg.where(ok, new_state, state)
-        return _linalg.where(ok, best.update, _linalg.zeros_like(best.update)), state
+        kept = _linalg.where(ok, new, state._replace(inner=None))
+        step = _linalg.where(ok, step, _linalg.zeros_like(step))
+        return step, kept._replace(inner=best.inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -205,19 +210,17 @@ class Candidate(NamedTuple):
     """A step that may be taken.
 
     Attributes:
-      update: the step, gradient-like.
-      inner: the state of its direction.
-      inner_damping: gamma.
+      directions: what it is made of.
+      inner: the state of the first direction.
       damping: tau.
-      step_size: alpha.
+      steps: how much of each direction is in it.
       change: of the model by the step; not positive.
     """
 
-    update: Tree
+    directions: list[Tree]
     inner: Any
-    inner_damping: Scalar
     damping: Scalar
-    step_size: Scalar
+    steps: Float[Array, " k"]
     change: Scalar
 
 
@@ -246,18 +249,18 @@ def quadratic_model(network: Linearised, slope: Tree, directions: list[Tree]) ->
     pushed = [network.push(direction) for direction in directions]
     bent = [network.hessian(outputs) for outputs in pushed]
 
-    def products(left: list[Tree], right: list[Tree]) -> Array:
-        return jnp.stack(
-            [
-                jnp.stack([_linalg.dot(_linalg.wide(a), _linalg.wide(b)) for b in right])
-                for a in left
-            ]
-        )
+    def product(a: Tree, b: Tree) -> Array:
+        return _linalg.dot(_linalg.wide(a), _linalg.wide(b))
+
+    def gram(left: list[Tree], right: list[Tree]) -> Array:
+        half = {(i, j): product(left[i], right[j]) for i in range(len(left)) for j in range(i + 1)}
+        rows = [[half[max(i, j), min(i, j)] for j in range(len(left))] for i in range(len(left))]
+        return jnp.stack([jnp.stack(row) for row in rows])
 
     return Model(
-        products([slope], directions)[0],
-        products(pushed, bent),
-        products(directions, directions),
+        jnp.stack([product(slope, direction) for direction in directions]),
+        gram(pushed, bent),
+        gram(directions, directions),
     )
 
 
@@ -277,6 +280,13 @@ def minimum(model: Model, damping: Scalar) -> tuple[Float[Array, " k"], Scalar]:
     steps = jnp.where(jnp.isfinite(steps).all(), steps, 0)
     change = steps @ matrix @ steps / 2 - steps @ model.slope
     return steps, jnp.where(jnp.isfinite(change), change, 0)
+
+
+def with_l2(gradient: Tree, params: Tree, l2: Any) -> Tree:
+    """The gradient of the loss with eta / 2 |params|^2 added."""
+    if is_number(l2) and l2 == 0:
+        return gradient
+    return jax.tree.map(lambda g, p: g + jnp.asarray(l2, g.dtype) * p, gradient, params)
 
 
 def fall_of_loss(

@@ -43,6 +43,7 @@ HYPERPARAMETERS: Mapping[str, Mapping[str, float]] = {
     "locoprop_m": LOCOPROP,
     "locoprop_s": LOCOPROP,
     "foof": {"learning_rate": 1.0, "damping": 0.1},
+    "kfac": {"learning_rate": 1.0, "damping": 1.0},
     "lnb": {"learning_rate": 1.0, "ridge": 0.1},
     "rmsprop": RMSPROP,
     "adam": RMSPROP,
