@@ -196,22 +196,21 @@ def run(
         layers=list(layers),
     )
     if found:
-        conclude(experiment, found, list(layers), described, directory)
+        conclude(experiment, found, list(methods), described, directory)
     return interrupted
 
 
 def conclude(
     experiment: Experiment,
     found: Mapping[int, Alignment],
-    layers: list[str],
+    methods: list[str],
     described: Mapping[str, Any],
     directory: Path,
 ) -> None:
     """Print the table and the claims, write results.json and the plots."""
     points = list(found.values())
-    methods = list(points[0].by_layer)
     by_layer = {name: np.stack([point.by_layer[name] for point in points]) for name in methods}
-    full = {name: np.stack([point.full[name] for point in points]) for name in points[0].full}
+    full = {name: np.stack([point.full[name] for point in points]) for name in [*methods, BLOCKS]}
     rows = [
         (
             name,
@@ -255,7 +254,7 @@ def conclude(
     x = np.array(list(found), float)
     panels = [
         plots.Panel(
-            "cosine with the block-diagonal matrix's update, mean over layers",
+            "cosine with the blocks' updates, mean over layers",
             {name: (x, values.mean(1)) for name, values in by_layer.items()},
         ),
         plots.Panel(
@@ -267,7 +266,7 @@ def conclude(
     plots.plot_panels(panels, "updates", title, directory / "updates.png")
     plots.plot_heat(
         {name: values.mean(0) for name, values in by_layer.items()},
-        [name.rsplit("/")[-1] for name in layers],
+        [name.rsplit("/")[-1] for name in described["layers"]],
         "Cosine with the update of each layer's block, mean over the trajectory",
         directory / "layers.png",
     )

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from benchmarks import report
+from benchmarks import plots, report
 from benchmarks.ablations import TRIAL_STEP
 from benchmarks.comparison import Job, train_all
 from benchmarks.data import Dataset
@@ -126,6 +126,15 @@ def seconds_at(run: Run, updates: Float[np.ndarray, " k"]) -> Float[np.ndarray, 
     return np.interp(
         updates, [record.step for record in run.curve], [record.seconds for record in run.curve]
     )
+
+
+def lines(runs: Mapping[str, Run]) -> list[plots.Line]:
+    """The smoothed losses, for a plot."""
+    smooth = {name: smoothed(run) for name, run in runs.items()}
+    return [
+        plots.Line(name, (updates, seconds_at(runs[name], updates)), losses)
+        for name, (updates, losses) in smooth.items()
+    ]
 
 
 def reached(run: Run, loss: float) -> tuple[int, float] | None:

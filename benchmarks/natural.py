@@ -236,7 +236,7 @@ def _run(
     runs = candidates.best(groups)
     if runs:
         title = f"{experiment.title}: {dataset.name}, {len(dataset.train):,} images"
-        plots.plot_updates(lines(runs), title, directory / "updates.png")
+        plots.plot_updates(candidates.lines(runs), title, directory / "updates.png")
     found = [Claim(paper, compared(runs, *pair)) for paper, pair in claims]
     candidates.conclude(groups, found, directory, described)
     return interrupted
@@ -251,17 +251,3 @@ def compared(runs: Mapping[str, Run], one: str, other: str) -> str:
         f"{one} ends at {losses[0]:.4g}, {other} at {losses[1]:.4g}: "
         f"{losses[1] / losses[0]:.3g} times that."
     )
-
-
-def lines(runs: Mapping[str, Run]) -> list[plots.Line]:
-    """A line for each method; relatives share a colour, and all but the first are dashed."""
-    families: dict[str, int] = {}
-    result = []
-    for name, run in runs.items():
-        family = name.split(",")[0]
-        dashed = family in families
-        colour = families.setdefault(family, len(families))
-        updates, losses = candidates.smoothed(run)
-        x = updates, candidates.seconds_at(run, updates)
-        result.append(plots.Line(name, x, losses, colour, dashed))
-    return result

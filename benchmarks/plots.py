@@ -18,6 +18,7 @@ from benchmarks.training import Run
 # Okabe and Ito's palette, which colour-blind readers can tell apart; black and yellow left out.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D")
+DASHES = ("-", "--", ":", "-.")
 TEXT, FAINT = "#333333", "#DDDDDD"
 GAP = 1  # pixels around each image
 LETTER_WIDTH, LABEL_GAP = 0.024, 0.055  # what a label takes up, as shares of the axes
@@ -29,22 +30,18 @@ class Look(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A curve of `plot_updates`: several share a colour and are told apart by their dashes.
+    """A curve of `plot_updates`.
 
     Attributes:
       label: beside its end.
       x: for each panel.
       y: the loss.
-      colour: a number.
-      dashed: whether it is.
       other: another loss; the area up to it is shaded.
     """
 
     label: str
     x: tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]
     y: Float[np.ndarray, " k"]
-    colour: int
-    dashed: bool = False
     other: Float[np.ndarray, " k"] | None = None
 
 
@@ -114,6 +111,7 @@ def plot_losses(
 
 def plot_updates(lines: Sequence[Line], title: str, path: Path, log: bool = True) -> None:
     """Loss against updates and against seconds, without the first of both (`WARMUP`)."""
+    styles = _styles([line.label for line in lines])
     figure, panels = _panels(title)
     for i, (axes, label) in enumerate(
         zip(
@@ -127,9 +125,9 @@ def plot_updates(lines: Sequence[Line], title: str, path: Path, log: bool = True
         ends = {}
         for line in lines:
             first = min(int(WARMUP * len(line.y)) + 1, len(line.y) - 1)
-            colour = COLOURS[line.colour % len(COLOURS)]
+            style, colour = styles[line.label], styles[line.label]["color"]
             x, y = line.x[i][first:], line.y[first:]
-            axes.plot(x, y, color=colour, linewidth=1.8, linestyle="--" if line.dashed else "-")
+            axes.plot(x, y, linewidth=1.8, **style)
             if line.other is not None:
                 axes.fill_between(x, y, line.other[first:], color=colour, alpha=0.2, linewidth=0)
             ends[line.label] = (x[-1], y[-1], colour)
@@ -149,7 +147,7 @@ class Panel(NamedTuple):
 def plot_panels(
     panels: Sequence[Panel], xlabel: str, title: str, path: Path, log: bool = False
 ) -> None:
-    """Panels beside each other; a label has one colour in all of them.
+    """Panels beside each other; a label has one look in all of them.
 
     Args:
       panels: what is in them.
@@ -159,16 +157,14 @@ def plot_panels(
       log: whether the axis is logarithmic.
     """
     figure, all_axes = _panels(title, len(panels), sharey=False)
-    labels = list(dict.fromkeys(label for panel in panels for label in panel.curves))
+    styles = _styles(list(dict.fromkeys(label for panel in panels for label in panel.curves)))
     for axes, panel in zip(all_axes, panels, strict=True):
         axes.set_xscale("log" if log else "linear")
         axes.set_yscale("log" if panel.log else "linear")
         axes.set_xlabel(xlabel, color=TEXT)
         axes.set_ylabel(panel.label, color=TEXT)
         for label, (x, y) in panel.curves.items():
-            colour, marker = look(at := labels.index(label), at)
-            style = "-" if at < len(COLOURS) else "--"
-            axes.plot(x, y, style, color=colour, marker=marker, markersize=4, label=label)
+            axes.plot(x, y, marker="o", markersize=3, label=label, **styles[label])
         axes.legend(fontsize=8, frameon=False, labelcolor=TEXT)
     figure.savefig(path, dpi=150)
 
@@ -194,6 +190,21 @@ def plot_heat(
         colour = "white" if value > 0.6 else TEXT
         axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+def _styles(labels: Sequence[str]) -> dict[str, Any]:
+    """A colour for all labels that are the same up to a comma, and dashes to tell them apart."""
+    families: dict[str, list[str]] = {}
+    for label in labels:
+        families.setdefault(label.split(",")[0], []).append(label)
+    return {
+        label: {
+            "color": COLOURS[colour % len(COLOURS)],
+            "linestyle": DASHES[dashes % len(DASHES)],
+        }
+        for colour, family in enumerate(families.values())
+        for dashes, label in enumerate(family)
+    }
 
 
 def _panels(title: str, count: int = 2, sharey: bool = True) -> tuple[Figure, Sequence[Axes]]:

@@ -93,7 +93,7 @@ def run_damping(
     best = _best_runs(groups, (SGD.name, *CHANGES))
     title = f"{experiment.title}: {dataset.name}, {len(dataset.train):,} images"
     if best:
-        plots.plot_updates(natural.lines(best), title, directory / "updates.png")
+        plots.plot_updates(candidates.lines(best), title, directory / "updates.png")
     x = np.array(DAMPINGS)
     panels = [
         plots.Panel(
@@ -190,7 +190,7 @@ def run_second_factor(
     runs = candidates.best(groups)
     title = f"{experiment.title}: {dataset.name}, {len(dataset.train):,} images"
     if runs:
-        plots.plot_updates(natural.lines(runs), title, directory / "updates.png")
+        plots.plot_updates(candidates.lines(runs), title, directory / "updates.png")
     claims = [
         Claim(
             "FOOF is more data efficient than K-FAC (Figure 4B).",

@@ -163,24 +163,15 @@ def _run(
 
 
 def _lines(groups: Groups) -> list[plots.Line]:
-    """One for each method, dashed where the curvature is averaged; Adam's best ten are shaded."""
-    families: dict[str, int] = {}
-    lines = []
-    for name, run in candidates.best(groups).items():
-        colour = families.setdefault(name.removesuffix(", batch"), len(families))
-        updates, losses = candidates.smoothed(run)
-        top = [candidates.smoothed(each)[1] for each in groups[name][:TOP] if not each.stopped]
-        lines.append(
-            plots.Line(
-                name,
-                (updates, candidates.seconds_at(run, updates)),
-                losses,
-                colour,
-                dashed=f"{name}, batch" in groups,
-                other=np.mean(top, 0) if len(top) > 1 else None,
-            )
-        )
-    return lines
+    """A line for each method; the area up to the mean of Adam's ten best is shaded."""
+    tops = {
+        name: [candidates.smoothed(run)[1] for run in runs[:TOP] if not run.stopped]
+        for name, runs in groups.items()
+    }
+    return [
+        line._replace(other=np.mean(tops[line.label], 0) if len(tops[line.label]) > 1 else None)
+        for line in candidates.lines(candidates.best(groups))
+    ]
 
 
 # --- the mixture of two classifiers --------------------------------------------------------------
