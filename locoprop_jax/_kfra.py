@@ -146,7 +146,7 @@ def kfra(
     *,
     damping: float = 1.0,
     step_damping: float = 0.1,
-    adapt_damping: bool = True,
+    adapt_damping: bool = False,
     exact_damping: bool = False,
     decay: float = 0.95,
     inverse_period: int = 20,
@@ -164,7 +164,8 @@ def kfra(
       learning_rate: multiplies the step of the model; best left at one.
       damping: the first gamma, in units of each layer's mean eigenvalue of S (x) Gamma.
       step_damping: the first tau, in units of the curvature along the first direction.
-      adapt_damping: whether gamma is adapted too: every 20 steps the best of three.
+      adapt_damping: whether gamma is adapted too: every 20 steps the best of three, which costs three
+        more inversions. The step makes up for much of what gamma does, so little is gained.
       exact_damping: whether gamma is added in the eigenvectors of both factors.
       decay: of the averages of S and Gamma.
       inverse_period: the steps from one inversion to the next; of 20 it should be a divisor or a

@@ -174,7 +174,7 @@ def natural_gradient(
     samples: int = 1,
     damping: float = 1.0,
     step_damping: float = 0.1,
-    adapt_damping: bool = True,
+    adapt_damping: bool = False,
     block_diagonal: bool = False,
     curvature: str = "captured",
     period: int = 1,
@@ -194,7 +194,8 @@ def natural_gradient(
       samples: of its curvature cotangents.
       damping: the first lambda, in units of the Fisher's mean eigenvalue.
       step_damping: the first tau, in units of the curvature along the first direction.
-      adapt_damping: whether lambda is adapted too: every 20 steps the best of three.
+      adapt_damping: whether lambda is adapted too: every 20 steps the best of three, which costs three
+        more inversions. The step makes up for much of what lambda does, so little is gained.
       block_diagonal: whether each layer has a system of its own.
       curvature: "captured" or "empirical".
       period: the steps from one replacement of the batch kept to the next.
