@@ -44,6 +44,7 @@ def gauss_newton(
         "statistics_steps": INVERSE_PERIOD if is_averaged else 1,
         "inverse_period": INVERSE_PERIOD,
         "momentum": momentum,
+        "adapt_damping": True,
     }
     build = functools.partial(optimizer, **options)
     return Contestant(label, build, 1.0, True, curvature, constant)

@@ -132,8 +132,8 @@ def kfac(
       learning_rate: multiplies the step of the model; best left at one.
       damping: the first gamma, in units of each layer's mean eigenvalue of S (x) Gamma.
       step_damping: the first tau, in units of the curvature along the first direction.
-      adapt_damping: whether gamma is adapted too: every 20 steps the best of three, which costs three
-        more inversions. The step makes up for much of what gamma does, so little is gained.
+      adapt_damping: whether gamma is adapted too: every 20 steps the best of three, which costs
+        three more inversions. The step makes up for much of what gamma does.
       exact_damping: whether gamma is added in the eigenvectors of both factors.
       curvature: "captured" or "empirical", as for `scale_by_kfac`.
       decay: of the averages of S and Gamma.

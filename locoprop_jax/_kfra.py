@@ -164,8 +164,8 @@ def kfra(
       learning_rate: multiplies the step of the model; best left at one.
       damping: the first gamma, in units of each layer's mean eigenvalue of S (x) Gamma.
       step_damping: the first tau, in units of the curvature along the first direction.
-      adapt_damping: whether gamma is adapted too: every 20 steps the best of three, which costs three
-        more inversions. The step makes up for much of what gamma does, so little is gained.
+      adapt_damping: whether gamma is adapted too: every 20 steps the best of three, which costs
+        three more inversions. The step makes up for much of what gamma does.
       exact_damping: whether gamma is added in the eigenvectors of both factors.
       decay: of the averages of S and Gamma.
       inverse_period: the steps from one inversion to the next; of 20 it should be a divisor or a

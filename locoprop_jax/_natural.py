@@ -194,8 +194,8 @@ def natural_gradient(
       samples: of its curvature cotangents.
       damping: the first lambda, in units of the Fisher's mean eigenvalue.
       step_damping: the first tau, in units of the curvature along the first direction.
-      adapt_damping: whether lambda is adapted too: every 20 steps the best of three, which costs three
-        more inversions. The step makes up for much of what lambda does, so little is gained.
+      adapt_damping: whether lambda is adapted too: every 20 steps the best of three, which costs
+        three more inversions. The step makes up for much of what lambda does.
       block_diagonal: whether each layer has a system of its own.
       curvature: "captured" or "empirical".
       period: the steps from one replacement of the batch kept to the next.
