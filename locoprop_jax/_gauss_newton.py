@@ -361,7 +361,7 @@ def _combined(directions: list[Tree], steps: Float[Array, " k"]) -> Tree:
 
 
 def complete(
-    direction: Callable[[Any], optax.GradientTransformation],
+    direction: Callable[..., optax.GradientTransformation],
     learning_rate: optax.ScalarOrSchedule,
     *,
     damping: float,
@@ -370,9 +370,13 @@ def complete(
     momentum: bool,
     l2: float,
 ) -> optax.GradientTransformationExtraArgs:
-    """A direction of damping gamma with Gauss-Newton steps: a complete optimizer (Algorithm 1)."""
+    """Directions of some `damping` with Gauss-Newton steps: a complete optimizer (Algorithm 1)."""
+
+    def of_damping(gamma: Any) -> optax.GradientTransformation:
+        return direction(damping=gamma)
+
     step = scale_by_gauss_newton_step(
-        direction if adapt_damping else direction(damping),
+        of_damping if adapt_damping else of_damping(damping),
         damping=step_damping,
         inner_damping=damping,
         l2=l2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import optax
@@ -152,18 +153,15 @@ def kfac(
     Raises:
       ValueError, TypeError: as `scale_by_kfac` and `scale_by_gauss_newton_step`.
     """
-
-    def direction(gamma: Any) -> optax.GradientTransformationExtraArgs:
-        return scale_by_kfac(
-            layers,
-            damping=gamma,
-            exact_damping=exact_damping,
-            curvature=curvature,
-            decay=decay,
-            inverse_period=inverse_period,
-            statistics_steps=statistics_steps,
-        )
-
+    direction = functools.partial(
+        scale_by_kfac,
+        layers,
+        exact_damping=exact_damping,
+        curvature=curvature,
+        decay=decay,
+        inverse_period=inverse_period,
+        statistics_steps=statistics_steps,
+    )
     return complete(
         direction,
         learning_rate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -181,17 +182,14 @@ def kfra(
     Raises:
       ValueError, TypeError: as `scale_by_kfra` and `scale_by_gauss_newton_step`.
     """
-
-    def direction(gamma: Any) -> optax.GradientTransformationExtraArgs:
-        return scale_by_kfra(
-            layers,
-            damping=gamma,
-            exact_damping=exact_damping,
-            decay=decay,
-            inverse_period=inverse_period,
-            statistics_steps=statistics_steps,
-        )
-
+    direction = functools.partial(
+        scale_by_kfra,
+        layers,
+        exact_damping=exact_damping,
+        decay=decay,
+        inverse_period=inverse_period,
+        statistics_steps=statistics_steps,
+    )
     return complete(
         direction,
         learning_rate,

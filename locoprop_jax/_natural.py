@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -209,18 +210,15 @@ def natural_gradient(
     Raises:
       ValueError, TypeError: as `scale_by_natural_gradient` and `scale_by_gauss_newton_step`.
     """
-
-    def direction(amount: Any) -> optax.GradientTransformationExtraArgs:
-        return scale_by_natural_gradient(
-            layers,
-            batch_size,
-            samples=samples,
-            damping=amount,
-            block_diagonal=block_diagonal,
-            curvature=curvature,
-            period=period,
-        )
-
+    direction = functools.partial(
+        scale_by_natural_gradient,
+        layers,
+        batch_size,
+        samples=samples,
+        block_diagonal=block_diagonal,
+        curvature=curvature,
+        period=period,
+    )
     return complete(
         direction,
         learning_rate,
