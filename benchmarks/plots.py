@@ -1,5 +1,6 @@
 """The pictures of a comparison: training loss against epochs and seconds, and reconstructions."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,8 @@ from benchmarks.methods import METHODS
 from benchmarks.steps import WARMUP
 from benchmarks.training import Run
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; black and yellow left out.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+# Okabe and Ito's palette, which colour-blind readers can tell apart; grey in place of black, no yellow.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D")
 DASHES = ("-", "--", ":", "-.")
 TEXT, FAINT = "#333333", "#DDDDDD"
@@ -178,7 +179,7 @@ def plot_heat(
     """Cosines as colours, with their numbers."""
     values = np.stack(list(rows.values()))
     figure = Figure(figsize=(2.4 + 0.9 * len(columns), 1.2 + 0.4 * len(rows)), layout="constrained")
-    figure.suptitle(title, color=TEXT, fontsize=11, x=0.01, ha="left")
+    figure.suptitle(_wrapped(title, 110), color=TEXT, fontsize=11, x=0.01, ha="left")
     axes = figure.subplots()
     axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set(xticks=range(len(columns)), yticks=range(len(rows)))
@@ -210,7 +211,7 @@ def _styles(labels: Sequence[str]) -> dict[str, Any]:
 def _panels(title: str, count: int = 2, sharey: bool = True) -> tuple[Figure, Sequence[Axes]]:
     """A figure with panels beside each other."""
     figure = Figure(figsize=(5 * count, 4.4), layout="constrained")
-    figure.suptitle(title, color=TEXT, fontsize=11, x=0.01, ha="left")
+    figure.suptitle(_wrapped(title, 55 * count), color=TEXT, fontsize=11, x=0.01, ha="left")
     panels = list(figure.subplots(1, count, sharey=sharey, squeeze=False)[0])
     for axes in panels:
         _style(axes)
@@ -270,3 +271,7 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> Non
             annotation_clip=False,
             path_effects=[withStroke(linewidth=3, foreground="white")],
         )
+
+
+def _wrapped(title: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(title, width))
