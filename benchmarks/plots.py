@@ -16,7 +16,7 @@ from benchmarks.methods import METHODS
 from benchmarks.steps import WARMUP
 from benchmarks.training import Run
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; grey in place of black, no yellow.
+# Okabe and Ito's palette, which colour-blind readers can tell apart; grey for black, no yellow.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D")
 DASHES = ("-", "--", ":", "-.")
