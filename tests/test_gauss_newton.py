@@ -271,8 +271,8 @@ def test_the_step_minimises_the_damped_model(net, damping, l2, seed):
     tau = damping * (d @ g @ d) / (d @ d)
     alpha = d @ slope / (d @ g @ d + (tau + l2) * d @ d)
     np.testing.assert_allclose(flat(update), alpha * d, rtol=1e-8, atol=1e-10)
-    np.testing.assert_allclose(state.step_size, alpha, rtol=1e-8)
-    np.testing.assert_allclose(state.damping, tau, rtol=1e-8)
+    np.testing.assert_allclose(state.step_size, alpha, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(state.damping, tau, rtol=1e-8, atol=1e-12)
 
 
 def test_with_momentum_the_step_is_the_best_one_in_the_plane_of_both_directions():
