@@ -231,7 +231,7 @@ def conjugate_gradient(
       The solution and its residual, right - apply(x).
     """
     body, carry = _conjugate(apply, right, dot, start, precondition)
-    iterations += start is not None  # the first is along the start
+    iterations += int(start is not None)  # the first is along the start
     x, residual, *_ = jax.lax.fori_loop(0, iterations, lambda _, carry: body(carry), carry)
     return x, residual
 

@@ -504,8 +504,16 @@ def test_seeds_can_be_mapped_over():
         def step(carry, _):
             params, state = carry
             run = lp.value_grad_and_capture(net.loss, curvature="fisher_empirical")
-            _, grads, captured = run(params, x, y)
-            updates, state = tx.update(grads, state, params, captured=captured)
+            loss, grads, captured = run(params, x, y)
+            updates, state = tx.update(
+                grads,
+                state,
+                params,
+                captured=captured,
+                value=loss,
+                grad=grads,
+                value_fn=lambda p: net.loss(p, x, y),
+            )
             return (optax.apply_updates(params, updates), state), None
 
         return jax.lax.scan(step, (params, tx.init(params)), length=3)[0][0]
