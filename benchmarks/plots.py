@@ -11,6 +11,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.methods import METHODS
 from benchmarks.steps import WARMUP
@@ -99,11 +100,12 @@ def plot_losses(
             style["markevery"] = max(1, len(x) // 10)
             axes.plot(x, y, **style)
             if test:
-                axes.plot(x, [record.test_loss for record in records], linestyle="--", **style)
+                losses = np.array([record.test_loss for record in records], float)
+                axes.plot(x, losses, linestyle="--", **style)
             ends[run.label] = (x[-1], y[-1], colour)
         _label_ends(axes, ends)
     by_seconds.set_xlim(left=0)
-    by_epoch.xaxis.get_major_locator().set_params(integer=True)
+    by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_epoch.set_ylabel(
         "loss (training: solid, test: dashed)" if test else "training loss", color=TEXT
     )
