@@ -46,20 +46,10 @@ from locoprop_jax._layers import (
 )
 from locoprop_jax._output_hessian import OutputPlan
 from locoprop_jax._targets import Target
-from locoprop_jax._trace import Traced, trace
+from locoprop_jax._trace import Traced, layer_names, trace
 from locoprop_jax._transfer import Transfer
 
 # --- standardise ---------------------------------------------------------------------------------
-
-
-def _names(traced: Traced) -> list[str]:
-    """Each layer's name: its kernel's parent, or the kernel itself if the parent is no name."""
-    paths = [traced.names[site.leaf] for site in traced.detection.sites]
-    parents = [path.rpartition("/")[0] for path in paths]
-    return [
-        parent if parent and parents.count(parent) == 1 else path
-        for path, parent in zip(paths, parents, strict=True)
-    ]
 
 
 def _weights(traced: Traced, site: Site) -> dict[str, Any]:
@@ -220,7 +210,7 @@ def find_layers(
     if on_uncaptured not in ("error", "pass"):
         raise ValueError(f"`on_uncaptured` is 'error' or 'pass', got {on_uncaptured!r}.")
     traced = trace(loss_fn, params, args, kwargs, has_aux)
-    names = _names(traced)
+    names = layer_names(traced)
     overrides = dict(transfer or {})
     if unknown := set(overrides) - set(names):
         raise ValueError(
@@ -354,7 +344,7 @@ def value_grad_and_capture(
             rng = kwargs.pop("rng", None)
             _curvature.check_rng(curvature, rng)
         traced = trace(loss_fn, params, args, kwargs, has_aux)
-        program, sites, names = traced.program, traced.detection.sites, _names(traced)
+        program, sites, names = traced.program, traced.detection.sites, layer_names(traced)
         ends = sorted(_detect.output_sites(program, traced.detection))
         heads = {i: cut(traced, sites[i].output, program.outputs[0]) for i in ends}
         found = [

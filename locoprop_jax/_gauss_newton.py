@@ -180,8 +180,8 @@ def scale_by_gauss_newton_step(
         step = _combined(best.directions, best.steps)
 
         def adapted() -> tuple[Array, Array]:
-            fall = fall_of_loss(value_fn, value, params, step, jnp.asarray(l2, dtype))
-            ratio = fall / jnp.where(best.change < 0, best.change, -jnp.inf)
+            eta = jnp.asarray(l2, dtype)
+            ratio = reduction_ratio(value_fn, value, params, step, eta, best.change)
             factor = jnp.asarray(decay, dtype) ** damping_period
             return levenberg_marquardt(best.damping, ratio, factor), ratio
 
@@ -289,14 +289,18 @@ def with_l2(gradient: Tree, params: Tree, l2: Any) -> Tree:
     return jax.tree.map(lambda g, p: g + jnp.asarray(l2, g.dtype) * p, gradient, params)
 
 
-def fall_of_loss(
-    value_fn: ValueFn, value: Any, params: Tree, update: Tree, l2: Scalar
-) -> Float[Array, ""]:
-    """How much the loss changes, its l2 term included, when the update is subtracted."""
+def reduction_ratio(
+    value_fn: ValueFn, value: Any, params: Tree, update: Tree, l2: Scalar, change: Scalar
+) -> Scalar:
+    """rho: how much the loss falls when the update is subtracted, over the model's fall (eq. 42).
+
+    The loss includes its l2 term.
+    """
     new = jax.tree.map(jnp.subtract, params, update)
     growth = _squares(new) - _squares(params)
-    change = value_fn(new).astype(l2.dtype) - jnp.asarray(value, l2.dtype)
-    return change + l2 / 2 * growth.astype(l2.dtype)
+    fall = value_fn(new).astype(l2.dtype) - jnp.asarray(value, l2.dtype)
+    fall = fall + l2 / 2 * growth.astype(l2.dtype)
+    return fall / jnp.where(change < 0, change.astype(l2.dtype), -jnp.inf)
 
 
 def levenberg_marquardt(damping: Scalar, ratio: Scalar, factor: Scalar) -> Scalar:

@@ -15,9 +15,11 @@ from locoprop_jax._gauss_newton import (
     check_line,
     descend,
     dtype_of_model,
-    fall_of_loss,
     levenberg_marquardt,
     like,
+    quadratic_model,
+    reduction_ratio,
+    with_l2,
 )
 from locoprop_jax._products import linearise
 
@@ -111,17 +113,14 @@ def scale_by_hessian_free(
         network = linearise(value_fn, params, (), {}, False, name)
         dtype = dtype_of_model(params)
         eta = jnp.asarray(l2, dtype)
-        decay = _linalg.scale(_linalg.wide(params), eta)
-        slope = _linalg.add(_linalg.wide(updates), decay)
+        slope = with_l2(_linalg.wide(updates), _linalg.wide(params), l2)
         ok = _linalg.all_finite((updates, jnp.asarray(value)))
 
         def product(vector: Any) -> Any:
             pushed = network.push(like(vector, params))
             return _linalg.wide(network.pull(network.hessian(pushed)))
 
-        length = _linalg.dot(slope, slope)
-        curvature = _linalg.dot(slope, product(slope))
-        unit = jnp.where(length > 0, curvature / jnp.where(length > 0, length, 1), 0)
+        unit = quadratic_model(network, slope, [like(slope, params)]).rayleigh
         first = jnp.asarray(damping, dtype) * unit.astype(dtype)
         amount = jnp.where(state.count == 0, first, state.damping)
 
@@ -132,8 +131,7 @@ def scale_by_hessian_free(
             damped, slope, iterations, tolerance, start=state.previous
         )
         change = -(_linalg.dot(solution, slope) + _linalg.dot(solution, residual)) / 2
-        fall = fall_of_loss(value_fn, value, params, like(solution, params), eta)
-        ratio = fall / jnp.where(change < 0, change.astype(dtype), -jnp.inf)
+        ratio = reduction_ratio(value_fn, value, params, like(solution, params), eta, change)
         factor = jnp.asarray(damping_decay, dtype)
         new = HessianFreeState(
             state.count + 1,

@@ -15,7 +15,7 @@ from locoprop_jax._curvature import Point
 from locoprop_jax._heads import Cut, addresses, cut
 from locoprop_jax._layers import Layers
 from locoprop_jax._targets import Target
-from locoprop_jax._trace import Traced, trace
+from locoprop_jax._trace import layer_names, trace
 
 Tree = Any
 Outputs = list[Array]  # one array for each target
@@ -26,25 +26,18 @@ class Linearised(NamedTuple):
     """A network at some parameters, up to the outputs that its loss takes.
 
     Attributes:
-      loss: its value there.
       push: J v for the Jacobian J of the outputs by the parameters; linear.
       pull: J' u; linear.
+      hessian: H u for the Hessian H of the loss by the outputs; linear.
       targets: where the outputs are.
       points: the outputs, and what the loss makes of them.
     """
 
-    loss: Array
     push: Callable[[Tree], Outputs]
     pull: Callable[[Outputs], Tree]
+    hessian: Callable[[Outputs], Outputs]
     targets: tuple[Target, ...]
     points: list[Point]
-
-    def hessian(self, vectors: Outputs) -> Outputs:
-        """H u for the Hessian H of the loss by the outputs."""
-        return [
-            _hessian(target, point)(vector)
-            for target, point, vector in zip(self.targets, self.points, vectors, strict=True)
-        ]
 
 
 def gauss_newton_vector_product(
@@ -181,20 +174,20 @@ def linearise(
     """
     traced = trace(loss_fn, params, tuple(args), kwargs, has_aux)
     program = traced.program
-    targets = _targets.plan(traced, asked, _names(traced), ())
+    targets = _targets.plan(traced, asked, layer_names(traced), ())
     starts = [target.value if target.call is None else target.terms for target in targets]
     heads = [cut(traced, start, program.outputs[0]) for start in starts]
     free = [v for head in heads for v in head.free]
     operands = [v for target in targets for v in target.operands]
     wanted = addresses(program, [*(t.value for t in targets), *starts, *operands, *free])
 
-    def forward(params: Tree) -> tuple[Outputs, tuple[Array, dict]]:
+    def forward(params: Tree) -> tuple[Outputs, dict]:
         flat = [*jax.tree.leaves(params), *traced.arguments]
-        results, recorded = _jaxpr.evaluate(traced.closed, flat, frozenset(wanted.values()), {})
-        return [recorded[wanted[target.value]] for target in targets], (results[0], recorded)
+        _, recorded = _jaxpr.evaluate(traced.closed, flat, frozenset(wanted.values()), {})
+        return [recorded[wanted[target.value]] for target in targets], recorded
 
     # By the transpose of the pass backward, which also exists where only that one is defined.
-    outputs, pull, (loss, recorded) = jax.vjp(forward, params, has_aux=True)
+    outputs, pull, recorded = jax.vjp(forward, params, has_aux=True)
     push = jax.linear_transpose(lambda u: pull(u)[0], outputs)
     given = [*jax.tree.leaves(params), *traced.arguments]
     known: dict[int, Any] = dict(zip(program.inputs, given, strict=True))
@@ -208,17 +201,14 @@ def linearise(
         weights = jax.grad(rest)(known[target.terms])
         return Point(known[target.value], tuple(known[v] for v in target.operands), weights)
 
-    return Linearised(
-        loss,
-        lambda v: push(v)[0],
-        lambda u: pull(u)[0],
-        targets,
-        [point(target, head) for target, head in zip(targets, heads, strict=True)],
-    )
+    points = [point(target, head) for target, head in zip(targets, heads, strict=True)]
+    # Once: it may take a factorisation, which a loop over products would repeat.
+    products = [_hessian(target, point) for target, point in zip(targets, points, strict=True)]
 
+    def hessian(vectors: Outputs) -> Outputs:
+        return [product(vector) for product, vector in zip(products, vectors, strict=True)]
 
-def _names(traced: Traced) -> list[str]:
-    return [traced.names[site.leaf] for site in traced.detection.sites]
+    return Linearised(lambda v: push(v)[0], lambda u: pull(u)[0], hessian, targets, points)
 
 
 def _hessian(target: Target, point: Point) -> Callable[[Array], Array]:

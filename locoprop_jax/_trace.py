@@ -27,6 +27,16 @@ class Traced(NamedTuple):
     detection: Detection
 
 
+def layer_names(traced: Traced) -> list[str]:
+    """Each layer's name: its kernel's parent, or the kernel itself if the parent is no name."""
+    paths = [traced.names[site.leaf] for site in traced.detection.sites]
+    parents = [path.rpartition("/")[0] for path in paths]
+    return [
+        parent if parent and parents.count(parent) == 1 else path
+        for path, parent in zip(paths, parents, strict=True)
+    ]
+
+
 def _is_array(leaf: Any) -> bool:
     """Whether a leaf of the arguments is traced; flags, strings and functions pass through."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
