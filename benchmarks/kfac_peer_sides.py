@@ -79,7 +79,7 @@ def our_optimizer(
 
 def our_step(loss_fn: Callable[..., Array], layers: lp.Layers, inverse_period: int) -> Any:
     """`init` and `step`, which take the hyperparameters as arrays: trials compile nothing anew."""
-    capture = lp.value_grad_and_capture(loss_fn, curvature="ggn_mc")
+    capture = lp.value_grad_and_capture(loss_fn, curvature="ggn_mc", defer_curvature=True)
 
     def init(params: Any, values: Any) -> Any:
         return our_optimizer(layers, inverse_period, **values).init(params)

@@ -73,7 +73,10 @@ def make_step(loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs, method
             if method.curvature in SAMPLED:
                 rng, sampled["rng"] = jax.random.split(rng)
             capture = lp.value_grad_and_capture(
-                loss_fn, transferred=method.transferred, curvature=method.curvature
+                loss_fn,
+                transferred=method.transferred,
+                curvature=method.curvature,
+                defer_curvature=True,
             )
             loss, grads, extra["captured"] = capture(state.params, batch, **sampled)
         else:

@@ -77,6 +77,8 @@ class Amortisation(NamedTuple):
     ) -> State:
         """The state with this batch in its averages and, if one is due, with new inverses.
 
+        Statistics that are not finite, because they overflow, leave the averages as they were.
+
         Args:
           state: before.
           ok: whether the batch may be used.
@@ -92,9 +94,13 @@ class Amortisation(NamedTuple):
                 # What the average forgets is counted in steps, gathered or not.
                 steps = old.count + 1 - old.gathered
                 dtype = jnp.result_type(*jax.tree.leaves(now)) if now else jnp.float32
-                left = _linalg.power(self.decay, steps, dtype)
-                sums = _linalg.average(old.statistics, now, left)
-                new = old._replace(statistics=sums, gathered=old.count + 1)
+                finite = _linalg.all_finite(now)
+                left = jnp.where(finite, _linalg.power(self.decay, steps, dtype), 1)
+                term = _linalg.where(finite, now, _linalg.zeros_like(now))
+                new = old._replace(
+                    statistics=_linalg.average(old.statistics, term, left),
+                    gathered=jnp.where(finite, old.count + 1, old.gathered),
+                )
             inverse, failures = jax.lax.cond(
                 due,
                 lambda: keep_finite(

@@ -36,6 +36,7 @@ from locoprop_jax._heads import Cut, addresses, as_struct, cut
 from locoprop_jax._jaxpr import Address, Path
 from locoprop_jax._layers import (
     Captured,
+    Deferred,
     Head,
     Layer,
     LayerArrays,
@@ -276,6 +277,7 @@ def value_grad_and_capture(
     transferred: bool = False,
     curvature: str | None = None,
     samples: int = 1,
+    defer_curvature: bool = False,
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` that also returns what each layer saw.
 
@@ -310,6 +312,10 @@ def value_grad_and_capture(
         post-activation methods (`pocoprop_s`, `pocoprop_m`) need.
       curvature: which curvature cotangents to capture, None for none.
       samples: how many, for those that are sampled.
+      defer_curvature: whether the further backward passes wait until a method reads what they make.
+        An amortised method reads it inside a conditional, so that steps that gather no statistics
+        do not pay for them. For an update in the same `jax.jit`: such a `captured` holds the
+        backward pass itself, and cannot be sliced, stacked or carried through a loop.
 
     Returns:
       A function of the same arguments that returns `(loss, gradients, captured)`, or
@@ -406,6 +412,7 @@ def value_grad_and_capture(
         of_heads = {i: _head(traced, sites[i], heads[i], layouts[i], known) for i in ends}
 
         curved: Mapping[Path, jax.Array] = {}
+        deferred: Deferred | None = None
         if curvature == "fisher_empirical":
             root = math.sqrt(_averaged_terms(of_heads, names))
             curved = {path: (root * e)[None] for path, e in cotangents.items()}
@@ -421,7 +428,7 @@ def value_grad_and_capture(
             )
         if pull is not None and curvature is not None:
             columns = _curvature.cotangents(targets, points, curvature, samples, rng)
-            curved = jax.vmap(lambda c: pull((jnp.zeros_like(loss), c))[1])(columns)
+            deferred = Deferred(jax.tree_util.Partial(_pull_perturbations, pull, loss), columns)
 
         arrays = tuple(
             LayerArrays(
@@ -435,19 +442,22 @@ def value_grad_and_capture(
                 signature=tuple(_weights(traced, site).values()),
                 layout=layouts[i],
                 has_transferred=transferred,
-                raw_curvature=curved.get(outputs[i].path),
-                raw_transferred_curvature=(
-                    None if piece is None else curved.get(piece_ends[piece.end].path)
-                ),
                 output_hessian=hessian if output is not None and i == output.site else None,
-            )
+                paths=(outputs[i].path, None if piece is None else piece_ends[piece.end].path),
+            ).with_curvature(curved)
             for i, (site, piece) in enumerate(zip(sites, pieces, strict=True))
         )
         joint = curvature == "ggn_exact" and _targets.joins_positions(traced, targets)
-        captured = Captured(tuple(names), arrays, joint)
+        captured = Captured(tuple(names), arrays, joint, deferred)
+        captured = captured if defer_curvature else captured.pulled()
         return traced.rebuild_output([loss, *rest]), grads, captured
 
     return wrapped
+
+
+def _pull_perturbations(pull: Callable, loss: jax.Array, at_targets: Any) -> Any:
+    """The cotangents by path of what is injected at the targets alone."""
+    return pull((jnp.zeros_like(loss), at_targets))[1]
 
 
 def _first_of_pair(results: tuple[tuple[Any, Any], Any]) -> tuple[Any, Any]:

@@ -224,7 +224,7 @@ def _open(
     """The blocks of a tree, and the columns of each system."""
     check_layers(layers, method)
     check_fisher(method, 0, curvature)
-    captured = _layers.check_captured(layers, captured, method)
+    captured = _layers.check_captured(layers, captured, method).pulled()
     own = _woodbury.same_dtype(blocks(layers, tree))
     systems = []
     for names in _woodbury.groups(own, block_diagonal).values():

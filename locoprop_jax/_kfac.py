@@ -13,7 +13,7 @@ from locoprop_jax._amortised import Amortisation
 from locoprop_jax._blocks import Block, curvature_rows, dtype_of
 from locoprop_jax._checks import check_fisher, check_layers
 from locoprop_jax._gauss_newton import complete
-from locoprop_jax._kronecker import Damping, KroneckerState, OutputFactors, scale_by_kronecker
+from locoprop_jax._kronecker import Damping, KroneckerState, scale_by_kronecker
 from locoprop_jax._layers import Captured, Layers
 
 KfacState = KroneckerState
@@ -69,8 +69,8 @@ def scale_by_kfac(
         factored.
 
     Returns:
-      A transformation whose `update` needs `captured`. A batch that is not finite leaves its state
-      as it was, and updates nothing.
+      A transformation whose `update` needs `captured`. A batch whose gradient is not finite leaves
+      its state as it was, and updates nothing; statistics that overflow are not gathered.
 
     Raises:
       ValueError: at construction, for no layers, negative damping, a decay outside [0, 1), a
@@ -88,20 +88,18 @@ def scale_by_kfac(
     check_layers(layers, "scale_by_kfac")
     check_fisher("scale_by_kfac", damping, curvature)
 
-    def read(captured: Captured, params: Any, slopes: dict[str, Block]) -> dict[str, Array]:
+    def output_factors(
+        captured: Captured, params: Any, slopes: dict[str, Block]
+    ) -> dict[str, Array]:
         del params
-        return {
-            name: curvature_rows(captured, name, curvature, dtype_of(slope))
-            for name, slope in slopes.items()
-        }
-
-    def compute(rows: dict[str, Array]) -> dict[str, Array]:
+        captured = captured.pulled()
+        rows = {n: curvature_rows(captured, n, curvature, dtype_of(s)) for n, s in slopes.items()}
         return {name: _linalg.second_moment(c) for name, c in rows.items()}
 
     return scale_by_kronecker(
         "scale_by_kfac",
         layers,
-        OutputFactors(read, compute),
+        output_factors,
         Damping(damping, relative, exact_damping, output_factor),
         Amortisation(decay, inverse_period, statistics_steps),
     )
@@ -146,7 +144,7 @@ def kfac(
 
     Returns:
       A complete optimizer. Its `update` needs `captured` (with `curvature="ggn_mc"`,
-      "fisher_mc", or another kind), the parameters, `value`, `grad` and `value_fn`:
+      "fisher_mc", or another kind, and `defer_curvature=True` to save time), the parameters, `value`, `grad` and `value_fn`:
       `tx.update(grads, state, params, captured=captured, value=loss, grad=grads,
       value_fn=lambda p: loss_fn(p, batch))`.
 

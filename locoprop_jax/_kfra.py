@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -14,7 +14,7 @@ from locoprop_jax._amortised import Amortisation
 from locoprop_jax._blocks import Block, as_rows
 from locoprop_jax._checks import check_layers
 from locoprop_jax._gauss_newton import complete
-from locoprop_jax._kronecker import Damping, OutputFactors, scale_by_kronecker
+from locoprop_jax._kronecker import Damping, scale_by_kronecker
 from locoprop_jax._layers import Captured, Layers
 from locoprop_jax._linalg import second_moment
 from locoprop_jax._sequences import check_sequence, kernels
@@ -23,20 +23,6 @@ REMEDY = (
     "Use `scale_by_kfac`, which takes any network, with `curvature='ggn_exact'` or 'ggn_mc' in "
     "`value_grad_and_capture`"
 )
-
-
-class Recursion(NamedTuple):
-    """What the recursion passes through: the layers from the output layer down to the last wanted.
-
-    Attributes:
-      hessian: the output layer's factor, a matrix or its diagonal.
-      outputs: by layer, but for the output layer, its pre-activations.
-      kernels: by layer, but for the last of them, its kernel.
-    """
-
-    hessian: Float[Array, "d_out d_out"] | Float[Array, " d_out"]
-    outputs: dict[str, Float[Array, "rows d_out"]]
-    kernels: dict[str, Float[Array, "d_in d_out"]]
 
 
 def scale_by_kfra(
@@ -79,8 +65,9 @@ def scale_by_kfra(
       output_factor: "keep", or "constant" or "norm" as for `scale_by_kfac`.
 
     Returns:
-      A transformation whose `update` needs `captured` and `params`. A batch that is not finite
-      leaves its state as it was, and updates nothing.
+      A transformation whose `update` needs `captured` and `params`. A batch whose gradient is not
+      finite leaves its state as it was, and updates nothing; statistics that overflow are not
+      gathered.
 
     Raises:
       ValueError: at construction, for layers that are not a chain and a transfer function without
@@ -96,7 +83,9 @@ def scale_by_kfra(
     check_layers(layers, "scale_by_kfra")
     names = check_sequence(layers, "scale_by_kfra", REMEDY)
 
-    def read(captured: Captured, params: Any, slopes: dict[str, Block]) -> Recursion | None:
+    def output_factors(
+        captured: Captured, params: Any, slopes: dict[str, Block]
+    ) -> dict[str, Array]:
         hessian = captured[names[-1]].output_hessian
         if hessian is None:
             raise ValueError(
@@ -106,36 +95,47 @@ def scale_by_kfra(
             )
         wanted = [i for i, name in enumerate(names) if name in slopes]
         if not wanted:
-            return None
+            return {}
         passed = names[wanted[0] :]
         above = kernels(layers, params, passed[1:], "scale_by_kfra")
         outputs = {
             name: as_rows(captured[name].outputs, above[after].dtype)
             for name, after in itertools.pairwise(passed)
         }
-        return Recursion(hessian, outputs, above)
-
-    def compute(data: Recursion | None) -> dict[str, Array]:
-        return {} if data is None else _factors(layers, names[-1], data)
+        return _factors(layers, names[-1], hessian, outputs, above)
 
     return scale_by_kronecker(
         "scale_by_kfra",
         layers,
-        OutputFactors(read, compute),
+        output_factors,
         Damping(damping, relative, exact_damping, output_factor),
         Amortisation(decay, inverse_period, statistics_steps),
     )
 
 
-def _factors(layers: Layers, last: str, data: Recursion) -> dict[str, Float[Array, "d d"]]:
-    """Gamma of each layer passed (practical GN, eq. 26)."""
-    gamma, above = data.hessian, last
+def _factors(
+    layers: Layers,
+    last: str,
+    hessian: Float[Array, "d_out d_out"] | Float[Array, " d_out"],
+    outputs: dict[str, Float[Array, "rows d_out"]],
+    kernels: dict[str, Float[Array, "d_in d_out"]],
+) -> dict[str, Float[Array, "d d"]]:
+    """Gamma of each layer passed (practical GN, eq. 26).
+
+    Args:
+      layers: all.
+      last: the output layer.
+      hessian: its factor, a matrix or its diagonal.
+      outputs: by layer, but for the output layer, its pre-activations.
+      kernels: by layer, but for the last wanted, its kernel.
+    """
+    gamma, above = hessian, last
     result = {last: jnp.diag(gamma) if gamma.ndim == 1 else gamma}
-    for name, outputs in reversed(data.outputs.items()):
-        back, gamma = data.kernels[above].T, gamma.astype(data.kernels[above].dtype)
+    for name, rows in reversed(outputs.items()):
+        back, gamma = kernels[above].T, gamma.astype(kernels[above].dtype)
         after = gamma[:, None] * back if gamma.ndim == 1 else second_moment(gamma, back)
         gamma = second_moment(back, after)
-        slopes = layers[name].transfer.derivative(outputs)
+        slopes = layers[name].transfer.derivative(rows)
         gamma = gamma * second_moment(slopes) / len(slopes)
         result[name], above = gamma, name
     return result

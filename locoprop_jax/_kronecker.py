@@ -154,17 +154,8 @@ class Damping(NamedTuple):
         return EigenFactors(Factors(*bases), 1 / jnp.maximum(products, smallest))
 
 
-class OutputFactors(NamedTuple):
-    """Where a method's output factors come from.
-
-    Attributes:
-      read: (captured, params, the incoming blocks) to the arrays that they are made of; a batch
-        where one is not finite is not used.
-      compute: these arrays to Gamma of each of the blocks' layers, where statistics are gathered.
-    """
-
-    read: Callable[[Captured, Any, dict[str, Block]], Any]
-    compute: Callable[[Any], dict[str, Float[Array, "d_out d_out"]]]
+# Gamma of each of the layers of the incoming blocks, from (captured, params, blocks).
+OutputFactors = Callable[[Captured, Any, dict[str, Block]], dict[str, Float[Array, "d_out d_out"]]]
 
 
 def scale_by_kronecker(
@@ -179,7 +170,7 @@ def scale_by_kronecker(
     Args:
       method: for errors.
       layers: from `find_layers`.
-      output_factors: where they come from.
+      output_factors: where they come from; called where statistics are gathered.
       damping: of the product.
       amortisation: of its factors.
 
@@ -217,15 +208,13 @@ def scale_by_kronecker(
         del extra_args
         captured = _layers.check_captured(layers, captured, method)
         slopes = blocks(layers, updates)
-        rows = {n: as_rows(captured[n].inputs, dtype_of(slope)) for n, slope in slopes.items()}
-        data = output_factors.read(captured, params, slopes)
-        ok = _linalg.all_finite((updates, rows, data))
+        ok = _linalg.all_finite(updates)
 
         def gather() -> dict[str, Factors]:
-            outputs = output_factors.compute(data)
+            outputs = output_factors(captured, params, slopes)
             return {
-                name: Factors(_input_factor(x, slopes[name]), outputs[name].astype(x.dtype))
-                for name, x in rows.items()
+                name: _factors(captured[name].inputs, slope, outputs[name])
+                for name, slope in slopes.items()
             }
 
         def invert(averages: dict[str, Factors]) -> dict[str, Any]:
@@ -247,9 +236,11 @@ def scale_by_kronecker(
 # --- one layer -----------------------------------------------------------------------------------
 
 
-def _input_factor(inputs: Float[Array, "rows d_in"], like: Block) -> Float[Array, "d d"]:
-    x = extend(inputs, like)
-    return _linalg.second_moment(x) / len(x)
+def _factors(
+    inputs: Float[Array, "batch shared d_in"], like: Block, outputs: Float[Array, "d_out d_out"]
+) -> Factors:
+    x = extend(as_rows(inputs, dtype_of(like)), like)
+    return Factors(_linalg.second_moment(x) / len(x), outputs.astype(x.dtype))
 
 
 def _mean_eigenvalues(factors: Factors) -> tuple[Float[Array, ""], Float[Array, ""]]:

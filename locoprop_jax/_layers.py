@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 
 from locoprop_jax import _chains, _jaxpr
 from locoprop_jax._chains import Chain, Shape
+from locoprop_jax._jaxpr import Path
 from locoprop_jax._transfer import Transfer
 
 
@@ -304,6 +305,26 @@ class Head:
 
 
 @functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["back", "columns"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deferred:
+    """Curvature cotangents that nobody has read yet: one more backward pass makes them.
+
+    Attributes:
+      back: the backward pass from the targets to the cotangents by path.
+      columns: what is injected at the targets, (columns, *outputs) each.
+    """
+
+    back: Callable[[Any], Mapping[Path, Array]]
+    columns: Any
+
+    def pull(self) -> Mapping[Path, Array]:
+        """The cotangents by path, with a leading axis of columns."""
+        return jax.vmap(self.back)(self.columns)
+
+
+@functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
         "raw_inputs",
@@ -314,8 +335,9 @@ class Head:
         "raw_curvature",
         "raw_transferred_curvature",
         "output_hessian",
+        "deferred",
     ],
-    meta_fields=["signature", "layout", "has_transferred"],
+    meta_fields=["signature", "layout", "has_transferred", "paths"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerArrays:
@@ -337,6 +359,8 @@ class LayerArrays:
       output_hessian: the sum over rows of the Hessian of the loss as written by the outputs of
         each, (d_out, d_out), or its diagonal (d_out,) where the loss takes each output by itself.
         None unless `curvature="ggn_output"` was captured and this is the output layer.
+      paths: of `raw_cotangents` and of `raw_transferred_cotangents`, among all that are captured.
+      deferred: what makes the curvature cotangents once they are read.
     """
 
     raw_inputs: Array
@@ -350,6 +374,15 @@ class LayerArrays:
     raw_curvature: Array | None = None
     raw_transferred_curvature: Array | None = None
     output_hessian: Array | None = None
+    paths: tuple[Path | None, Path | None] = (None, None)
+    deferred: Deferred | None = None
+
+    def with_curvature(self, cotangents: Mapping[Path, Array]) -> LayerArrays:
+        """With its own of the curvature cotangents."""
+        raw, transferred = (None if p is None else cotangents.get(p) for p in self.paths)
+        return dataclasses.replace(
+            self, raw_curvature=raw, raw_transferred_curvature=transferred, deferred=None
+        )
 
     @property
     def inputs(self) -> Float[Array, "batch shared d_in"]:
@@ -389,6 +422,8 @@ class LayerArrays:
         Raises:
           ValueError: they were not captured.
         """
+        if self.deferred is not None:
+            return self.with_curvature(self.deferred.pull()).curvature
         if self.raw_curvature is None:
             raise ValueError(
                 "The curvature cotangents were not captured: ask for them by "
@@ -403,6 +438,8 @@ class LayerArrays:
         Raises:
           ValueError: they were not captured.
         """
+        if self.deferred is not None:
+            return self.with_curvature(self.deferred.pull()).transferred_curvature
         if self.raw_curvature is None or not self.has_transferred:
             raise ValueError(
                 "The curvature cotangents after the transfer functions were not captured: ask for "
@@ -418,7 +455,7 @@ class LayerArrays:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["_arrays"],
+    data_fields=["_arrays", "_deferred"],
     meta_fields=["_names", "has_joint_columns"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -434,11 +471,15 @@ class Captured(Mapping[str, LayerArrays]):
     _names: tuple[str, ...]  # in the order the data meets the layers, which a dict would lose
     _arrays: tuple[LayerArrays, ...]
     has_joint_columns: bool = False
+    _deferred: Deferred | None = None
 
     def __getitem__(self, name: str) -> LayerArrays:
         if name not in self._names:
             raise KeyError(name)
-        return self._arrays[self._names.index(name)]
+        arrays = self._arrays[self._names.index(name)]
+        if self._deferred is None:
+            return arrays
+        return dataclasses.replace(arrays, deferred=self._deferred)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -448,6 +489,14 @@ class Captured(Mapping[str, LayerArrays]):
 
     def __repr__(self) -> str:
         return f"<Captured: {', '.join(self)}>"
+
+    def pulled(self) -> Captured:
+        """With deferred curvature cotangents pulled, once for all layers; else as it is."""
+        if self._deferred is None:
+            return self
+        cotangents = self._deferred.pull()
+        arrays = tuple(own.with_curvature(cotangents) for own in self._arrays)
+        return dataclasses.replace(self, _arrays=arrays, _deferred=None)
 
     @property
     def terms(self) -> float:

@@ -135,7 +135,7 @@ def scale_by_local_loss(
         **extra_args: Any,
     ) -> tuple[Any, LocalLossState]:
         del extra_args
-        captured = _layers.check_captured(layers, captured, "scale_by_local_loss")
+        captured = _layers.check_captured(layers, captured, "scale_by_local_loss").pulled()
         if params is None:
             raise ValueError(
                 "`scale_by_local_loss` needs the parameters: call "

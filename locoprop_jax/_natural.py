@@ -123,6 +123,7 @@ def scale_by_natural_gradient(
         if fisher is not None:
             _check_fisher_argument(batch_size)
             source = _layers.check_captured(layers, fisher, METHOD)
+        source = source.pulled()
         own = _woodbury.same_dtype(blocks(layers, updates))
         columns = {n: _woodbury.columns_of(source, n, own[n], curvature) for n in own}
         if batch_size is not None:

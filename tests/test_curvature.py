@@ -686,6 +686,25 @@ def test_captured_curvature_crosses_jit_and_scan():
     assert_close(second["first"].transferred_curvature, each["first"].transferred_curvature)
 
 
+@pytest.mark.parametrize("curvature", ["fisher_mc", "fisher_empirical", "ggn_exact"])
+def test_deferred_curvature_is_what_it_would_have_been(curvature):
+    keys = {"rng": jax.random.key(0)} if curvature == "fisher_mc" else {}
+    options = {"transferred": True, "curvature": curvature}
+    capture = lp.value_grad_and_capture(mlp_loss, defer_curvature=True, **options)
+    _, _, now = quick_jit(lp.value_grad_and_capture(mlp_loss, **options))(MLP, X, Y, **keys)
+
+    def read(captured):
+        return {n: (a.curvature, a.transferred_curvature) for n, a in captured.items()}
+
+    def inside(key):
+        captured = capture(MLP, X, Y, **key)[2]
+        return read(captured), read(captured.pulled())
+
+    expected = read(now)
+    for found in (*quick_jit(inside)(keys), read(quick_jit(capture)(MLP, X, Y, **keys)[2])):
+        assert_close(found, expected)
+
+
 def test_without_jit_and_with_auxiliary_results():
     def loss(params, x, y):
         return mlp_loss(params, x, y), {"n": len(x), "x": x}

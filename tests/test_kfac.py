@@ -1,5 +1,7 @@
 """K-FAC against dense Kronecker products, and its equality with LocoProp (oracle 4)."""
 
+import dataclasses
+
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -246,6 +248,54 @@ def test_a_batch_that_is_not_finite_leaves_everything_as_it_was():
     updates, after = step(net, tx, params, before, (x.at[0, 0].set(np.nan), y))
     assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
     jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_statistics_that_overflow_are_not_gathered():
+    net = DEEP
+    params, (x, y) = net.params(), net.data()
+    tx = lp.scale_by_kfac(net.layers(), **EMPIRICAL)
+    _, before = step(net, tx, params, tx.init(params), (x, y))
+    first, *_ = net.names
+    _, grads, captured = lp.value_grad_and_capture(net.loss)(params, x, y)
+    huge = dataclasses.replace(captured[first], raw_inputs=1e200 * captured[first].raw_inputs)
+    arrays = tuple(huge if name == first else captured[name] for name in captured)
+    captured = dataclasses.replace(captured, _arrays=arrays)
+    updates, after = tx.update(grads, before, params, captured=captured)
+    jax.tree.map(np.testing.assert_array_equal, after.statistics, before.statistics)
+    assert (after.count, after.gathered, after.failures) == (2, 1, 0)
+    assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
+
+
+def products_outside_conditionals(jaxpr):
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name != "cond":
+            inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+            total += sum(products_outside_conditionals(j) for j in inner if hasattr(j, "eqns"))
+            total += equation.primitive.name == "dot_general"
+    return total
+
+
+def test_deferred_curvature_is_pulled_only_where_statistics_are_gathered():
+    """The steps in between make the products of the gradient and of the inverses, and no others."""
+    net = DEEP
+    params, (x, y) = net.params(), net.data()
+    tx = lp.scale_by_kfac(net.layers(), inverse_period=4)
+
+    def products(defer_curvature):
+        capture = lp.value_grad_and_capture(
+            net.loss, curvature="ggn_mc", defer_curvature=defer_curvature
+        )
+
+        def update(params, state, rng):
+            _, grads, captured = capture(params, x, y, rng=rng)
+            return tx.update(grads, state, params, captured=captured)
+
+        traced = jax.make_jaxpr(update)(params, tx.init(params), jax.random.key(0))
+        return products_outside_conditionals(traced.jaxpr)
+
+    gradient = products_outside_conditionals(jax.make_jaxpr(jax.grad(net.loss))(params, x, y).jaxpr)
+    assert products(True) == gradient + 2 * len(net.names) < products(False)
 
 
 def test_curvature_that_was_not_captured_is_an_error_with_the_remedy():
