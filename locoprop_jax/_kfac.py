@@ -144,7 +144,8 @@ def kfac(
 
     Returns:
       A complete optimizer. Its `update` needs `captured` (with `curvature="ggn_mc"`,
-      "fisher_mc", or another kind, and `defer_curvature=True` to save time), the parameters, `value`, `grad` and `value_fn`:
+      "fisher_mc", or another kind, and `defer_curvature=True` to save time), the parameters,
+      `value`, `grad` and `value_fn`:
       `tx.update(grads, state, params, captured=captured, value=loss, grad=grads,
       value_fn=lambda p: loss_fn(p, batch))`.
 
