@@ -245,7 +245,7 @@ def _factors(
 
 def _mean_eigenvalues(factors: Factors) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """One for a factor of zeros: a gradient that never met data is not made long."""
-    means = (jnp.diagonal(factor).mean() for factor in factors)
+    means = (jnp.trace(factor) / len(factor) for factor in factors)
     inputs, outputs = (jnp.where(mean > 0, mean, 1) for mean in means)
     return inputs, outputs
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg
 from jax.lax import Precision
+from jax.lax.linalg import triangular_solve
 from jaxtyping import Array, Bool, Float, Int
 
 Tree = Any
@@ -76,6 +76,8 @@ def total(terms: Sequence[Float[Array, ""]], dtype: Any = None) -> Float[Array, 
     """The sum of scalars that many kernels will ask for."""
     if not terms:  # all may be masked
         return jnp.zeros((), dtype)
+    if len(terms) <= 4:
+        return functools.reduce(jnp.add, terms)
     scalars = jnp.stack(terms)
     # In a loop, because XLA would add them anew in each of those kernels.
     add_one = lambda i, so_far: so_far + scalars[i]  # noqa: E731
@@ -154,15 +156,21 @@ def solve(
 
 
 def cholesky(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """The lower Cholesky factor of a positive definite matrix; not finite where there is none."""
-    return jax.scipy.linalg.cho_factor((matrix + matrix.T) / 2, lower=True)[0]
+    """The lower Cholesky factor of a positive definite matrix; not finite where there is none.
+
+    Only the lower triangle is read, so rounding errors need not be symmetric.
+    """
+    return jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
 
 
 def cholesky_solve(
     factor: Float[Array, "n n"], right: Float[Array, "n m"] | Float[Array, " n"]
 ) -> Float[Array, "n m"] | Float[Array, " n"]:
     """Solve the system of a Cholesky factor."""
-    return jax.scipy.linalg.cho_solve((factor, True), right)
+    columns = right.reshape(len(factor), -1)
+    half = triangular_solve(factor, columns, left_side=True, lower=True)
+    whole = triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
+    return whole.reshape(right.shape)
 
 
 def inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
