@@ -30,10 +30,10 @@ from benchmarks.report import aligned, machine
 from benchmarks.speed import RESULTS, Compiled, Product, clock, compile_call, compile_kernel
 from benchmarks.steps import interrupt_deferred
 from benchmarks.tuned import write_json
-from locoprop_jax._blocks import pull
 from locoprop_jax._coordinates import cheapest_path, path_flops
 from locoprop_jax._local_problem import LocalProblem
 from locoprop_jax._regularizers import Penalty
+from locoprop_jax._rows import pull
 
 USABLE = {"squared": ("direct", "gram", "dual"), "tanh": ("direct", "dual")}  # by local loss
 PROBE = 1024  # the side of the product that tells the machine's flops per second

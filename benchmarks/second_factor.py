@@ -24,7 +24,8 @@ from benchmarks.neurons import benzing_mlp
 from benchmarks.steps import Batch, LossFn, Params, State, slice_examples
 from benchmarks.training import Problem, Run, Settings
 from benchmarks.trajectories import follow
-from locoprop_jax._blocks import as_rows, blocks, dtype_of, extend, matrix
+from locoprop_jax._blocks import blocks, dtype_of, matrix
+from locoprop_jax._rows import as_rows, extend
 
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of a loss that is a mean over the batch
 AMORTISED: Mapping[str, Any] = {"inverse_period": 10, "statistics_steps": 10}

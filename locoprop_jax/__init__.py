@@ -9,12 +9,14 @@ from locoprop_jax._averaging import averaged_params as averaged_params
 from locoprop_jax._boosting import LnbState as LnbState
 from locoprop_jax._boosting import lnb as lnb
 from locoprop_jax._boosting import scale_by_lnb as scale_by_lnb
-from locoprop_jax._capture import find_layers as find_layers
 from locoprop_jax._capture import value_grad_and_capture as value_grad_and_capture
+from locoprop_jax._captured import Captured as Captured
+from locoprop_jax._captured import LayerArrays as LayerArrays
 from locoprop_jax._divergences import Divergence as Divergence
 from locoprop_jax._divergences import Target as Target
 from locoprop_jax._divergences import natural as natural
 from locoprop_jax._divergences import oracle as oracle
+from locoprop_jax._find import find_layers as find_layers
 from locoprop_jax._fisher import fisher_norm as fisher_norm
 from locoprop_jax._fisher import fisher_product as fisher_product
 from locoprop_jax._fisher import inverse_fisher_product as inverse_fisher_product
@@ -36,9 +38,7 @@ from locoprop_jax._kfac import kflr as kflr
 from locoprop_jax._kfac import scale_by_kfac as scale_by_kfac
 from locoprop_jax._kfra import kfra as kfra
 from locoprop_jax._kfra import scale_by_kfra as scale_by_kfra
-from locoprop_jax._layers import Captured as Captured
 from locoprop_jax._layers import Layer as Layer
-from locoprop_jax._layers import LayerArrays as LayerArrays
 from locoprop_jax._layers import Layers as Layers
 from locoprop_jax._local_loss import LocalLossState as LocalLossState
 from locoprop_jax._local_loss import scale_by_local_loss as scale_by_local_loss

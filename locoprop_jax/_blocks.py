@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from locoprop_jax._layers import Captured, Layer, Layers, leaves_by_path, parameter_paths, path_name
-from locoprop_jax._linalg import second_moment
-
-Block = dict[str, Array]  # {"kernel": (d_in, d_out), "bias": (d_out,)}, or one of the two
-Rows = Float[Array, "rows d_out"]
+from locoprop_jax._captured import Captured
+from locoprop_jax._layers import Layers, Parameter, leaves_by_path, parameter_paths, path_name
+from locoprop_jax._rows import Block
+from locoprop_jax._stacking import over_stack
 
 # --- parameters ----------------------------------------------------------------------------------
 
@@ -27,11 +26,11 @@ def blocks(layers: Layers, tree: Any) -> dict[str, Block]:
     leaves = leaves_by_path(tree)
     found_blocks = {}
     for name, layer in layers.items():
-        parts = {"kernel": layer.kernel} | ({"bias": layer.bias} if layer.bias else {})
+        parts = {"kernel": layer.kernel, "bias": layer.bias}
         found = {
             part: parameter.read(leaves[parameter.path])
             for part, parameter in parts.items()
-            if parameter.path in leaves
+            if parameter is not None and parameter.path in leaves
         }
         if found:
             wide = any(leaf.dtype == jnp.float64 for leaf in found.values())
@@ -45,12 +44,6 @@ def dtype_of(block: Block) -> Any:
     return next(iter(block.values())).dtype
 
 
-def write(layer: Layer, block: Block) -> dict[str, Array]:
-    """A block's parts in the layout of the parameter tree, by path."""
-    parts = {"kernel": layer.kernel, "bias": layer.bias}
-    return {parts[part].path: parts[part].write(value) for part, value in block.items()}
-
-
 def replace(
     layers: Layers,
     tree: Any,
@@ -58,15 +51,21 @@ def replace(
     other: Callable[[Array], Array] = lambda leaf: leaf,
 ) -> Any:
     """The tree with the layers' new blocks in it, in its own dtypes, and `other` of the rest."""
-    by_path = {
-        path: value
-        for name, block in new.items()
-        for path, value in write(layers[name], block).items()
-    }
+    by_path: dict[str, list[tuple[Parameter, Array]]] = {}
+    for name, block in new.items():
+        parts = {"kernel": layers[name].kernel, "bias": layers[name].bias}
+        for part, value in block.items():
+            parameter = parts[part]
+            assert parameter is not None
+            by_path.setdefault(parameter.path, []).append((parameter, value))
 
     def replaced(path: Any, leaf: Array) -> Array:
-        name = path_name(path)
-        return by_path[name].astype(leaf.dtype) if name in by_path else other(leaf)
+        found = by_path.get(path_name(path), [])
+        if not found or found[0][0].part is not None:
+            leaf = other(leaf)
+        for parameter, value in found:
+            leaf = parameter.write(value.astype(leaf.dtype), leaf)
+        return leaf
 
     return jax.tree_util.tree_map_with_path(replaced, tree)
 
@@ -77,53 +76,12 @@ def others(layers: Layers, tree: Any) -> list[Array]:
     return [leaf for path, leaf in leaves_by_path(tree).items() if path not in inside]
 
 
-# --- rows ----------------------------------------------------------------------------------------
-
-
-def push(inputs: Float[Array, "rows d_in"], delta: Block) -> Rows:
-    """How much the outputs move: X delta."""
-    bias = delta.get("bias")
-    if "kernel" not in delta:
-        assert bias is not None
-        return jnp.broadcast_to(bias[None], (len(inputs), *bias.shape))
-    change = inputs @ delta["kernel"]
-    return change if bias is None else change + bias[None]
-
-
-def pull(inputs: Float[Array, "rows d_in"], rows: Rows, like: Block) -> Block:
-    """X' rows, in the parts that `like` has."""
-    parts = {"kernel": lambda: inputs.T @ rows, "bias": lambda: rows.sum(0)}
-    return {part: parts[part]() for part in like}
-
-
-def gram(inputs: Float[Array, "rows d_in"]) -> Callable[[Block], Block]:
-    """The map delta -> X'X delta, with X'X computed once."""
-    products, total, rows = second_moment(inputs), inputs.sum(0), len(inputs)
-
-    def apply(delta: Block) -> Block:
-        kernel, bias = delta.get("kernel"), delta.get("bias")
-        result = {}
-        if kernel is not None:
-            result["kernel"] = products @ kernel
-            if bias is not None:
-                result["kernel"] += total[:, None] * bias[None]
-        if bias is not None:
-            result["bias"] = rows * bias
-            if kernel is not None:
-                result["bias"] += total @ kernel
-        return result
-
-    return apply
-
-
-def as_rows(x: Float[Array, "... d"], dtype: Any) -> Float[Array, "rows d"]:
-    """All axes but the last joined, in the dtype of a block."""
-    return x.reshape(-1, x.shape[-1]).astype(dtype)
+# --- curvature -----------------------------------------------------------------------------------
 
 
 def curvature_of(
     captured: Captured, name: str, source: str, dtype: Any, *, is_after: bool = False
-) -> Float[Array, "samples batch shared d_out"]:
+) -> Float[Array, "*stack samples batch shared d_out"]:
     """The curvature cotangents of a layer, as a method asked for them.
 
     Args:
@@ -141,18 +99,21 @@ def curvature_of(
         curvature = arrays.transferred_curvature if is_after else arrays.curvature
         return curvature.astype(dtype)
     empirical = arrays.transferred_cotangents if is_after else arrays.cotangents
-    return empirical[None].astype(dtype) * jnp.sqrt(jnp.asarray(captured.terms, dtype))
+    return empirical[..., None, :, :, :].astype(dtype) * jnp.sqrt(
+        jnp.asarray(captured.terms, dtype)
+    )
 
 
 def curvature_rows(
     captured: Captured, name: str, source: str, dtype: Any, *, is_after: bool = False
-) -> Float[Array, "samples_rows d_out"]:
+) -> Float[Array, "*stack samples_rows d_out"]:
     """`curvature_of` as rows: their second moment, summed, is the Fisher's factor of the outputs.
 
     Raises:
       ValueError: they were not captured.
     """
-    return as_rows(curvature_of(captured, name, source, dtype, is_after=is_after), dtype)
+    curvature = curvature_of(captured, name, source, dtype, is_after=is_after)
+    return curvature.reshape(*curvature.shape[:-4], -1, curvature.shape[-1])
 
 
 def divide(
@@ -178,13 +139,6 @@ def divide(
     return {"kernel": kernel, "bias": alone - bias * (mean @ kernel)}
 
 
-def extend(inputs: Float[Array, "rows d_in"], like: Block) -> Float[Array, "rows d"]:
-    """X with a column of ones for a bias: what multiplies the block as one matrix."""
-    ones = jnp.ones((len(inputs), 1), inputs.dtype)
-    columns = {"kernel": inputs, "bias": ones}
-    return jnp.concatenate([columns[part] for part in _parts(like)], 1)
-
-
 def matrix(block: Block) -> Float[Array, "d d_out"]:
     """A block as one matrix, the bias its last row."""
     return jnp.concatenate(
@@ -198,12 +152,12 @@ def unmatrix(value: Float[Array, "d d_out"], like: Block) -> Block:
     return {part: parts[part]() for part in like}
 
 
-def matrix_sizes(layers: Layers, params: Any) -> dict[str, tuple[int, int, Any]]:
-    """d, d_out and dtype of each block among the parameters, as one matrix, by layer."""
+def matrix_shapes(layers: Layers, params: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape (*stack, d, d_out) and dtype of each block as one matrix, by layer."""
     if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
-        return dict.fromkeys(layers, (1, 1, jnp.float32))
+        return dict.fromkeys(layers, jax.ShapeDtypeStruct((1, 1), jnp.float32))
     return {
-        name: (*jax.eval_shape(matrix, block).shape, dtype_of(block))
+        name: jax.eval_shape(over_stack(layers[name], matrix), block)
         for name, block in blocks(layers, params).items()
     }
 

@@ -11,18 +11,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from locoprop_jax import _layers, _linalg
-from locoprop_jax._blocks import (
-    Block,
-    as_rows,
-    blocks,
-    divide,
-    dtype_of,
-    gram,
-    others,
-    push,
-    replace,
-)
+from locoprop_jax import _captured, _linalg, _rows
+from locoprop_jax._blocks import blocks, divide, dtype_of, others, replace
+from locoprop_jax._captured import Captured, LayerArrays
 from locoprop_jax._checks import (
     check_decay,
     check_layers,
@@ -31,9 +22,10 @@ from locoprop_jax._checks import (
     check_whole,
     is_number,
 )
-from locoprop_jax._layers import Captured, LayerArrays, Layers
+from locoprop_jax._layers import Layers
 from locoprop_jax._metric import average_gradients, descend, metric_factor, scaled
-from locoprop_jax._stacking import map_layers
+from locoprop_jax._rows import Block, Inputs, OneHot, gram, push
+from locoprop_jax._stacking import map_layers, over_stack
 
 
 class Moments(NamedTuple):
@@ -67,7 +59,7 @@ class LayerSystem(NamedTuple):
       start: the last solution; None to start at zero.
     """
 
-    inputs: Float[Array, "rows d_in"]
+    inputs: Inputs
     slope: Block
     moments: Moments | None
     start: Block | None
@@ -141,7 +133,7 @@ def scale_by_lnb(
         return LnbState(
             zero,
             {
-                name: Moments(*jnp.zeros((2, len(block["kernel"])), block["kernel"].dtype))
+                name: Moments(*jnp.zeros((2, *block["kernel"].shape[:-1]), block["kernel"].dtype))
                 for name, block in parts.items()
                 if "kernel" in block
             },
@@ -157,13 +149,17 @@ def scale_by_lnb(
         **extra_args: Any,
     ) -> tuple[Any, LnbState]:
         del params, extra_args
-        captured = _layers.check_captured(layers, captured, "scale_by_lnb")
+        captured = _captured.check_captured(layers, captured, "scale_by_lnb")
         slopes = blocks(layers, updates)
-        inputs = {name: _rows(captured[name], slopes[name], fraction) for name in slopes}
+        inputs = {name: _rows_of(captured[name], slopes[name], fraction) for name in slopes}
 
         def boost() -> tuple[Any, LnbState]:
             count = state.count + 1
-            sums = {name: _moments(inputs[name]) for name in slopes if "kernel" in slopes[name]}
+            sums = {
+                name: over_stack(layers[name], _moments)(inputs[name])
+                for name in slopes
+                if "kernel" in slopes[name]
+            }
             moments = sums
             if online:
                 sums = _linalg.average(state.moments, moments, moment_decay)
@@ -174,7 +170,7 @@ def scale_by_lnb(
                 )
                 for name in slopes
             }
-            solved = map_layers(lambda _, system: solve(system), systems)
+            solved = map_layers(layers, lambda _, system: solve(system), systems)
             thetas = {name: theta for name, (theta, _) in solved.items()}
             images = {name: image for name, (_, image) in solved.items()}
             rest = _linalg.wide(others(layers, updates))
@@ -254,14 +250,14 @@ def lnb(
 # --- moments -------------------------------------------------------------------------------------
 
 
-def _rows(arrays: LayerArrays, slope: Block, fraction: float) -> Float[Array, "rows d_in"]:
-    inputs = arrays.inputs
-    examples = max(1, round(fraction * len(inputs)))
-    return as_rows(inputs[:examples], dtype_of(slope))
+def _rows_of(arrays: LayerArrays, slope: Block, fraction: float) -> Inputs:
+    """Of one layer or of a stack."""
+    examples = arrays.outputs.shape[-3]
+    return arrays.rows(dtype_of(slope), max(1, round(fraction * examples)))
 
 
-def _moments(inputs: Float[Array, "rows d_in"]) -> Moments:
-    return Moments(inputs.mean(0), jnp.square(inputs).mean(0))
+def _moments(inputs: Inputs) -> Moments:
+    return Moments(_rows.mean(inputs), _rows.mean_square(inputs))
 
 
 # --- one layer -----------------------------------------------------------------------------------
@@ -298,12 +294,12 @@ def metric_flops(rows: int, d_in: int, d_out: int, products: int) -> dict[str, i
 
 
 def _metric(
-    inputs: Float[Array, "rows d_in"], like: Block, ridge: Float[Array, ""], products: int
+    inputs: Inputs, like: Block, ridge: Float[Array, ""], products: int
 ) -> Callable[[Block], Block]:
     """The map v -> M v: a dense layer's linear function and its transpose (eq. 11), or X'X."""
     rows, d_in = inputs.shape
     flops = metric_flops(rows, d_in, like["kernel"].shape[1], products)
-    if flops["gram"] < flops["direct"]:
+    if isinstance(inputs, OneHot) or flops["gram"] < flops["direct"]:
         moment = gram(inputs)
     else:
         linear = functools.partial(push, inputs)

@@ -1,4 +1,4 @@
-"""Capture: `find_layers` and `value_grad_and_capture`.
+"""`value_grad_and_capture`: the gradients of a loss, and what each layer saw.
 
 The loss is traced, its layers are detected in the trace, and the trace is run again with each
 layer's input recorded and a zero perturbation tapped into its output. One `jax.value_and_grad`
@@ -9,265 +9,34 @@ pass, at the cost of the gradients alone.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from locoprop_jax import (
-    _chains,
     _curvature,
     _detect,
     _flow,
     _jaxpr,
-    _layers,
     _output_hessian,
+    _sites,
     _targets,
-    _transfer,
 )
-from locoprop_jax._chains import Chain, Shape
+from locoprop_jax._captured import Captured, Deferred, Head, LayerArrays, Layout, StaticJaxpr, Use
+from locoprop_jax._chains import Shape
 from locoprop_jax._curvature import Point
-from locoprop_jax._detect import Site
 from locoprop_jax._flow import Piece
-from locoprop_jax._heads import Cut, addresses, as_struct, cut
-from locoprop_jax._jaxpr import Address, Path
-from locoprop_jax._layers import (
-    Captured,
-    Deferred,
-    Head,
-    Layer,
-    LayerArrays,
-    Layers,
-    Layout,
-    Parameter,
-    StaticJaxpr,
-)
+from locoprop_jax._heads import Cut, addresses, cut
+from locoprop_jax._jaxpr import Address, Path, Program
+from locoprop_jax._layouts import layout_of, piece_of, weights_of
 from locoprop_jax._output_hessian import OutputPlan
+from locoprop_jax._sites import Site
 from locoprop_jax._targets import Target
 from locoprop_jax._trace import Traced, layer_names, trace
-from locoprop_jax._transfer import Transfer
-
-# --- standardise ---------------------------------------------------------------------------------
-
-
-def _weights(traced: Traced, site: Site) -> dict[str, Any]:
-    """The static facts that a layer and its captured arrays have in common."""
-
-    def parameter(leaf: int, chain: Chain) -> Parameter:
-        shape = traced.program.shape(traced.program.inputs[leaf])
-        return Parameter(traced.names[leaf], shape, chain)
-
-    return {
-        "kind": "dense",
-        "d_in": site.d_in,
-        "d_out": site.d_out,
-        "kernel": parameter(site.leaf, site.kernel),
-        "bias": None if site.bias is None else parameter(site.bias, site.bias_chain),
-    }
-
-
-def _layout(traced: Traced, site: Site, piece: Piece | None) -> Layout:
-    """How to read a site's arrays as (batch, shared, d)."""
-    program = traced.program
-    equation = program.equations[site.position]
-    inputs, _ = _detect.axes_of_rows(program, site, traced.batch_axes)
-    data_shape = program.shape(equation.inputs[site.operand])
-    to_rows = _outputs(traced, site)
-    return Layout(
-        inputs=_chains.group((), data_shape, inputs),
-        outputs=to_rows,
-        outputs_back=_chains.inverse(to_rows, program.shape(site.output)),
-        transferred=None if piece is None else _transferred(traced, site, piece),
-    )
-
-
-def _outputs(traced: Traced, site: Site) -> Chain:
-    """How to read a site's outputs as (batch, shared, d_out)."""
-    program = traced.program
-    _, outputs = _detect.axes_of_rows(program, site, traced.batch_axes)
-    raw_shape = program.shape(program.equations[site.position].outputs[0])
-    to_raw = _chains.inverse(site.output_chain, raw_shape)
-    return _chains.group(to_raw, raw_shape, outputs)
-
-
-def _rows_per_example(traced: Traced, site: Site) -> int | None:
-    if traced.batch_axes is None:
-        return None
-    (_, shared, _), _ = _detect.axes_of_rows(traced.program, site, traced.batch_axes)
-    data = traced.program.equations[site.position].inputs[site.operand]
-    return math.prod(traced.program.shape(data)[i] for i in shared)
-
-
-def _piece(traced: Traced, site: Site) -> Piece:
-    """What the network applies to a layer's outputs."""
-    return _flow.transfer_piece(traced.program, traced.detection.live, site.output)
-
-
-def _transferred(traced: Traced, site: Site, piece: Piece) -> Chain:
-    """How to read what a piece ends in as (batch, shared, d_out)."""
-    back = _chains.inverse(piece.chain, traced.program.shape(site.output))
-    return (*back, *_outputs(traced, site))
-
-
-def _sources(traced: Traced, names: Sequence[str], pieces: Sequence[Piece]) -> list[str | None]:
-    """For each layer the one that feeds it, with nothing but the transfer function in between.
-
-    Both have to see the same rows and features in the same order.
-    """
-    program, sites = traced.program, traced.detection.sites
-    ends = {
-        piece.end: (name, _transferred(traced, site, piece))
-        for site, name, piece in zip(sites, names, pieces, strict=True)
-    }
-    result: list[str | None] = []
-    for site in sites:
-        equation = program.equations[site.position]
-        data, _ = _detect.axes_of_rows(program, site, traced.batch_axes)
-        name, value = None, equation.inputs[site.operand]
-        if value in ends:
-            name, chain = ends[value]
-            shape = program.shape(value)
-            if not _same_order(_chains.group((), shape, data), chain, shape):
-                name = None
-        result.append(name)
-    return result
-
-
-def _same_order(one: Chain, other: Chain, shape: Shape) -> bool:
-    """Whether two chains do the same to an array of this shape."""
-    if one == other:
-        return True
-    order = np.arange(math.prod(shape)).reshape(shape)
-    return np.array_equal(_chains.apply(one, order), _chains.apply(other, order))
-
-
-def _transfer_of(traced: Traced, piece: Piece) -> Transfer:
-    """Find what the network applies to a layer's outputs."""
-    program = traced.program
-    if not piece.equations:
-        return _transfer.identity(piece.note)
-
-    def function(a: Any) -> Any:
-        return program.call(piece.equations, {piece.begin: a}, piece.end)
-
-    aval = program.avals[piece.begin]
-    closed = jax.make_jaxpr(function)(as_struct(aval))
-    traced_piece = _transfer.TracedPiece(closed, tuple(aval.shape), aval.dtype)
-    return _transfer.recognise(traced_piece, aval.dtype, piece.note)
-
-
-# --- public --------------------------------------------------------------------------------------
-
-
-def find_layers(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    *args: Any,
-    has_aux: bool = False,
-    transfer: Mapping[str, Callable] | None = None,
-    on_uncaptured: str = "error",
-    **kwargs: Any,
-) -> Layers:
-    """Find the layers of a model from its loss function.
-
-    Nothing is computed: the loss is traced, as by `jax.jit`. `print(layers)` shows what was
-    understood: each layer with its shape, bias, rows per example and transfer function, then
-    each parameter in no layer with the reason.
-
-    Args:
-      loss_fn: `loss_fn(params, *args, **kwargs)`, as for `jax.value_and_grad`.
-      params: the parameters, arrays or `jax.ShapeDtypeStruct`s.
-      *args: a batch and whatever else the loss takes; its arrays may be abstract too.
-      has_aux: whether the loss function returns a pair (loss, aux).
-      transfer: transfer functions by layer name, elementwise, that replace the ones found.
-      on_uncaptured: "error" refuses a model with a parameter that has a gradient but is in no
-        layer; "pass" lists it in the result, and methods leave its gradient as it is.
-      **kwargs: keyword arguments of the loss.
-
-    Returns:
-      The layers by name: static, hashable, independent of the batch size.
-
-    Raises:
-      ValueError: no layer was found, a parameter with a gradient is in none, `transfer` names no
-        layer, or `on_uncaptured` is unknown.
-      TypeError: the loss is not a scalar, or a parameter is not an array.
-
-    Example:
-      >>> import jax.numpy as jnp, locoprop_jax as lp
-      >>> params = {"code": jnp.ones((3, 2)), "bias": jnp.zeros(2), "out": jnp.ones((2, 3))}
-      >>> def loss_fn(params, x):
-      ...     code = jnp.tanh(x @ params["code"] + params["bias"])
-      ...     return jnp.mean((code @ params["out"] - x) ** 2)
-      >>> print(lp.find_layers(loss_fn, params, jnp.ones((4, 3))))
-      layer  kind   shape   bias  rows  transfer  parameters
-      ------------------------------------------------------
-      code   dense  3 -> 2  yes      1  tanh               8
-      out    dense  2 -> 3  no       1  (loss)             6
-      2 layers, 14 parameters
-    """
-    if on_uncaptured not in ("error", "pass"):
-        raise ValueError(f"`on_uncaptured` is 'error' or 'pass', got {on_uncaptured!r}.")
-    traced = trace(loss_fn, params, args, kwargs, has_aux)
-    names = layer_names(traced)
-    overrides = dict(transfer or {})
-    if unknown := set(overrides) - set(names):
-        raise ValueError(
-            f"`transfer` names {', '.join(sorted(unknown))}, but the layers found are "
-            f"{', '.join(names) or 'none'}."
-        )
-    ends = _detect.output_sites(traced.program, traced.detection)
-    pieces = [_piece(traced, site) for site in traced.detection.sites]
-    sources = _sources(traced, names, pieces)
-    layers = [
-        Layer(
-            name=name,
-            **_weights(traced, site),
-            rows=_rows_per_example(traced, site),
-            transfer=(
-                _transfer.given(overrides[name])
-                if name in overrides
-                else _transfer_of(traced, pieces[i])
-            ),
-            is_output=i in ends,
-            source=sources[i],
-            bypasses=_detect.bypasses(traced.program, traced.detection, i),
-        )
-        for i, (site, name) in enumerate(zip(traced.detection.sites, names, strict=True))
-    ]
-    result = Layers(layers, _uncaptured(traced))
-    _check_found(result, on_uncaptured)
-    return result
-
-
-def _uncaptured(traced: Traced) -> list[_layers.Uncaptured]:
-    return [
-        _layers.Uncaptured(
-            traced.names[leaf],
-            traced.program.shape(traced.program.inputs[leaf]),
-            reason,
-            leaf not in traced.detection.without_gradient,
-        )
-        for leaf, reason in sorted(traced.detection.reasons.items())
-    ]
-
-
-def _check_found(layers: Layers, on_uncaptured: str) -> None:
-    missing = [other for other in layers.uncaptured if other.has_gradient]
-    lines = "\n".join(f"  {o.path} {list(o.shape)}: {o.reason}" for o in layers.uncaptured)
-    if not layers:
-        raise ValueError(
-            "`find_layers` found no layer in this loss function. Its parameters:\n"
-            + (lines or "  (none)")
-        )
-    if missing and on_uncaptured == "error":
-        raise ValueError(
-            f"`find_layers` found {len(layers)} layers, but these parameters are in none:\n"
-            + "\n".join(f"  {o.path} {list(o.shape)}: {o.reason}" for o in missing)
-            + '\nPass `on_uncaptured="pass"` to leave their gradients as they are.'
-        )
 
 
 def value_grad_and_capture(
@@ -353,12 +122,15 @@ def value_grad_and_capture(
         program, sites, names = traced.program, traced.detection.sites, layer_names(traced)
         ends = sorted(_detect.output_sites(program, traced.detection))
         heads = {i: cut(traced, sites[i].output, program.outputs[0]) for i in ends}
+        alone = {group[0] for group in traced.detection.groups if len(group) == 1}
         found = [
-            _piece(traced, site) if transferred and i not in ends else None
+            piece_of(traced, site) if transferred and i in alone.difference(ends) else None
             for i, site in enumerate(sites)
         ]
         pieces = [piece if piece and piece.equations else None for piece in found]
-        layouts = [_layout(traced, site, piece) for site, piece in zip(sites, pieces, strict=True)]
+        layouts = [
+            layout_of(traced, site, piece) for site, piece in zip(sites, pieces, strict=True)
+        ]
         targets: tuple[Target, ...] = ()
         to_rows = [layout.outputs for layout in layouts]
         if curvature in _curvature.PULLED:
@@ -370,9 +142,12 @@ def value_grad_and_capture(
             targets = output.targets
             values = {target.value for target in targets}
             between = {value: cut(traced, output.output, value) for value in values}
-        inputs = [_detect.input_address(program, site) for site in sites]
-        outputs = [_detect.output_address(program, site) for site in sites]
-        piece_ends = addresses(program, [piece.end for piece in pieces if piece])
+        inputs = [_sites.input_addresses(site) for site in sites]
+        outputs = [_sites.output_address(site) for site in sites]
+        piece_ends: dict[int, Address] = {}
+        for site, piece in zip(sites, pieces, strict=True):
+            if piece is not None:
+                piece_ends |= addresses(site.program, [piece.end])
         fixed = addresses(
             program,
             [v for plan in (*heads.values(), *between.values()) for v in plan.free]
@@ -380,7 +155,9 @@ def value_grad_and_capture(
         )
         injected = addresses(program, [target.value for target in targets])
         terms = addresses(program, [target.terms for target in targets if target.call])
-        record = frozenset([*inputs, *outputs, *fixed.values(), *injected.values()])
+        record = frozenset(
+            [*itertools.chain(*inputs), *outputs, *fixed.values(), *injected.values()]
+        )
 
         def forward(params: Any, perturbations: dict) -> tuple[Any, Any]:
             flat = [*jax.tree.leaves(params), *traced.arguments]
@@ -388,10 +165,14 @@ def value_grad_and_capture(
             at_targets = [recorded[injected[target.value]] for target in targets]
             return (results[0], at_targets), (results[1:], recorded)
 
-        tapped = {a.path: s.output for s, a in zip(sites, outputs, strict=True)}
-        tapped |= {address.path: value for value, address in piece_ends.items()}
-        tapped |= {address.path: value for value, address in terms.items()}
-        zeros = {path: jnp.zeros_like(program.avals[value]) for path, value in tapped.items()}
+        zeros = {}
+        for site, address, piece in zip(sites, outputs, pieces, strict=True):
+            zeros[address.path] = _zeros(program, site.output, site.lengths)
+            if piece is not None:
+                path = piece_ends[piece.end].path
+                zeros[path] = _zeros(program, piece.end, site.lengths)
+        for value, address in terms.items():
+            zeros[address.path] = _zeros(program, value, ())
         if curvature in _curvature.PULLED:
             (loss, at_targets), pull, (rest, recorded) = jax.vjp(
                 forward, params, zeros, has_aux=True
@@ -408,7 +189,6 @@ def value_grad_and_capture(
         known = dict(zip(program.inputs, given, strict=True))
         known |= {v: recorded[address] for v, address in fixed.items()}
         known |= program.constants
-        layouts = [_layout(traced, site, piece) for site, piece in zip(sites, pieces, strict=True)]
         of_heads = {i: _head(traced, sites[i], heads[i], layouts[i], known) for i in ends}
 
         curved: Mapping[Path, jax.Array] = {}
@@ -430,29 +210,42 @@ def value_grad_and_capture(
             columns = _curvature.cotangents(targets, points, curvature, samples, rng)
             deferred = Deferred(jax.tree_util.Partial(_pull_perturbations, pull, loss), columns)
 
+        def use(i: int, site: Site, piece: Piece | None) -> Use:
+            after = None if piece is None else piece_ends[piece.end].path
+            return Use(
+                operands=tuple(recorded[address] for address in inputs[i]),
+                outputs=recorded[outputs[i]],
+                cotangents=cotangents[outputs[i].path],
+                transferred_cotangents=None if after is None else cotangents[after],
+                layout=layouts[i],
+                paths=(outputs[i].path, after),
+            )
+
+        uses = [use(i, *both) for i, both in enumerate(zip(sites, pieces, strict=True))]
         arrays = tuple(
             LayerArrays(
-                raw_inputs=recorded[inputs[i]],
-                raw_outputs=recorded[outputs[i]],
-                raw_cotangents=cotangents[outputs[i].path],
-                raw_transferred_cotangents=(
-                    None if piece is None else cotangents[piece_ends[piece.end].path]
-                ),
-                head=of_heads.get(i),
-                signature=tuple(_weights(traced, site).values()),
-                layout=layouts[i],
+                uses=tuple(uses[i] for i in group),
+                head=of_heads.get(group[0]) if len(group) == 1 else None,
+                signature=tuple(weights_of(traced, group).values()),
                 has_transferred=transferred,
-                output_hessian=hessian if output is not None and i == output.site else None,
-                paths=(outputs[i].path, None if piece is None else piece_ends[piece.end].path),
+                output_hessian=hessian if output is not None and output.site in group else None,
             ).with_curvature(curved)
-            for i, (site, piece) in enumerate(zip(sites, pieces, strict=True))
+            for group in traced.detection.groups
         )
         joint = curvature == "ggn_exact" and _targets.joins_positions(traced, targets)
-        captured = Captured(tuple(names), arrays, joint, deferred)
+        own_names = tuple(names[group[0]] for group in traced.detection.groups)
+        captured = Captured(own_names, arrays, joint, deferred)
         captured = captured if defer_curvature else captured.pulled()
         return traced.rebuild_output([loss, *rest]), grads, captured
 
     return wrapped
+
+
+def _zeros(program: Program, value: int, lengths: Shape) -> jax.Array:
+    """A perturbation of a value, for each turn of the loops around it."""
+    aval = program.avals[value]
+    # Like the value itself where that is possible, because its sharding counts too.
+    return jnp.zeros_like(aval) if not lengths else jnp.zeros((*lengths, *aval.shape), aval.dtype)
 
 
 def _pull_perturbations(pull: Callable, loss: jax.Array, at_targets: Any) -> Any:

@@ -8,7 +8,7 @@ becomes rows; they apply to NumPy and JAX arrays alike, and those without a broa
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +69,39 @@ def inverse(chain: Chain, shape: Shape) -> Chain:
     return tuple(reversed(steps))
 
 
+class Part(NamedTuple):
+    """A box out of an array.
+
+    Attributes:
+      chain: how the array is rearranged first.
+      starts: of the box, by axis.
+      limits: of the box, by axis.
+    """
+
+    chain: Chain
+    starts: Shape
+    limits: Shape
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(map(slice, self.starts, self.limits))
+
+    def overlaps(self, other: Part) -> bool:
+        """Whether they may have entries in common."""
+        if self.chain != other.chain:
+            return True
+        spans = zip(self.starts, self.limits, other.starts, other.limits, strict=True)
+        return all(max(a, c) < min(b, d) for a, b, c, d in spans)
+
+    def take(self, x: Any) -> Any:
+        return apply(self.chain, x)[self.slices]
+
+    def put(self, x: Any, box: Any) -> Any:
+        """The array with another box in it."""
+        rearranged = apply(self.chain, x).at[self.slices].set(box)
+        return apply(inverse(self.chain, x.shape), rearranged)
+
+
 def group(chain: Chain, shape: Shape, groups: tuple[Shape, ...]) -> Chain:
     """Go on to an array with one axis for each group of axes of `shape`, the chain's result.
 
@@ -78,3 +111,15 @@ def group(chain: Chain, shape: Shape, groups: tuple[Shape, ...]) -> Chain:
     chain = extend(chain, shape, "transpose", order)
     merged = tuple(math.prod(shape[i] for i in axes) for axes in groups)
     return extend(chain, tuple(shape[i] for i in order), "reshape", merged)
+
+
+def lift(chain: Chain, lengths: Shape) -> Chain:
+    """The chain for arrays with further axes in front, which it leaves alone."""
+    n = len(lengths)
+
+    def step(name: str, argument: Shape) -> tuple[str, Shape]:
+        if name == "transpose":
+            return name, (*range(n), *(i + n for i in argument))
+        return name, (*lengths, *argument)
+
+    return tuple(step(*each) for each in chain) if lengths else chain

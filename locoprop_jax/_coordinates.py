@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from locoprop_jax import _linalg
-from locoprop_jax._blocks import Block, gram, pull, push
 from locoprop_jax._local_problem import LocalProblem
 from locoprop_jax._regularizers import Penalty
+from locoprop_jax._rows import Block, between_rows, gram, pull, push
 
 PATHS = ("direct", "gram", "dual")
 
@@ -113,7 +113,7 @@ def _dual(problem: LocalProblem) -> Coordinates:
     moved = push(x, slope)
     by_matrix = gain is None and len(x) < moved.shape[1]
     start = jnp.eye(len(x), dtype=x.dtype) if by_matrix else moved
-    products = x @ x.T if "kernel" in slope else jnp.zeros((len(x), len(x)), x.dtype)
+    products = between_rows(x) if "kernel" in slope else jnp.zeros((len(x), len(x)), x.dtype)
     if "bias" in slope:
         products += 1
     one, zero = jnp.ones((), x.dtype), jnp.zeros((), x.dtype)

@@ -3,82 +3,54 @@
 Detection reads the flat `Program` of a loss. Each value gets a label that says what it is made of;
 an equation that is linear in one parameter and meets data is a *site*: a place where a layer's
 weights are applied. Then every use of every parameter is accounted for: a parameter with a use
-that is not understood is excluded everywhere, with the reason, and detection runs again.
+that is not understood is excluded everywhere, with the reason, and detection runs again. Sites
+that apply the same weights in the same way are one layer.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
-from locoprop_jax import _chains, _flow, _jaxpr
-from locoprop_jax._chains import Chain, Shape
-from locoprop_jax._jaxpr import Address, Equation, Program
-
-# --- labels --------------------------------------------------------------------------------------
-
-
-class Weight(NamedTuple):
-    """One parameter leaf, seen through rearrangements."""
-
-    leaf: int
-    chain: Chain
-
-
-class Derived(NamedTuple):
-    """Computed from parameters alone, in a way that is not a rearrangement."""
-
-    leaves: frozenset[int]
-    how: str
-
-
-class Output(NamedTuple):
-    """The raw output of a site, seen through rearrangements."""
-
-    site: int
-    chain: Chain
-
-
-DATA = "data"  # depends on the batch
-CONSTANT = "constant"
-Label = Weight | Derived | Output | str
-
-
-@dataclasses.dataclass
-class Site:
-    """A dense layer in the making: a `dot_general` of data and a kernel, later with its bias."""
-
-    position: int  # of the dot_general
-    leaf: int
-    kernel: Chain  # leaf -> (d_in, d_out)
-    d_in: int
-    d_out: int
-    operand: int  # which operand is the data
-    row_axes: tuple[int, ...]  # of the raw output
-    feature_axes: tuple[int, ...]
-    output: int  # the value that is the layer's output
-    output_chain: Chain = ()  # raw output -> `output`
-    bias: int | None = None
-    bias_chain: Chain = ()
-    tapped: int = -1  # position of the equation that computes `output`
+from locoprop_jax import _chains, _flow, _jaxpr, _labels, _sites
+from locoprop_jax._chains import Part, Shape
+from locoprop_jax._jaxpr import Equation, Program
+from locoprop_jax._labels import (
+    CONSTANT,
+    DATA,
+    Derived,
+    Label,
+    Loop,
+    Output,
+    Scaled,
+    Weight,
+    is_data,
+    leaves_of,
+)
+from locoprop_jax._sites import BatchAxes, Site
 
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """The outcome: sites in program order, and why each other leaf is in none."""
+    """The outcome.
+
+    Attributes:
+      sites: in program order.
+      groups: the sites of each layer, in the order of the first.
+      reasons: why each other parameter is in no layer.
+      without_gradient: the parameters that the loss does not depend on.
+      live: by equation, whether a gradient flows through it.
+      terms: see `_flow.loss_terms`.
+    """
 
     sites: tuple[Site, ...]
-    reasons: dict[int, str]  # leaf -> reason
+    groups: tuple[tuple[int, ...], ...]
+    reasons: dict[int, str]
     without_gradient: frozenset[int]
-    live: tuple[bool, ...]  # by equation
-    terms: dict[int, float]  # see `_flow.loss_terms`
-
-
-# --- detection -----------------------------------------------------------------------------------
+    live: tuple[bool, ...]
+    terms: dict[int, float]
 
 
 def detect(program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None) -> Detection:
@@ -97,10 +69,18 @@ def detect(program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None) 
     terms = _flow.loss_terms(program, loss, constants, of_params)
     reasons: dict[int, str] = {}
     while True:
-        sites, found = _label(program, n_leaves, data, batch_axes, live, terms, frozenset(reasons))
+        known = _Known(batch_axes, terms, frozenset(reasons), [], {}, {})
+        labels: dict[int, Label] = {
+            v: DATA if v in data else CONSTANT for v in (*program.inputs, *program.constants)
+        }
+        for i, v in enumerate(program.inputs[:n_leaves]):
+            labels[v] = Weight(i, program.shape(v), ())
+        _Labels(known, program, labels, live).run()
+        found = known.reasons | _misused(known.sites)
         if not found:
             break
         reasons.update(found)
+    sites = known.sites
     read = {v for i, eq in enumerate(program.equations) if live[i] for v in eq.inputs}
     layered = {leaf for site in sites for leaf in (site.leaf, site.bias)}
     without = frozenset(i for i in range(n_leaves) if program.inputs[i] not in read)
@@ -108,8 +88,15 @@ def detect(program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None) 
         if leaf in without:
             reasons[leaf] = "the loss does not depend on it (unused, or behind a stop_gradient)"
         elif leaf not in layered and leaf not in reasons:
-            reasons[leaf] = "it never meets the data: only a regularizer uses it"
-    return Detection(tuple(sites), reasons, without, live, terms)
+            reasons[leaf] = known.pending.get(
+                leaf, "it never meets the data: only a regularizer uses it"
+            )
+    groups: dict[tuple, list[int]] = {}
+    for i, site in enumerate(sites):
+        groups.setdefault(site.key(), []).append(i)
+    return Detection(
+        tuple(sites), tuple(map(tuple, groups.values())), reasons, without, live, terms
+    )
 
 
 def _data(program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None) -> set[int]:
@@ -123,137 +110,287 @@ def _data(program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None) -
     return {v for v in others if batch_axes[v]}
 
 
-def _label(
-    program: Program,
-    n_leaves: int,
-    data: set[int],
-    batch_axes: Sequence[Shape] | None,
-    live: Sequence[bool],
-    terms: Mapping[int, float],
-    excluded: frozenset[int],
-) -> tuple[list[Site], dict[int, str]]:
-    """One pass of labels over the program, and the parameters it cannot account for."""
-    labels: dict[int, Label] = {
-        v: DATA if v in data else CONSTANT for v in (*program.inputs, *program.constants)
-    }
-    labels.update((v, Weight(i, ())) for i, v in enumerate(program.inputs[:n_leaves]))
-    consumers = {v: [i for i in at if live[i]] for v, at in program.consumers.items()}
-    sites: list[Site] = []
-    reasons: dict[int, str] = {}
+class _Known(NamedTuple):
+    """What the passes over the program and over the bodies of its loops share.
 
-    def site_label(position: int, kinds: Sequence[Label]) -> Label | str:
+    Attributes:
+      batch_axes: for each value, the axes that grow with the batch.
+      terms: see `_flow.loss_terms`.
+      excluded: the parameters that were not understood in an earlier pass.
+      sites: those found so far.
+      reasons: those found so far.
+      pending: why a parameter is in no layer if its product with data meets no more of it.
+    """
+
+    batch_axes: BatchAxes
+    terms: Mapping[int, float]
+    excluded: frozenset[int]
+    sites: list[Site]
+    reasons: dict[int, str]
+    pending: dict[int, str]
+
+
+class _Labels:
+    """One pass of labels over a program, and the parameters it cannot account for."""
+
+    def __init__(
+        self,
+        known: _Known,
+        program: Program,
+        labels: dict[int, Label],
+        live: Sequence[bool],
+        loops: tuple[Loop, ...] = (),
+        returned: tuple[int, ...] = (),
+    ):
+        self.known, self.program, self.labels, self.live = known, program, labels, live
+        self.loops, self.returned = loops, returned
+        self.sites, self.reasons, self.batch_axes = known.sites, known.reasons, known.batch_axes
+        self.consumers = _flow.live_consumers(program, live)
+
+    def run(self) -> None:
+        for position, equation in enumerate(self.program.equations):
+            label = self._label(position, equation)
+            labels = label if isinstance(label, list) else [label] * len(equation.outputs)
+            self.labels.update(zip(equation.outputs, labels, strict=True))
+
+    def _label(self, position: int, equation: Equation) -> Label | list[Label]:
+        """The label of an equation's results; a parameter used beyond it gets its reason."""
+        kinds = [self.labels[v] for v in equation.inputs]
+        leaves = frozenset().union(*map(leaves_of, kinds))
+        meets_data = any(map(is_data, kinds))
+        plain = DATA if meets_data else CONSTANT
+        is_alive = self.live[position] and not leaves & self.known.excluded
+        if leaves and is_alive and position in self.program.bodies:
+            return self._loop(position, kinds)
+        if not leaves:
+            moved = _rearranged(self.program, equation, kinds)
+            return moved or (self._factor(position, kinds) if is_alive else None) or plain
+        found: Label | str | None = None
+        if is_alive:
+            reader = self._site if meets_data else self._before_data
+            found = reader(position, kinds)
+        if isinstance(found, Scaled | Output):
+            return found
+        if not meets_data:
+            hows = [k.how for k in kinds if isinstance(k, Derived)] or [str(equation.primitive)]
+            moved = _rearranged(self.program, equation, kinds)
+            return moved or _labels.parts(self.program, position, kinds) or Derived(leaves, hows[0])
+        is_term = equation.primitive in _jaxpr.SUMS and equation.outputs[0] in self.known.terms
+        if isinstance(found, str) and found is not DATA and not is_term:
+            # A sum inside the loss adds a regularizer.
+            self.reasons.update((leaf, found) for leaf in leaves if leaf not in self.reasons)
+        return plain
+
+    def _before_data(self, position: int, kinds: Sequence[Label]) -> Label | None:
+        """A parameter times a constant; rows of a table that are added to data."""
+        primitive = self.program.equations[position].primitive
+        if primitive in _jaxpr.MUL and CONSTANT in kinds:
+            product = _sites.scaled(self.program, position, kinds, self.sites)
+            return None if isinstance(product, str) else product
+        if primitive in _jaxpr.GATHER and self._is_added_to_data(position):
+            found = _sites.embedding(self.program, position, kinds, self.batch_axes)
+            return None if isinstance(found, str) else self._append(found)
+        return None
+
+    def _is_added_to_data(self, position: int) -> bool:
+        """Whether an equation's result, perhaps rearranged, is added to what grows."""
+        value = self.program.equations[position].outputs[0]
+        while len(uses := self.consumers.get(value, [])) == 1 and uses != [_jaxpr.END]:
+            after = self.program.equations[uses[0]]
+            if after.primitive in _jaxpr.ADD:
+                return self._grows(after.outputs[0])
+            if _flow.rearranged(self.program, after, ()) is None:
+                return False
+            value = after.outputs[0]
+        return False
+
+    def _site(self, position: int, kinds: Sequence[Label]) -> Label | str:
         """The label of a layer's output, or in words why this equation gives none."""
-        primitive = program.equations[position].primitive
-        if primitive in _jaxpr.DOT_GENERAL:
-            site = _dense_site(program, position, kinds, batch_axes)
-            if isinstance(site, str):
-                return site
-            sites.append(site)
-            return Output(len(sites) - 1, ())
+        program, equation = self.program, self.program.equations[position]
+        primitive = equation.primitive
+        found: Site | str | None = None
+        if primitive in _jaxpr.GATHER:
+            found = _sites.embedding(program, position, kinds, self.batch_axes)
+        elif primitive in _jaxpr.DOT_GENERAL | _jaxpr.CONVOLUTION:
+            read = _sites.dense if primitive in _jaxpr.DOT_GENERAL else _sites.convolution
+            plain = [_labels.without_number(program, kind) for kind in kinds]
+            found = _sites.times_number(read(program, position, plain, self.batch_axes), kinds)
+        if found is not None:
+            return found if isinstance(found, str) else self._append(found)
+        if primitive in _jaxpr.MUL:
+            return self._scale(position, kinds)
         if primitive in _jaxpr.ADD:
-            return _attach_bias(program, position, kinds, sites, consumers)
-        return _unsupported(program.equations[position], kinds)
+            attached = _attach_bias(program, position, kinds, self.sites, self.consumers)
+            if isinstance(attached, Output):
+                return attached
+            return self._bias(position, 0, kinds) or attached
+        if primitive in _jaxpr.CONCATENATE | _jaxpr.SELECT:
+            return self._entering(equation, kinds) or self._unsupported(position, kinds)
+        return self._unsupported(position, kinds)
 
-    for position, equation in enumerate(program.equations):
-        kinds = [labels[v] for v in equation.inputs]
-        special = [k for k in kinds if isinstance(k, Weight | Derived)]
-        meets_data = any(k is DATA or isinstance(k, Output) for k in kinds)
-        leaves = frozenset().union(*map(_leaves, special))
-        label: Label = DATA if meets_data else CONSTANT
-        if not (special and meets_data):
-            how = [k.how for k in special if isinstance(k, Derived)] or [str(equation.primitive)]
-            derived = Derived(leaves, how[0]) if special else label
-            label = _rearranged(program, equation, kinds) or derived
-        elif live[position] and not leaves & excluded:
-            found = site_label(position, kinds)
-            is_term = equation.primitive in _jaxpr.SUMS and equation.outputs[0] in terms
-            if isinstance(found, Output):
-                label = found
-            elif not is_term:  # a sum inside the loss adds a regularizer
-                reasons.update((leaf, str(found)) for leaf in leaves if leaf not in reasons)
-        labels.update(dict.fromkeys(equation.outputs, label))
+    def _append(self, site: Site) -> Output:
+        site.loops, site.returned = self.loops, self.returned
+        self.sites.append(site)
+        return Output(len(self.sites) - 1, ())
 
-    uses: dict[int, list[str]] = {}
+    def _loop(self, position: int, kinds: Sequence[Label]) -> list[Label]:
+        """The labels of what a `scan` returns, its body gone through as a program of its own."""
+        equation, body = self.program.equations[position], self.program.bodies[position]
+        scan = _jaxpr.scan_of(equation.eqn)
+        loop = Loop(equation.path, equation.params["length"], position)
+        end = scan.consts + scan.carry
+        labels: list[Label] = []
+        for i, (value, label) in enumerate(zip(equation.inputs, kinds, strict=True)):
+            shape = self.program.shape(value)
+            if isinstance(label, Scaled):
+                label = Derived(leaves_of(label), "mul")
+            elif isinstance(label, Output):
+                label = DATA
+            if isinstance(label, Weight) and scan.consts <= i:
+                passed = i < end and body.outputs[i - scan.consts] == body.inputs[i]
+                if i >= end:
+                    is_stack = _chains.is_invertible(label.chain)
+                    label = (
+                        label.slices(shape, loop) if is_stack else Derived(leaves_of(label), "scan")
+                    )
+                elif not passed:
+                    label = self._started(position, i, label)
+            labels.append(label)
+        # What is carried becomes data where the loop meets data at all.
+        meets_data = any(map(is_data, labels))
+        for i in range(scan.consts, end):
+            if labels[i] is CONSTANT and meets_data:
+                labels[i] = DATA
+        inner = {v: self.labels[v] for v in body.constants}
+        inner |= zip(body.inputs, labels, strict=True)
+        live = _flow.live_equations(body, *body.outputs)
+        returned = self.returned or equation.outputs
+        _Labels(self.known, body, inner, live, (*self.loops, loop), returned).run()
+        leaves = frozenset().union(*map(leaves_of, labels))
+        result: list[Label] = [DATA if meets_data else Derived(leaves, "scan")]
+        result *= len(equation.outputs)
+        for i in range(scan.carry):
+            if isinstance(labels[scan.consts + i], Weight):
+                result[i] = kinds[scan.consts + i]
+        return result
+
+    def _started(self, position: int, operand: int, label: Weight) -> Label:
+        """A parameter that a loop starts from: a layer at its own value, one for each example."""
+        value = self.program.equations[position].inputs[operand]
+        found = self._at_value(value, [label])
+        if isinstance(found, Output):
+            return DATA
+        why = (
+            found if isinstance(found, str) else "a loop starts from it, the same for all examples"
+        )
+        self.reasons.setdefault(label.leaf, why)
+        return DATA
+
+    def _grows(self, value: int) -> bool:
+        return self.batch_axes is not None and bool(self.batch_axes[value])
+
+    def _scale(self, position: int, kinds: Sequence[Label]) -> Label | str:
+        if self.batch_axes is None:
+            return "it multiplies data whose batch axis is not known"
+        product = _sites.scaled(self.program, position, kinds, self.sites)
+        if isinstance(product, str):
+            return product
+        if not self._grows(self.program.equations[position].outputs[0]):
+            # Statistics of the batch, whose product is yet to meet the data.
+            why = "capture knows no layer that is a `mul` of a parameter and what a batch shares"
+            self.known.pending[product.weight.leaf] = why
+            return product
+        found = _sites.scale(self.program, position, product)
+        return found if isinstance(found, str) else self._append(found)
+
+    def _factor(self, position: int, kinds: Sequence[Label]) -> Label | None:
+        """One more factor of data for a scale whose product goes nowhere else."""
+        equation = self.program.equations[position]
+        outputs = [k for k in kinds if isinstance(k, Output)]
+        if equation.primitive not in _jaxpr.MUL or len(outputs) != 1:
+            return None
+        (output,), site = outputs, self.sites[outputs[0].site]
+        if site.kind != "scale" or site.added is not None or not self._only_use(site, position):
+            return None
+        product = _sites.scaled(self.program, position, kinds, self.sites)
+        if isinstance(product, str):
+            return None
+        found = _sites.scale(self.program, position, product)
+        if isinstance(found, str):
+            return None
+        found.loops, found.returned = self.loops, self.returned
+        self.sites[output.site] = found
+        return Output(output.site, ())
+
+    def _only_use(self, site: Site, position: int) -> bool:
+        """Whether a site's output goes, perhaps rearranged, to this equation and nowhere else."""
+        value = site.output
+        while len(uses := self.consumers.get(value, [])) == 1 and uses != [_jaxpr.END]:
+            if uses[0] == position:
+                return True
+            value = self.program.equations[uses[0]].outputs[0]
+        return False
+
+    def _bias(self, position: int, result: int, kinds: Sequence[Label]) -> Label | str | None:
+        """A parameter that is added to data as a layer of its own, None where it is no such."""
+        weights = [k for k in kinds if isinstance(k, Weight)]
+        specials = [k for k in kinds if leaves_of(k)]
+        value = self.program.equations[position].outputs[result]
+        if len(weights) != 1 or len(specials) != 1 or not self._grows(value):
+            return None
+        found = _sites.bias(self.program, position, result, weights[0])
+        return found if isinstance(found, str) else self._append(found)
+
+    def _entering(self, equation: Equation, kinds: Sequence[Label]) -> Label | str | None:
+        """A parameter that is put beside data, once for each example: a layer at its own value."""
+        entering = [v for v, k in zip(equation.inputs, kinds, strict=True) if leaves_of(k)]
+        if len(entering) != 1:
+            return None
+        found = self._at_value(entering[0], [k for k in kinds if leaves_of(k)])
+        return DATA if isinstance(found, Output) else found
+
+    def _at_value(self, value: int, kinds: Sequence[Label]) -> Label | str | None:
+        """A parameter that is data itself, spread over the examples before it is used once."""
+        position = self.program.producers.get(value)
+        if position is None or len(self.consumers.get(value, [])) != 1 or not self._grows(value):
+            return None
+        result = self.program.equations[position].outputs.index(value)
+        return self._bias(position, result, kinds)
+
+    def _unsupported(self, position: int, kinds: Sequence[Label]) -> str:
+        equation = self.program.equations[position]
+        if equation.primitive in _jaxpr.CUSTOM:
+            return f"it is used inside a function with its own derivative (`{equation.primitive}`)"
+        return _labels.changed(self.program, position, kinds) or (
+            f"capture knows no layer that is a `{equation.primitive}` of data and a parameter"
+        )
+
+
+def _misused(sites: Sequence[Site]) -> dict[int, str]:
+    """The parameters whose uses do not agree."""
+    uses: dict[int, list[tuple[str, Part | None, tuple]]] = {}
     for site in sites:
-        uses.setdefault(site.leaf, []).append("kernel")
-        if site.bias is not None:
-            uses.setdefault(site.bias, []).append("bias")
-    for leaf, roles in uses.items():
-        if len(roles) > 1:
-            reasons[leaf] = f"it is used {len(roles)} times ({', '.join(roles)})"
-    return sites, reasons
-
-
-def _leaves(label: Weight | Derived) -> frozenset[int]:
-    return frozenset({label.leaf}) if isinstance(label, Weight) else label.leaves
+        for weight, role in ((site.weight, "kernel"), (site.added, "bias")):
+            if weight is not None:
+                uses.setdefault(weight.leaf, []).append((role, weight.part, site.key()))
+    reasons = {}
+    for leaf, found in uses.items():
+        pairs = itertools.combinations(set(found), 2)
+        if any(a is None or b is None or a.overlaps(b) for (_, a, _), (_, b, _) in pairs):
+            roles = ", ".join(role for role, *_ in found)
+            reasons[leaf] = (
+                f"it is used {len(found)} times ({roles}), not with the same shape, orientation "
+                "and bias each time"
+            )
+    return reasons
 
 
 def _rearranged(program: Program, equation: Equation, kinds: Sequence[Label]) -> Label | None:
     """The label of a rearranged parameter or layer output; None for any other equation."""
-    seen = [k for k in kinds if isinstance(k, Weight | Output)]
-    if len(seen) != 1 or len(kinds) != 1:
+    if len(kinds) != 1 or not isinstance(kinds[0], Weight | Scaled | Output):
         return None
-    chain = _flow.rearranged(program, equation, seen[0].chain)
-    return None if chain is None else seen[0]._replace(chain=chain)
-
-
-def _unsupported(equation: Equation, kinds: Sequence[Label]) -> str:
-    if equation.primitive in _jaxpr.CUSTOM:
-        return f"it is used inside a function with its own derivative (`{equation.primitive}`)"
-    return _changed(equation, kinds) or (
-        f"capture knows no layer that is a `{equation.primitive}` of data and a parameter"
-    )
-
-
-def _changed(equation: Equation, kinds: Sequence[Label]) -> str:
-    """In words, if one of the operands is a parameter changed beyond rearrangement."""
-    derived = [k for k in kinds if isinstance(k, Derived)]
-    if not derived:
-        return ""
-    return f"`{derived[0].how}` changes it before it meets the data in `{equation.primitive}`"
-
-
-def _dense_site(
-    program: Program,
-    position: int,
-    kinds: Sequence[Label],
-    batch_axes: Sequence[Shape] | None,
-) -> Site | str:
-    """Read a `dot_general` of data and a kernel; the reason where it is not a dense layer."""
-    equation = program.equations[position]
-    weights = [i for i, k in enumerate(kinds) if isinstance(k, Weight)]
-    if changed := _changed(equation, kinds):
-        return changed
-    (kernel_at,) = weights
-    label, data_at = kinds[kernel_at], 1 - kernel_at
-    assert isinstance(label, Weight)
-    contract, batch = equation.params["dimension_numbers"]
-    if batch[kernel_at]:
-        return "its kernel has batch dimensions (a stack of layers), which is not supported yet"
-    if not _chains.is_invertible(label.chain):
-        return "it is broadcast before it meets the data"
-    data = equation.inputs[data_at]
-    if batch_axes is not None and not batch_axes[data]:
-        return "it meets data that does not grow with the batch"
-    shape = program.shape(equation.inputs[kernel_at])
-    contracted = tuple(contract[kernel_at])
-    free = tuple(i for i in range(len(shape)) if i not in contracted)
-    n_rows = len(program.shape(data)) - len(contracted)
-    rows_first = data_at == 0
-    rows = tuple(range(n_rows)) if rows_first else tuple(range(len(free), len(free) + n_rows))
-    start = n_rows if rows_first else 0
-    return Site(
-        position=position,
-        leaf=label.leaf,
-        kernel=_chains.group(label.chain, shape, (contracted, free)),
-        d_in=math.prod(shape[i] for i in contracted),
-        d_out=math.prod(shape[i] for i in free),
-        operand=data_at,
-        row_axes=rows,
-        feature_axes=tuple(range(start, start + len(free))),
-        output=equation.outputs[0],
-        tapped=position,
-    )
+    chain = _flow.rearranged(program, equation, kinds[0].chain)
+    return None if chain is None else kinds[0]._replace(chain=chain)
 
 
 def _attach_bias(
@@ -268,25 +405,28 @@ def _attach_bias(
     outputs = [k for k in kinds if isinstance(k, Output)]
     weights = [k for k in kinds if isinstance(k, Weight)]
     if len(outputs) != 1 or len(weights) != 1:
-        return _changed(equation, kinds) or "it is added to data that is not a layer's output"
+        why = _labels.changed(program, position, kinds)
+        return why or "it is added to data that is not a layer's output"
     (output,), (weight,) = outputs, weights
     site = sites[output.site]
-    if site.bias is not None:
+    if site.added is not None:
         return "it is a second bias of the same layer"
+    if site.kind == "embedding":
+        return "it is added to rows of a table"
     # The raw output must go nowhere else, or the layer would have two outputs.
     value = site.output
     target = next(v for v, k in zip(equation.inputs, kinds, strict=True) if k is output)
-    while len(consumers[value]) == 1 and value != target:
+    while len(consumers[value]) == 1 and value != target and consumers[value] != [_jaxpr.END]:
         value = program.equations[consumers[value][0]].outputs[0]
     if consumers[value] != [position]:
         return "it is added to a layer's output that is used elsewhere without it"
     grown = program.shape(target) != program.shape(equation.outputs[0])
     if grown or not _chains.is_invertible(output.chain):
         return "it is added to a layer's output after that was broadcast"
-    chain = _bias_chain(program, equation, site, output, weight)
+    chain = _sites.bias_chain(program, position, site, output, weight)
     if chain is None:
         return "it varies along more than the outputs of the layer that it is added to"
-    site.bias, site.bias_chain = weight.leaf, chain
+    site.added, site.bias_chain = weight, chain
     site.output, site.output_chain, site.tapped = (
         equation.outputs[0],
         output.chain,
@@ -295,78 +435,32 @@ def _attach_bias(
     return output
 
 
-def _bias_chain(
-    program: Program, equation: Equation, site: Site, output: Output, weight: Weight
-) -> Chain | None:
-    """Leaf -> (d_out,) if each row of the output gets each entry of the leaf once, in order.
-
-    Found by following the entries' numbers through the same rearrangements.
-    """
-    leaf_shape = program.shape(program.inputs[weight.leaf])
-    size = math.prod(leaf_shape)
-    if size != site.d_out:
-        return None
-    numbers = _chains.apply(weight.chain, np.arange(size).reshape(leaf_shape))
-    numbers = np.broadcast_to(numbers, program.shape(equation.outputs[0]))
-    raw = program.equations[site.position].outputs[0]
-    numbers = _chains.apply(_chains.inverse(output.chain, program.shape(raw)), numbers)
-    numbers = numbers.transpose((*site.row_axes, *site.feature_axes))
-    row = numbers[(0,) * len(site.row_axes)]
-    if not np.array_equal(row.ravel(), np.arange(size)) or np.any(numbers != row):
-        return None
-    return _chains.extend((), leaf_shape, "reshape", (size,))
+# --- what feeds what -----------------------------------------------------------------------------
 
 
-# --- from sites to what is recorded --------------------------------------------------------------
-
-
-def input_address(program: Program, site: Site) -> Address:
-    return Address(program.equations[site.position].path, "in", site.operand)
-
-
-def output_address(program: Program, site: Site) -> Address:
-    return Address(program.equations[site.tapped].path, "out", 0)
+def _positions(detection: Detection) -> set[int]:
+    """Where sites are in the whole program: those in a loop at the loop."""
+    return {site.loops[0].position if site.loops else site.position for site in detection.sites}
 
 
 def output_sites(program: Program, detection: Detection) -> set[int]:
-    """The sites whose outputs reach the loss without passing another site."""
-    positions = {site.position for site in detection.sites}
+    """The sites whose outputs reach the loss without passing another site; none in a loop."""
+    positions = _positions(detection)
     return {
         i
         for i, site in enumerate(detection.sites)
-        if not _flow.downstream(program, detection.live, site.output) & positions
+        if not site.loops
+        and not (_flow.downstream(program, detection.live, site.output) & positions)
     }
 
 
 def bypasses(program: Program, detection: Detection, site: int) -> bool:
     """Whether a site's outputs reach the loss past all sites, beside those that they feed."""
-    positions = {site.position for site in detection.sites}
-    own = detection.sites[site].output
-    reached, feeds = {own}, False
+    positions = _positions(detection)
+    reached, feeds = set(detection.sites[site].outside), False
     for i, equation in enumerate(program.equations):
         if detection.live[i] and reached.intersection(equation.inputs):
             feeds |= i in positions
             if i not in positions:
                 reached.update(v for v in equation.outputs if program.is_inexact(v))
     return feeds and program.outputs[0] in reached
-
-
-def axes_of_rows(
-    program: Program, site: Site, batch_axes: Sequence[Shape] | None
-) -> tuple[tuple[Shape, Shape, Shape], tuple[Shape, Shape, Shape]]:
-    """The (batch, shared, feature) axes of a site's data operand and of its raw output.
-
-    Where the batch is not known every row counts as batch.
-    """
-    equation = program.equations[site.position]
-    contracted = tuple(equation.params["dimension_numbers"][0][site.operand])
-    data = equation.inputs[site.operand]
-    rows = [i for i in range(len(program.shape(data))) if i not in contracted]
-    growing = rows if batch_axes is None else batch_axes[data]
-    is_batch = [axis in growing for axis in rows]
-
-    def split(axes: Sequence[int]) -> tuple[Shape, Shape]:
-        pairs = list(zip(axes, is_batch, strict=True))
-        return tuple(a for a, b in pairs if b), tuple(a for a, b in pairs if not b)
-
-    return (*split(rows), contracted), (*split(site.row_axes), site.feature_axes)

@@ -25,8 +25,8 @@ import optax
 from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
-from locoprop_jax._blocks import Rows
 from locoprop_jax._checks import check_fisher, is_number
+from locoprop_jax._rows import Rows
 from locoprop_jax._transfer import Transfer
 
 # --- divergences ---------------------------------------------------------------------------------

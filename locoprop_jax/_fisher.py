@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from locoprop_jax import _layers, _linalg, _woodbury
-from locoprop_jax._blocks import Block, blocks, replace
+from locoprop_jax import _captured, _linalg, _woodbury
+from locoprop_jax._blocks import blocks, replace
+from locoprop_jax._captured import Captured
 from locoprop_jax._checks import check_fisher, check_layers, check_positive
-from locoprop_jax._layers import Captured, Layers
+from locoprop_jax._layers import Layers
+from locoprop_jax._rows import Block
 from locoprop_jax._woodbury import Columns, Weights
 
 
@@ -224,7 +226,7 @@ def _open(
     """The blocks of a tree, and the columns of each system."""
     check_layers(layers, method)
     check_fisher(method, 0, curvature)
-    captured = _layers.check_captured(layers, captured, method).pulled()
+    captured = _captured.check_captured(layers, captured, method).pulled()
     own = _woodbury.same_dtype(blocks(layers, tree))
     systems = []
     for names in _woodbury.groups(own, block_diagonal).values():
@@ -235,4 +237,4 @@ def _open(
 
 def _noise(rng: Array, columns: Mapping[str, Columns]) -> Weights:
     cotangents = next(iter(columns.values())).cotangents
-    return jax.random.normal(rng, cotangents.shape[:2], cotangents.dtype)
+    return jax.random.normal(rng, cotangents.shape[-4:-2], cotangents.dtype)

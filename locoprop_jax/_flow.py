@@ -20,9 +20,9 @@ from locoprop_jax._chains import Chain
 from locoprop_jax._jaxpr import Equation, Program
 
 
-def live_equations(program: Program, loss: int) -> tuple[bool, ...]:
-    """Which equations a gradient of the loss flows through; dead ones exist in any jaxpr."""
-    needed, live = {loss}, [False] * len(program.equations)
+def live_equations(program: Program, *targets: int) -> tuple[bool, ...]:
+    """Which equations a gradient of the targets flows through; dead ones exist in any jaxpr."""
+    needed, live = set(targets), [False] * len(program.equations)
     for i in reversed(range(len(program.equations))):
         equation = program.equations[i]
         if equation.primitive in _jaxpr.STOP_GRADIENT:
@@ -31,6 +31,11 @@ def live_equations(program: Program, loss: int) -> tuple[bool, ...]:
             live[i] = True
             needed.update(v for v in equation.inputs if program.is_inexact(v))
     return tuple(live)
+
+
+def live_consumers(program: Program, live: Sequence[bool]) -> dict[int, list[int]]:
+    """For each value, the positions of the live equations that read it, and `END`."""
+    return {v: [i for i in at if i == _jaxpr.END or live[i]] for v, at in program.consumers.items()}
 
 
 def reached_from(program: Program, sources: Iterable[int]) -> set[int]:
@@ -195,8 +200,8 @@ class Piece(NamedTuple):
 def transfer_piece(program: Program, live: Sequence[bool], output: int) -> Piece:
     """The largest elementwise piece from a layer's output to its first other use."""
     chain: Chain = ()
-    consumers = {v: [i for i in at if live[i]] for v, at in program.consumers.items()}
-    while len(uses := consumers.get(output, [])) == 1:
+    consumers = live_consumers(program, live)
+    while len(uses := consumers.get(output, [])) == 1 and uses != [_jaxpr.END]:
         after = program.equations[uses[0]]
         if after.primitive not in _jaxpr.TRANSPOSE | _jaxpr.RESHAPE:
             break
@@ -239,7 +244,7 @@ def transfer_piece(program: Program, live: Sequence[bool], output: int) -> Piece
     after = consumers.get(output, [])
     if len(after) > 1:
         return Piece(output, chain, [], output, f"its output is used by {len(after)} operations")
-    following = [program.equations[i].primitive for i in after]
+    following = [program.equations[i].primitive for i in after if i != _jaxpr.END]
     if not following or following[0] in _jaxpr.DOT_GENERAL:
         return Piece(output, chain, [], output)
     return Piece(output, chain, [], output, f"then `{following[0]}`")

@@ -10,19 +10,21 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from locoprop_jax import _layers, _linalg
+from locoprop_jax import _captured, _linalg, _rows
 from locoprop_jax._amortised import Amortisation, AmortisedState, keep_finite
-from locoprop_jax._blocks import Block, as_rows, blocks, divide, dtype_of, replace
+from locoprop_jax._blocks import blocks, divide, dtype_of, replace
+from locoprop_jax._captured import Captured, LayerArrays
 from locoprop_jax._checks import check_layers, check_not_negative
-from locoprop_jax._layers import Captured, LayerArrays, Layers
+from locoprop_jax._layers import Layers
 from locoprop_jax._metric import average_gradients, descend, scale_by_metric_norm
-from locoprop_jax._stacking import map_layers
+from locoprop_jax._rows import Block, Inputs, OneHot
+from locoprop_jax._stacking import map_layers, over_stack
 
 
 class Statistics(NamedTuple):
-    """Of a layer's inputs over N rows: X'X / N and their mean."""
+    """Of a layer's inputs over N rows: X'X / N (an embedding's by its diagonal) and their mean."""
 
-    second: Float[Array, "d_in d_in"]
+    second: Float[Array, "d_in d_in"] | Float[Array, " d_in"]
     mean: Float[Array, " d_in"]
 
 
@@ -36,7 +38,7 @@ class Metric(NamedTuple):
       bias: the inverse of the bias's own entry, zero without a bias.
     """
 
-    kernel: Float[Array, "d_in d_in"]
+    kernel: Float[Array, "d_in d_in"] | Float[Array, " d_in"]
     mean: Float[Array, " d_in"]
     bias: Float[Array, ""]
 
@@ -63,7 +65,7 @@ class LayerRows(NamedTuple):
       slope: the incoming block.
     """
 
-    inputs: Float[Array, "rows d_in"]
+    inputs: Inputs
     cotangents: Float[Array, "rows d_out"]
     slope: Block
 
@@ -135,12 +137,14 @@ def scale_by_foof(
             return jnp.zeros(shape, dtype)
 
         statistics, inverse = {}, {}
-        for name, (d, dtype) in _kernels(layers, params).items():
-            make = functools.partial(zeros, dtype=dtype)
+        for name, kernel in _kernels(layers, params).items():
+            *stack, d, _ = kernel.shape
+            make = functools.partial(zeros, *stack, dtype=kernel.dtype)
+            square = (d,) if layers[name].is_lookup else (d, d)
             if amortisation.is_averaged:
-                statistics[name] = Statistics(make(d, d), make(d))
+                statistics[name] = Statistics(make(*square), make(d))
             if is_amortised:
-                inverse[name] = Metric(make(d, d), make(d), make())
+                inverse[name] = Metric(make(*square), make(d), make())
         return FoofState(zeros(), zeros(), zeros(), statistics, inverse)
 
     def update(
@@ -152,14 +156,17 @@ def scale_by_foof(
         **extra_args: Any,
     ) -> tuple[Any, FoofState]:
         del params, extra_args
-        captured = _layers.check_captured(layers, captured, "scale_by_foof")
+        captured = _captured.check_captured(layers, captured, "scale_by_foof")
         slopes = blocks(layers, updates)
         rows = {name: _layer_rows(captured[name], slopes[name], shared) for name in slopes}
         with_kernel = {name: own for name, own in rows.items() if "kernel" in own.slope}
         ok = _linalg.all_finite((updates, [own.inputs for own in rows.values()]))
 
         def gather() -> dict[str, Statistics]:
-            return {name: _statistics(own.inputs) for name, own in with_kernel.items()}
+            return {
+                name: over_stack(layers[name], _statistics)(own.inputs)
+                for name, own in with_kernel.items()
+            }
 
         def invert(_: str, arrays: tuple[Statistics, Block]) -> Metric:
             metric = _metric(*arrays, damped)
@@ -167,11 +174,13 @@ def scale_by_foof(
 
         def invert_all(averages: dict[str, Statistics]) -> dict[str, Metric]:
             sources = {name: (averages[name], with_kernel[name].slope) for name in averages}
-            return map_layers(invert, sources) if is_amortised else {}
+            return map_layers(layers, invert, sources) if is_amortised else {}
 
         def apply(_: str, arrays: tuple[Block, Metric]) -> Block:
             slope, inverse = arrays
-            return divide(slope, inverse.mean, inverse.bias, lambda right: inverse.kernel @ right)
+            return divide(
+                slope, inverse.mean, inverse.bias, lambda g: _linalg.multiply(inverse.kernel, g)
+            )
 
         def solve(_: str, arrays: tuple[LayerRows, Statistics | None]) -> Block:
             own, average = arrays
@@ -185,19 +194,16 @@ def scale_by_foof(
             state = amortisation.advance(state, ok, gather, invert_all)
         failures = state.failures
         if is_amortised:
-            new = map_layers(
-                apply, {name: (own.slope, state.inverse[name]) for name, own in with_kernel.items()}
-            )
+            sources = {n: (own.slope, state.inverse[n]) for n, own in with_kernel.items()}
+            new = map_layers(layers, apply, sources)
         else:
             averages = amortisation.averages(state)
-            new = map_layers(
-                solve, {name: (own, averages.get(name)) for name, own in with_kernel.items()}
-            )
+            sources = {n: (own, averages.get(n)) for n, own in with_kernel.items()}
+            new = map_layers(layers, solve, sources)
             new, failed = keep_finite(new, _linalg.zeros_like(new), failures)
             failures = jnp.where(ok, failed, failures)
-        alone = {
-            name: _divide_bias(own, damped) for name, own in rows.items() if name not in with_kernel
-        }
+        biases = {name: own for name, own in rows.items() if name not in with_kernel}
+        alone = map_layers(layers, lambda _, own: _divide_bias(own, damped), biases)
         directions = replace(layers, updates, new | alone)
         state = state._replace(count=state.count + ok.astype(jnp.int32), failures=failures)
         return _linalg.where(ok, directions, _linalg.zeros_like(directions)), state
@@ -271,15 +277,17 @@ def foof(
 
 
 def _layer_rows(arrays: LayerArrays, slope: Block, shared: str) -> LayerRows:
-    dtype = dtype_of(slope)
-    x, e = arrays.inputs, as_rows(arrays.cotangents, dtype)
-    if shared == "reduce":
-        x, e = x.astype(dtype).mean(1), jnp.zeros((len(x), e.shape[1]), dtype)
-    return LayerRows(as_rows(x, dtype), e, slope)
+    """Of one layer or of a stack."""
+    dtype, e = dtype_of(slope), arrays.cotangents.astype(dtype_of(slope))
+    x = arrays.rows(dtype)
+    if shared == "reduce" and not isinstance(x, OneHot):
+        x = arrays.inputs.astype(dtype).mean(-2)
+        return LayerRows(x, jnp.zeros((*x.shape[:-1], e.shape[-1]), dtype), slope)
+    return LayerRows(x, e.reshape(*e.shape[:-3], -1, e.shape[-1]), slope)
 
 
-def _statistics(inputs: Float[Array, "rows d_in"]) -> Statistics:
-    return Statistics(_linalg.second_moment(inputs) / len(inputs), inputs.mean(0))
+def _statistics(inputs: Inputs) -> Statistics:
+    return Statistics(_rows.second_moment(inputs) / len(inputs), _rows.mean(inputs))
 
 
 # --- solving -------------------------------------------------------------------------------------
@@ -301,7 +309,7 @@ class Damping(NamedTuple):
         gradients that never met data, of weight decay for example, are theirs all the same.
         """
         amount, eps = jnp.asarray(self.amount, variances.dtype), jnp.finfo(variances.dtype).eps
-        if self.relative:
+        if self.relative and variances.size:
             unit = jnp.where(variances > 10 * eps * squares, variances, 0).mean()
             amount = amount * jnp.where(unit > eps**2, unit, 1)
         return amount
@@ -309,11 +317,12 @@ class Damping(NamedTuple):
 
 def _metric(now: Statistics, slope: Block, damping: Damping) -> Metric:
     second, mean = now
-    squares = jnp.diagonal(second)
+    squares = _linalg.diagonal(second)
     amount = damping.of(squares - jnp.square(mean) if "bias" in slope else squares, squares)
     bias = _inverse_of_bias(slope, amount, damping)
-    kernel = _linalg.damped(second - bias * mean[:, None] * mean[None], amount)
-    return Metric(kernel, mean, bias)
+    if "bias" in slope:
+        second = second - bias * mean[:, None] * mean[None]
+    return Metric(_linalg.damped(second, amount), mean, bias)
 
 
 def _inverse_of_bias(slope: Block, amount: Float[Array, ""], damping: Damping) -> Float[Array, ""]:
@@ -325,7 +334,8 @@ def _inverse_of_bias(slope: Block, amount: Float[Array, ""], damping: Damping) -
 
 def _divide_bias(own: LayerRows, damping: Damping) -> Block:
     """M^-1 slope of a bias whose kernel is masked."""
-    amount = damping.of(own.inputs.var(0), jnp.square(own.inputs).mean(0))
+    squares = _rows.mean_square(own.inputs)
+    amount = damping.of(squares - jnp.square(_rows.mean(own.inputs)), squares)
     return _linalg.scale(own.slope, _inverse_of_bias(own.slope, amount, damping))
 
 
@@ -335,6 +345,9 @@ def _solve_batch(own: LayerRows, damping: Damping) -> Block:
     What remains for the kernel is the second moment of the centred rows, and of a row more for what
     a damped bias leaves of the mean.
     """
+    if isinstance(own.inputs, OneHot):  # nothing is cheaper than a diagonal system
+        metric = _metric(_statistics(own.inputs), own.slope, damping)
+        return {"kernel": _linalg.solve(metric.kernel, own.slope["kernel"])}
     x, e, rows, mean = own.inputs, own.cotangents, len(own.inputs), own.inputs.mean(0)
     if "bias" in own.slope:
         x = x - mean[None]
@@ -351,12 +364,12 @@ def _solve_batch(own: LayerRows, damping: Damping) -> Block:
 # --- checks --------------------------------------------------------------------------------------
 
 
-def _kernels(layers: Layers, params: Any) -> dict[str, tuple[int, Any]]:
-    """d_in and dtype of each kernel among the parameters, by layer."""
+def _kernels(layers: Layers, params: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each kernel among the parameters, by layer."""
     if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
-        return dict.fromkeys(layers, (1, jnp.float32))
+        return dict.fromkeys(layers, jax.ShapeDtypeStruct((1, 1), jnp.float32))
     return {
-        name: (len(block["kernel"]), block["kernel"].dtype)
+        name: jax.ShapeDtypeStruct(block["kernel"].shape, block["kernel"].dtype)
         for name, block in blocks(layers, params).items()
         if "kernel" in block
     }

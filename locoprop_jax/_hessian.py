@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from locoprop_jax import _jaxpr, _layers, _separable, _targets, losses
-from locoprop_jax._blocks import as_rows
+from locoprop_jax import _captured, _jaxpr, _separable, _targets, losses
+from locoprop_jax._captured import Captured, Head, LayerArrays
 from locoprop_jax._checks import check_layers
 from locoprop_jax._flow import live_equations, reached_from
-from locoprop_jax._layers import Captured, Head, Layer, LayerArrays, Layers
+from locoprop_jax._layers import Layer, Layers
+from locoprop_jax._rows import as_rows
 from locoprop_jax._sequences import check_sequence, kernels
 
 REMEDY = "Use `jax.hessian` for other networks"
@@ -69,7 +70,7 @@ def hessian_blocks(
     """
     check_layers(layers, "hessian_blocks")
     names = check_sequence(layers, "hessian_blocks", REMEDY)
-    captured = _layers.check_captured(layers, captured, "hessian_blocks")
+    captured = _captured.check_captured(layers, captured, "hessian_blocks")
     above = kernels(layers, params, names[1:], "hessian_blocks")
     last = captured[names[-1]]
     assert last.head is not None
@@ -102,7 +103,7 @@ def _check_rows(head: Head, name: str) -> None:
     for end in ends:
         followed, _ = _separable.follow(program, end, live)
         if outputs in followed:
-            batch, shared, _ = _separable.rearranged(head.layout.outputs, followed[outputs])
+            *_, batch, shared, _ = _separable.rearranged(head.layout.outputs, followed[outputs])
             if not (_targets.is_separate(batch) and _targets.is_separate(shared)):
                 raise ValueError(
                     f"`hessian_blocks` needs rows of {name}, the output layer, that do not meet in "

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +37,7 @@ def _primitives(*names: str) -> frozenset:
 # Calls whose body is evaluated in place, and rematerialisation, which is rebuilt around its body.
 CALLS = _primitives("jit", "pjit", "closed_call", "core_call")
 REMAT = _primitives("remat")
+SCAN = _primitives("scan")
 CUSTOM = _primitives("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 STOP_GRADIENT = _primitives("stop_gradient")
 DOT_GENERAL = _primitives("dot_general")
@@ -52,7 +52,8 @@ DIV = _primitives("div")
 REDUCE_SUM = _primitives("reduce_sum")
 REDUCE = REDUCE_SUM | _primitives("reduce_max", "reduce_min", "reduce_prod")
 CUMULATIVE = _primitives("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
-SLICE = _primitives("slice", "dynamic_slice")
+DYNAMIC_SLICE = _primitives("dynamic_slice")
+SLICE = DYNAMIC_SLICE | _primitives("slice")
 PAD = _primitives("pad")
 REVERSE = _primitives("rev")
 CONCATENATE = _primitives("concatenate")
@@ -150,6 +151,34 @@ def body(eqn: Any) -> Any | None:
     return eqn.params["jaxpr"] if eqn.primitive in REMAT else None
 
 
+class Scan(NamedTuple):
+    """What a `scan` hands from the outside to its body and back, told by their ranks.
+
+    Attributes:
+      consts: how many operands the body sees the same each time.
+      carry: how many it takes over from the time before.
+      results: how many of its results stack up.
+    """
+
+    consts: int
+    carry: int
+    results: int
+
+
+def scan_of(eqn: Any) -> Scan:
+    inner = open_jaxpr(eqn.params["jaxpr"])[0]
+
+    def differ(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+        return sum(
+            len(getattr(a.aval, "shape", ())) != len(getattr(b.aval, "shape", ()))
+            for a, b in zip(outer, inner, strict=True)
+        )
+
+    results = differ(eqn.outvars, inner.outvars)
+    carry = len(inner.outvars) - results
+    return Scan(len(eqn.invars) - carry - differ(eqn.invars, inner.invars), carry, results)
+
+
 def as_callable(closed: Any) -> Callable[..., list[jax.Array]]:
     """A traced function as a function of its flat arguments."""
     return jex.jaxpr_as_fun(closed)
@@ -198,20 +227,32 @@ class Equation(NamedTuple):
         return self.eqn.params
 
 
-@dataclasses.dataclass(frozen=True)
+END = -1  # stands among the consumers of a result that leaves the body of a loop
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """A traced function, calls inlined. A value is a number below `len(avals)`.
 
-    The equations of a call stand among the others; `calls` notes where it was.
+    The equations of a call stand among the others; `calls` notes where it was. A `scan` is one
+    equation, and its body a program of its own, which shares the numbers of values.
     """
 
     equations: tuple[Equation, ...]
     calls: tuple[Equation, ...]  # the inlined ones, an outer call before those inside it
-    avals: tuple[Any, ...]
+    avals: Sequence[Any]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     constants: Mapping[int, Any]  # values known when tracing: literals and closed-over arrays
-    literals: frozenset[int]
+    literals: Set[int]
+    bodies: Mapping[int, Program]  # of scans, by position
+    is_body: bool = False
+
+    def all_equations(self) -> Iterator[Equation]:
+        """Its own and those of all loops."""
+        yield from self.equations
+        for inner in self.bodies.values():
+            yield from inner.all_equations()
 
     def shape(self, value: int) -> tuple[int, ...]:
         return tuple(getattr(self.avals[value], "shape", ()))
@@ -227,6 +268,9 @@ class Program:
         for position, equation in enumerate(self.equations):
             for value in dict.fromkeys(equation.inputs):
                 table.setdefault(value, []).append(position)
+        if self.is_body:
+            for value in dict.fromkeys(self.outputs):
+                table.setdefault(value, []).append(END)
         return table
 
     @functools.cached_property
@@ -270,60 +314,67 @@ def flatten(closed: Any) -> Program:
     The numbering depends only on the structure, so the programs of one function traced at two
     batch sizes can be compared value by value.
     """
-    equations: list[Equation] = []
-    calls: list[Equation | None] = []
     avals: list[Any] = []
     constants: dict[int, Any] = {}
     literals: set[int] = set()
-    fresh = itertools.count()
 
     def new(aval: Any) -> int:
         avals.append(aval)
-        return next(fresh)
+        return len(avals) - 1
 
     def constant(aval: Any, value: Any) -> int:
         number = new(aval)
         constants[number] = value
         return number
 
-    def walk(jaxpr: Any, consts: Sequence[Any], args: Sequence[int], path: Path) -> list[int]:
-        env: dict[Any, int] = dict(zip(jaxpr.invars, args, strict=True))
-        for var, value in zip(jaxpr.constvars, consts, strict=True):
-            env[var] = constant(var.aval, value)
+    def program(jaxpr: Any, consts: Sequence[Any], path: Path, is_body: bool) -> Program:
+        equations: list[Equation] = []
+        calls: list[Equation | None] = []
+        bodies: dict[int, Program] = {}
 
-        def read(atom: Any) -> int:
-            if not isinstance(atom, jex.Literal):
-                return env[atom]
-            number = constant(atom.aval, atom.val)
-            literals.add(number)
-            return number
+        def walk(jaxpr: Any, consts: Sequence[Any], args: Sequence[int], path: Path) -> list[int]:
+            env: dict[Any, int] = dict(zip(jaxpr.invars, args, strict=True))
+            for var, value in zip(jaxpr.constvars, consts, strict=True):
+                env[var] = constant(var.aval, value)
 
-        for i, eqn in enumerate(jaxpr.eqns):
-            inputs = [read(v) for v in eqn.invars]
-            if (inner := body(eqn)) is not None:
-                opened, inner_consts = open_jaxpr(inner)
-                place = len(calls)
-                calls.append(None)
-                outputs = walk(opened, inner_consts, inputs, (*path, i))
-                calls[place] = Equation((*path, i), eqn, jaxpr, tuple(inputs), tuple(outputs))
-            else:
-                outputs = [new(v.aval) for v in eqn.outvars]
-                equations.append(Equation((*path, i), eqn, jaxpr, tuple(inputs), tuple(outputs)))
-            env.update(zip(eqn.outvars, outputs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+            def read(atom: Any) -> int:
+                if not isinstance(atom, jex.Literal):
+                    return env[atom]
+                number = constant(atom.aval, atom.val)
+                literals.add(number)
+                return number
 
-    opened, consts = open_jaxpr(closed)
-    inputs = [new(v.aval) for v in opened.invars]
-    outputs = walk(opened, consts, inputs, ())
-    return Program(
-        tuple(equations),
-        tuple(call for call in calls if call is not None),
-        tuple(avals),
-        tuple(inputs),
-        tuple(outputs),
-        constants,
-        frozenset(literals),
-    )
+            for i, eqn in enumerate(jaxpr.eqns):
+                inputs, here = [read(v) for v in eqn.invars], (*path, i)
+                if (inner := body(eqn)) is not None:
+                    place = len(calls)
+                    calls.append(None)
+                    outputs = walk(*open_jaxpr(inner), inputs, here)
+                    calls[place] = Equation(here, eqn, jaxpr, tuple(inputs), tuple(outputs))
+                else:
+                    outputs = [new(v.aval) for v in eqn.outvars]
+                    if eqn.primitive in SCAN:
+                        inner = open_jaxpr(eqn.params["jaxpr"])
+                        bodies[len(equations)] = program(*inner, here, True)
+                    equations.append(Equation(here, eqn, jaxpr, tuple(inputs), tuple(outputs)))
+                env.update(zip(eqn.outvars, outputs, strict=True))
+            return [read(v) for v in jaxpr.outvars]
+
+        inputs = [new(v.aval) for v in jaxpr.invars]
+        outputs = walk(jaxpr, consts, inputs, path)
+        return Program(
+            tuple(equations),
+            tuple(call for call in calls if call is not None),
+            avals,
+            tuple(inputs),
+            tuple(outputs),
+            constants,
+            literals,
+            bodies,
+            is_body,
+        )
+
+    return program(*open_jaxpr(closed), (), False)
 
 
 def is_elementwise(equation: Any) -> bool:
@@ -416,14 +467,16 @@ def evaluate(
         return [read(v) for v in jaxpr.outvars], recorded
 
     def enter(eqn: Any, operands: Sequence[Any], z: Mapping, here: Path):
-        jaxpr, consts = open_jaxpr(body(eqn))
         if eqn.primitive in CALLS:
-            return run(jaxpr, consts, operands, z, here)
+            return run(*open_jaxpr(body(eqn)), operands, z, here)
         # What is rematerialised stays so: the perturbations enter as arguments, the records leave
-        # as results.
+        # as results. Those of a loop have an axis for it in front.
         inner = {path: value for path, value in z.items() if path[: len(here)] == here}
-        policy = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
         inside = [a for a in sorted(record) if a.path[: len(here)] == here != a.path]
+        if eqn.primitive in SCAN:
+            return scanned(eqn, operands, inner, inside, here)
+        jaxpr, consts = open_jaxpr(body(eqn))
+        policy = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
 
         def rematerialised(operands, values):
             z = dict(zip(inner, values, strict=True))
@@ -432,6 +485,27 @@ def evaluate(
 
         results, values = jax.checkpoint(rematerialised, **policy)(operands, list(inner.values()))
         return results, dict(zip(inside, values, strict=True))
+
+    def scanned(
+        eqn: Any,
+        operands: Sequence[Any],
+        inner: Mapping[Path, jax.Array],
+        inside: Sequence[Address],
+        here: Path,
+    ):
+        (jaxpr, consts), scan = open_jaxpr(eqn.params["jaxpr"]), scan_of(eqn)
+        fixed, start = operands[: scan.consts], operands[scan.consts : scan.consts + scan.carry]
+
+        def step(carry: Any, given: Any):
+            xs, values = given
+            z = dict(zip(inner, values, strict=True))
+            results, recorded = run(jaxpr, consts, [*fixed, *carry, *xs], z, here)
+            return results[: scan.carry], (results[scan.carry :], [recorded[a] for a in inside])
+
+        options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
+        given = (operands[scan.consts + scan.carry :], list(inner.values()))
+        carry, (ys, values) = jax.lax.scan(step, list(start), given, **options)
+        return [*carry, *ys], dict(zip(inside, values, strict=True))
 
     by_path: dict[Path, list[tuple[str, int]]] = {}
     for address in sorted(record):

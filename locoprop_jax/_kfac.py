@@ -10,11 +10,14 @@ from jaxtyping import Array
 
 from locoprop_jax import _linalg
 from locoprop_jax._amortised import Amortisation
-from locoprop_jax._blocks import Block, curvature_rows, dtype_of
+from locoprop_jax._blocks import curvature_rows, dtype_of
+from locoprop_jax._captured import Captured
 from locoprop_jax._checks import check_fisher, check_layers
 from locoprop_jax._gauss_newton import complete
 from locoprop_jax._kronecker import Damping, KroneckerState, scale_by_kronecker
-from locoprop_jax._layers import Captured, Layers
+from locoprop_jax._layers import Layers
+from locoprop_jax._rows import Block
+from locoprop_jax._stacking import over_stack
 
 KfacState = KroneckerState
 
@@ -94,7 +97,9 @@ def scale_by_kfac(
         del params
         captured = captured.pulled()
         rows = {n: curvature_rows(captured, n, curvature, dtype_of(s)) for n, s in slopes.items()}
-        return {name: _linalg.second_moment(c) for name, c in rows.items()}
+        return {
+            name: over_stack(layers[name], _linalg.second_moment)(c) for name, c in rows.items()
+        }
 
     return scale_by_kronecker(
         "scale_by_kfac",

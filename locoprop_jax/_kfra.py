@@ -11,12 +11,13 @@ import optax
 from jaxtyping import Array, Float
 
 from locoprop_jax._amortised import Amortisation
-from locoprop_jax._blocks import Block, as_rows
+from locoprop_jax._captured import Captured
 from locoprop_jax._checks import check_layers
 from locoprop_jax._gauss_newton import complete
 from locoprop_jax._kronecker import Damping, scale_by_kronecker
-from locoprop_jax._layers import Captured, Layers
+from locoprop_jax._layers import Layers
 from locoprop_jax._linalg import second_moment
+from locoprop_jax._rows import Block, as_rows
 from locoprop_jax._sequences import check_sequence, kernels
 
 REMEDY = (

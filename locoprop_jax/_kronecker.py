@@ -13,40 +13,32 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from locoprop_jax import _layers, _linalg
+from locoprop_jax import _captured, _linalg, _rows
 from locoprop_jax._amortised import Amortisation, AmortisedState
-from locoprop_jax._blocks import (
-    Block,
-    as_rows,
-    blocks,
-    dtype_of,
-    extend,
-    matrix,
-    matrix_sizes,
-    replace,
-    unmatrix,
-)
+from locoprop_jax._blocks import blocks, dtype_of, matrix, matrix_shapes, replace, unmatrix
+from locoprop_jax._captured import Captured
 from locoprop_jax._checks import check_layers, check_not_negative
-from locoprop_jax._layers import Captured, Layers
-from locoprop_jax._stacking import map_layers
+from locoprop_jax._layers import Layers
+from locoprop_jax._rows import Block, Inputs, OneHot, extend
+from locoprop_jax._stacking import map_layers, over_stack
 
 
 class Factors(NamedTuple):
     """Of a layer whose block W is a matrix (d, d_out), its bias the last row.
 
     Attributes:
-      inputs: S = X'X / N, X with its column of ones.
+      inputs: S = X'X / N, X with its column of ones; of an embedding its diagonal.
       outputs: Gamma, for K-FAC C'C summed over samples and rows.
     """
 
-    inputs: Float[Array, "d d"]
+    inputs: Float[Array, "d d"] | Float[Array, " d"]
     outputs: Float[Array, "d_out d_out"]
 
 
 class InputFactor(NamedTuple):
     """The inverse of the damped input factor, and a number in place of the other's."""
 
-    inputs: Float[Array, "d d"]
+    inputs: Float[Array, "d d"] | Float[Array, " d"]
     scale: Float[Array, ""]
 
 
@@ -54,7 +46,7 @@ class EigenFactors(NamedTuple):
     """The eigenvectors of both factors, and the damped inverse in their basis.
 
     Attributes:
-      bases: of the inputs' and the outputs' factor, in columns.
+      bases: of the inputs' and the outputs' factor, in columns; ones for a diagonal factor.
       scale: 1 / (a_i b_j + damping) for the eigenvalues a and b.
     """
 
@@ -108,13 +100,14 @@ class Damping(NamedTuple):
                 f"exact damping does not have apart. Use `exact_damping=False`."
             )
 
-    def zeros(self, d: int, d_out: int, dtype: Any) -> Factors | InputFactor | EigenFactors:
-        """What `invert` returns, before the first inversion."""
-        inputs = jnp.zeros((d, d), dtype)
+    def zeros(self, factors: Factors) -> Factors | InputFactor | EigenFactors:
+        """What `invert` returns, before the first inversion, for factors of zeros."""
+        inputs, outputs = factors
+        *stack, d_out, _ = outputs.shape
         if self.output_factor == "constant":
-            return InputFactor(inputs, jnp.zeros((), dtype))
-        both = Factors(inputs, jnp.zeros((d_out, d_out), dtype))
-        return EigenFactors(both, jnp.zeros((d, d_out), dtype)) if self.exact else both
+            return InputFactor(inputs, jnp.zeros(stack, inputs.dtype))
+        shape = (*inputs.shape[: len(stack) + 1], d_out)
+        return EigenFactors(factors, jnp.zeros(shape, inputs.dtype)) if self.exact else factors
 
     def invert(self, factors: Factors) -> Factors | InputFactor | EigenFactors:
         """The inverse of the damped product of two factors."""
@@ -133,11 +126,12 @@ class Damping(NamedTuple):
     ) -> Float[Array, "d d_out"]:
         """The gradient by what `invert` returned."""
         if isinstance(by, InputFactor):
-            return by.scale * (by.inputs @ gradient)
+            return by.scale * _linalg.multiply(by.inputs, gradient)
         if isinstance(by, EigenFactors):
             left, right = by.bases
-            return left @ (by.scale * (left.T @ gradient @ right)) @ right.T
-        alone = by.inputs @ gradient
+            inside = by.scale * (_linalg.multiply(left.T, gradient) @ right)
+            return _linalg.multiply(left, inside) @ right.T
+        alone = _linalg.multiply(by.inputs, gradient)
         both = alone @ by.outputs
         return _as_long_as(both, alone) if self.output_factor == "norm" else both
 
@@ -147,11 +141,19 @@ class Damping(NamedTuple):
         return amount * inputs * outputs if self.relative else amount
 
     def _invert_exactly(self, factors: Factors) -> EigenFactors:
-        values, bases = zip(*(jnp.linalg.eigh((f + f.T) / 2) for f in factors), strict=True)
+        values, bases = zip(*map(_eigenvalues, factors), strict=True)
         inputs, outputs = (jnp.maximum(value, 0) for value in values)
         products = inputs[:, None] * outputs[None] + self._amount(factors)
         smallest = jnp.finfo(products.dtype).tiny
         return EigenFactors(Factors(*bases), 1 / jnp.maximum(products, smallest))
+
+
+def _eigenvalues(factor: Array) -> tuple[Array, Array]:
+    """And the eigenvectors, in columns; of a diagonal factor, ones."""
+    if factor.ndim == 1:
+        return factor, jnp.ones_like(factor)
+    values, basis = jnp.linalg.eigh((factor + factor.T) / 2)
+    return values, basis
 
 
 # Gamma of each of the layers of the incoming blocks, from (captured, params, blocks).
@@ -183,14 +185,20 @@ def scale_by_kronecker(
 
     def init(params: Any) -> KroneckerState:
         statistics, inverse = {}, {}
-        for name, (d, d_out, dtype) in matrix_sizes(layers, params).items():
+        for name, block in matrix_shapes(layers, params).items():
+            *stack, d, d_out = block.shape
+            square = (d,) if layers[name].is_lookup else (d, d)
 
-            def factors(d: int = d, d_out: int = d_out, dtype: Any = dtype) -> Factors:
-                return Factors(jnp.zeros((d, d), dtype), jnp.zeros((d_out, d_out), dtype))
+            def factors(
+                inputs: Any = (*stack, *square),
+                outputs: Any = (*stack, d_out, d_out),
+                dtype: Any = block.dtype,
+            ) -> Factors:
+                return Factors(jnp.zeros(inputs, dtype), jnp.zeros(outputs, dtype))
 
             if amortisation.is_averaged:
                 statistics[name] = factors()
-            inverse[name] = damping.zeros(d, d_out, dtype)
+            inverse[name] = damping.zeros(factors())
 
         def zero() -> Array:  # one for each: a buffer cannot be donated twice
             return jnp.zeros([], jnp.int32)
@@ -206,26 +214,29 @@ def scale_by_kronecker(
         **extra_args: Any,
     ) -> tuple[Any, KroneckerState]:
         del extra_args
-        captured = _layers.check_captured(layers, captured, method)
+        captured = _captured.check_captured(layers, captured, method)
         slopes = blocks(layers, updates)
         ok = _linalg.all_finite(updates)
 
         def gather() -> dict[str, Factors]:
             outputs = output_factors(captured, params, slopes)
             return {
-                name: _factors(captured[name].inputs, slope, outputs[name])
+                name: over_stack(layers[name], _factors)(
+                    captured[name].rows(dtype_of(slope)), slope, outputs[name]
+                )
                 for name, slope in slopes.items()
             }
 
         def invert(averages: dict[str, Factors]) -> dict[str, Any]:
-            return map_layers(lambda _, factors: damping.invert(factors), averages)
+            return map_layers(layers, lambda _, factors: damping.invert(factors), averages)
 
         def apply(_: str, arrays: tuple[Block, Any]) -> Block:
             slope, inverse = arrays
             return unmatrix(damping.divide(matrix(slope), inverse), slope)
 
         state = amortisation.advance(state, ok, gather, invert)
-        new = map_layers(apply, {name: (slopes[name], state.inverse[name]) for name in slopes})
+        sources = {name: (slopes[name], state.inverse[name]) for name in slopes}
+        new = map_layers(layers, apply, sources)
         directions = replace(layers, updates, new)
         state = state._replace(count=state.count + ok.astype(jnp.int32))
         return _linalg.where(ok, directions, _linalg.zeros_like(directions)), state
@@ -236,16 +247,14 @@ def scale_by_kronecker(
 # --- one layer -----------------------------------------------------------------------------------
 
 
-def _factors(
-    inputs: Float[Array, "batch shared d_in"], like: Block, outputs: Float[Array, "d_out d_out"]
-) -> Factors:
-    x = extend(as_rows(inputs, dtype_of(like)), like)
-    return Factors(_linalg.second_moment(x) / len(x), outputs.astype(x.dtype))
+def _factors(inputs: Inputs, like: Block, outputs: Float[Array, "d_out d_out"]) -> Factors:
+    x = inputs if isinstance(inputs, OneHot) else extend(inputs, like)
+    return Factors(_rows.second_moment(x) / len(x), outputs.astype(dtype_of(like)))
 
 
 def _mean_eigenvalues(factors: Factors) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """One for a factor of zeros: a gradient that never met data is not made long."""
-    means = (jnp.trace(factor) / len(factor) for factor in factors)
+    means = map(_linalg.mean_eigenvalue, factors)
     inputs, outputs = (jnp.where(mean > 0, mean, 1) for mean in means)
     return inputs, outputs
 

@@ -136,14 +136,32 @@ def damped(
     It is one number, or one for each coordinate. Relative damping is in units of the mean
     eigenvalue. A zero matrix gets a tiny multiple of the identity rather than stay singular.
     """
-    eigenvalues = matrix if matrix.ndim == 1 else jnp.diagonal(matrix)
     amount = jnp.asarray(damping, matrix.dtype)
     if relative:
-        amount = amount * eigenvalues.mean()
+        amount = amount * mean_eigenvalue(matrix)
     amount = jnp.maximum(amount, jnp.finfo(matrix.dtype).tiny)
     if matrix.ndim == 1:
         return matrix + amount
     return matrix + jnp.diag(jnp.broadcast_to(amount, len(matrix)))
+
+
+def diagonal(
+    matrix: Float[Array, "n n"] | Float[Array, " n"],
+) -> Float[Array, " n"]:
+    """Of a matrix, or of one given by it."""
+    return matrix if matrix.ndim == 1 else jnp.diagonal(matrix)
+
+
+def mean_eigenvalue(matrix: Float[Array, "n n"] | Float[Array, " n"]) -> Float[Array, ""]:
+    """Of a symmetric matrix, or of one given by its diagonal."""
+    return matrix.mean() if matrix.ndim == 1 else jnp.trace(matrix) / len(matrix)
+
+
+def multiply(
+    matrix: Float[Array, "n n"] | Float[Array, " n"], right: Float[Array, "n m"]
+) -> Float[Array, "n m"]:
+    """The product with a matrix, or with one given by its diagonal."""
+    return matrix[:, None] * right if matrix.ndim == 1 else matrix @ right
 
 
 def solve(
@@ -173,8 +191,12 @@ def cholesky_solve(
     return whole.reshape(right.shape)
 
 
-def inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """The inverse of a positive definite matrix, by Cholesky."""
+def inverse(
+    matrix: Float[Array, "n n"] | Float[Array, " n"],
+) -> Float[Array, "n n"] | Float[Array, " n"]:
+    """The inverse of a positive definite matrix, by Cholesky; of a diagonal one by entries."""
+    if matrix.ndim == 1:
+        return 1 / matrix
     return solve(matrix, jnp.eye(len(matrix), dtype=matrix.dtype))
 
 

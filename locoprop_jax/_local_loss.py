@@ -20,13 +20,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from locoprop_jax import _layers, _linalg
-from locoprop_jax._blocks import Block, blocks, pull, push, replace
+from locoprop_jax import _captured, _linalg
+from locoprop_jax._blocks import blocks, replace
+from locoprop_jax._captured import Captured
 from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._divergences import DIVERGENCES, Divergence, Target
-from locoprop_jax._layers import Captured, Layers
+from locoprop_jax._layers import Layer, Layers
 from locoprop_jax._local_problem import LayerData, layer_data, local_problem
 from locoprop_jax._regularizers import Regularizer
+from locoprop_jax._rows import Block, pull, push, write_out
 from locoprop_jax._solvers import Solver
 from locoprop_jax._stacking import map_layers
 
@@ -118,12 +120,12 @@ def scale_by_local_loss(
         parts: dict[str, Any] = dict(blocks(layers, params))
         if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
             parts = dict.fromkeys(layers, params)
-        inner = {name: solver.init(block) for name, block in parts.items()}
+        inner = {name: _solver_state(layers[name], solver, own) for name, own in parts.items()}
         targets = {}
         if transform is not None:
             for name, block in parts.items():
                 dtype = jax.tree.leaves(block)[0].dtype if jax.tree.leaves(block) else jnp.float32
-                targets[name] = transform.init(layers[name].d_out, dtype)
+                targets[name] = _target_state(layers[name], transform, dtype)
         return LocalLossState(jnp.zeros([], jnp.int32), inner, targets)
 
     def update(
@@ -135,7 +137,7 @@ def scale_by_local_loss(
         **extra_args: Any,
     ) -> tuple[Any, LocalLossState]:
         del extra_args
-        captured = _layers.check_captured(layers, captured, "scale_by_local_loss").pulled()
+        captured = _captured.check_captured(layers, captured, "scale_by_local_loss").pulled()
         if params is None:
             raise ValueError(
                 "`scale_by_local_loss` needs the parameters: call "
@@ -172,7 +174,9 @@ def scale_by_local_loss(
         if correction is not None:
             results = _one_by_one(layers, data, improve, correction)
         else:
-            results = map_layers(improve, data, kind=functools.partial(_kind, layers), stack=stack)
+            results = map_layers(
+                layers, improve, data, kind=functools.partial(_kind, layers), stack=stack
+            )
         moved = {name: jax.tree.map(jnp.negative, result.delta) for name, result in results.items()}
 
         def backprop(g: Array) -> Array:
@@ -186,6 +190,18 @@ def scale_by_local_loss(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _solver_state(layer: Layer, solver: Solver, block: Block) -> Any:
+    # `optax.tree.map_params` has a stand-in without arrays.
+    is_stack = layer.stack is not None and jax.tree.leaves(block)
+    return jax.vmap(solver.init)(block) if is_stack else solver.init(block)
+
+
+def _target_state(layer: Layer, target: Target, dtype: Any) -> Any:
+    if layer.stack is None:
+        return target.init(layer.d_out, dtype)
+    return jax.vmap(lambda _: target.init(layer.d_out, dtype))(jnp.arange(layer.stack))
 
 
 # --- the order of layers -------------------------------------------------------------------------
@@ -210,12 +226,13 @@ def _one_by_one(
     for name, arrays in data.items():
         source, kernel = layers[name].source, arrays.weights.get("kernel")
         if source in results and kernel is not None:
+            inputs = write_out(arrays.inputs)
             moved = push(at[source].inputs, results[source].delta)
             fed = layers[source].transfer(at[source].outputs + moved)
-            change = _limited(fed - arrays.inputs, correction)
+            change = _limited(fed - inputs, correction)
             more = pull(change, arrays.cotangents, {"kernel": kernel})
             arrays = arrays._replace(
-                inputs=arrays.inputs + change,
+                inputs=inputs + change,
                 outputs=arrays.outputs + change @ kernel,
                 updates={**arrays.updates, "kernel": arrays.updates["kernel"] + more["kernel"]},
             )

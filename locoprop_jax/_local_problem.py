@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from locoprop_jax._blocks import Block, Rows, as_rows, curvature_rows, dtype_of, pull
+from locoprop_jax._blocks import curvature_rows, dtype_of
+from locoprop_jax._captured import Captured, LayerArrays
 from locoprop_jax._divergences import Divergence, Target
-from locoprop_jax._layers import Captured, Layer, LayerArrays
+from locoprop_jax._layers import Layer
 from locoprop_jax._regularizers import Layerwise, Penalty, Regularizer, penalty_of
+from locoprop_jax._rows import Block, Inputs, Rows, as_rows, pull
 from locoprop_jax._transfer import identity
 
 
@@ -40,7 +42,7 @@ class LocalProblem(NamedTuple):
     """
 
     slope: Block
-    inputs: Float[Array, "rows d_in"]
+    inputs: Inputs
     cotangents: Rows
     gain: Callable[[Rows], Rows] | None
     outputs_apart: bool
@@ -52,6 +54,8 @@ class LocalProblem(NamedTuple):
 
 class LayerData(NamedTuple):
     """One layer's arrays for one update; layers of equal shapes are stacked by them.
+
+    Those of a stack have its axis in front.
 
     Attributes:
       inputs: X.
@@ -66,7 +70,7 @@ class LayerData(NamedTuple):
       target: the target's state.
     """
 
-    inputs: Float[Array, "rows d_in"]
+    inputs: Inputs
     outputs: Float[Array, "rows d_out"]
     cotangents: Float[Array, "rows d_out"]
     transferred: Float[Array, "rows d_out"] | None
@@ -98,11 +102,14 @@ def layer_data(
             return None
         return curvature_rows(captured, layer.name, source, dtype, is_after=is_after)
 
+    def rows(x: Array) -> Array:
+        return x.reshape(*x.shape[:-3], -1, x.shape[-1]).astype(dtype)
+
     return LayerData(
-        inputs=as_rows(arrays.inputs, dtype),
-        outputs=as_rows(arrays.outputs, dtype),
-        cotangents=as_rows(arrays.cotangents, dtype),
-        transferred=as_rows(arrays.transferred_cotangents, dtype) if is_after else None,
+        inputs=arrays.rows(dtype),
+        outputs=rows(arrays.outputs),
+        cotangents=rows(arrays.cotangents),
+        transferred=rows(arrays.transferred_cotangents) if is_after else None,
         target_curvature=curvature(for_target, is_after),
         curvature=curvature(for_penalty, False),
         weights=blocks[0],
@@ -128,7 +135,7 @@ def local_problem(
     """The local problem of one layer, and the target's new state."""
     x, a, e = data.inputs, data.outputs, data.cotangents
     divergence, target, regularizer = components
-    gamma, eta = (jnp.asarray(rate, x.dtype) for rate in rates)
+    gamma, eta = (jnp.asarray(rate, a.dtype) for rate in rates)
     is_after = data.transferred is not None
     along, state = e if data.transferred is None else data.transferred, data.target
     slope = {part: gamma * g for part, g in data.updates.items()}

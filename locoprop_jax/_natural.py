@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int
 
-from locoprop_jax import _layers, _linalg, _woodbury
+from locoprop_jax import _captured, _linalg, _woodbury
 from locoprop_jax._amortised import keep_finite
-from locoprop_jax._blocks import blocks, matrix_sizes, replace
+from locoprop_jax._blocks import blocks, matrix_shapes, replace
+from locoprop_jax._captured import Captured
 from locoprop_jax._checks import check_fisher, check_layers, check_positive, check_whole
 from locoprop_jax._gauss_newton import complete
-from locoprop_jax._layers import Captured, Layers
+from locoprop_jax._layers import Layers
 from locoprop_jax._woodbury import Columns, System
 
 METHOD = "scale_by_natural_gradient"
@@ -119,10 +120,10 @@ def scale_by_natural_gradient(
         **extra_args: Any,
     ) -> tuple[Any, NaturalGradientState]:
         del params, extra_args
-        source = _layers.check_captured(layers, captured, METHOD)
+        source = _captured.check_captured(layers, captured, METHOD)
         if fisher is not None:
             _check_fisher_argument(batch_size)
-            source = _layers.check_captured(layers, fisher, METHOD)
+            source = _captured.check_captured(layers, fisher, METHOD)
         source = source.pulled()
         own = _woodbury.same_dtype(blocks(layers, updates))
         columns = {n: _woodbury.columns_of(source, n, own[n], curvature) for n in own}
@@ -238,15 +239,15 @@ def _empty(
     layers: Layers, params: Any, batch_size: int, samples: int, block_diagonal: bool
 ) -> dict[str, System]:
     """Systems of zeros."""
-    sizes = matrix_sizes(layers, params)
-    is_wide = any(dtype == jnp.float64 for *_, dtype in sizes.values())
+    sizes = matrix_shapes(layers, params)
+    is_wide = any(block.dtype == jnp.float64 for block in sizes.values())
     dtype = jnp.float64 if is_wide else jnp.float32
 
     def of_layer(name: str) -> Columns:
-        (d, d_out, _), shared = sizes[name], layers[name].rows
+        (*stack, d, d_out), shared = sizes[name].shape, layers[name].rows
         return Columns(
-            jnp.zeros((batch_size, shared, d), dtype),
-            jnp.zeros((samples, batch_size, shared, d_out), dtype),
+            jnp.zeros((*stack, batch_size, shared, d), dtype),
+            jnp.zeros((*stack, samples, batch_size, shared, d_out), dtype),
         )
 
     count = samples * batch_size
@@ -304,7 +305,7 @@ def _check_sizes(
     layers: Layers, columns: dict[str, Columns], batch_size: int, samples: int
 ) -> None:
     for name, own in columns.items():
-        got = own.cotangents.shape[:3]
+        got = own.cotangents.shape[-4:-1]
         expected = (samples, batch_size, layers[name].rows)
         if got != expected:
             raise ValueError(

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_jax import _chains, _curvature, _detect, _separable, _targets, losses
+from locoprop_jax._captured import Layout
 from locoprop_jax._chains import Chain
 from locoprop_jax._curvature import Point
-from locoprop_jax._layers import Layout
 from locoprop_jax._targets import Target
 from locoprop_jax._trace import Traced
 
@@ -75,7 +75,7 @@ def plan(traced: Traced, names: Sequence[str], to_rows: Sequence[Chain]) -> Outp
     is_diagonal = True
     for target in targets:
         followed, _ = _separable.follow(program, target.value, detection.live)
-        batch, shared, features = _separable.rearranged(to_rows[site], followed[output])
+        *_, batch, shared, features = _separable.rearranged(to_rows[site], followed[output])
         separate = functools.partial(_is_separate, target)
         if not (separate(batch) and separate(shared)):
             raise ValueError(

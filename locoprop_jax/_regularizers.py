@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
-from locoprop_jax._blocks import Block, Rows, extend, matrix, unmatrix
+from locoprop_jax._blocks import matrix, unmatrix
 from locoprop_jax._checks import check_fisher, is_number
+from locoprop_jax._rows import Block, Inputs, Rows, extend
 
 # A weight of 1 / learning_rate is infinite where a schedule starts at 0; there this stands in.
 SMALLEST_RATE = 1e-12
@@ -38,7 +39,7 @@ class Penalty(NamedTuple):
 class Layerwise(NamedTuple):
     """What a regularizer may read of a layer: inputs, curvature rows, a block, and eta."""
 
-    inputs: Float[Array, "rows d_in"]
+    inputs: Inputs
     curvature: Rows | None
     block: Block
     learning_rate: Float[Array, ""]

@@ -23,6 +23,9 @@ def check_sequence(layers: Layers, method: str, remedy: str) -> tuple[str, ...]:
     """
     needs = f"`{method}` needs layers that feed one another in a single chain, with nothing but "
     needs += "elementwise functions in between, but"
+    for layer in layers.values():
+        if layer.kind != "dense" or not layer.is_single:
+            raise ValueError(f"{needs} {layer.name} is no single dense layer. {remedy}.")
     for before, layer in itertools.pairwise(layers.values()):
         if why := _break(before, layer):
             raise ValueError(f"{needs} {why}. {remedy}.")

@@ -12,11 +12,12 @@ import optax
 from jaxtyping import Array
 
 from locoprop_jax import _coordinates, _linalg
-from locoprop_jax._blocks import Block, extend, matrix, pull, push, unmatrix
+from locoprop_jax._blocks import matrix, unmatrix
 from locoprop_jax._coordinates import Coordinates
 from locoprop_jax._divergences import Divergence
 from locoprop_jax._local_problem import LocalProblem
 from locoprop_jax._regularizers import Regularizer
+from locoprop_jax._rows import Block, extend, pull, push
 
 Refusal = Callable[[Divergence, Regularizer | None], str]
 Solve = Callable[[LocalProblem, Any], tuple[Block, Any]]

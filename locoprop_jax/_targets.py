@@ -78,7 +78,9 @@ def plan(
     sites = traced.detection.sites
     of_params = _reached(program, live, program.inputs[: traced.n_leaves])
     # Products need no layers where the loss says what the outputs are.
-    of_layers = _reached(program, live, [site.output for site in sites]) if sites else of_params
+    of_layers = (
+        _reached(program, live, [v for site in sites for v in site.outside]) if sites else of_params
+    )
     marked: dict[int, tuple[Equation, losses.OutputLoss]] = {}
     for call in program.calls:
         loss = losses.find(str(call.params.get("name", "")))
@@ -278,7 +280,7 @@ def is_separate(axis: _separable.Axis) -> bool:
 def reached_past(traced: Traced, output: int) -> set[int]:
     """What the other layers reach without passing through a layer's output."""
     program, live = traced.program, traced.detection.live
-    reached = {s.output for s in traced.detection.sites if s.output != output}
+    reached = {v for site in traced.detection.sites for v in site.outside} - {output}
     for i, equation in enumerate(program.equations):
         passes = live[i] and output not in equation.outputs
         if passes and reached.intersection(equation.inputs):
@@ -317,7 +319,7 @@ def _with_columns(
     meeting: dict[int, str] = {}
     for site, name, chain in zip(sites, names, to_rows, strict=True):
         if site.output in followed:
-            batch, shared, _ = _separable.rearranged(chain, followed[site.output])
+            *_, batch, shared, _ = _separable.rearranged(chain, followed[site.output])
             labels = _separable.labels((batch, shared))
             for axis in target.examples:
                 if program.shape(target.value)[axis] > 1 and axis not in labels:
@@ -325,7 +327,8 @@ def _with_columns(
     mixed = sorted(_batch(traced, target.value) & set(meeting))
     if mixed:
         axis = mixed[0]
-        of_layers = _reached(program, traced.detection.live, [site.output for site in sites])
+        outputs = [v for site in sites for v in site.outside]
+        of_layers = _reached(program, traced.detection.live, outputs)
         through = [primitive for value, primitive in lost.get(axis, []) if value in of_layers]
         by = f" (at a `{through[0]}`)" if through else ""
         raise ValueError(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from locoprop_jax import _detect, _jaxpr, _layers
-from locoprop_jax._chains import Shape
+from locoprop_jax import _chains, _detect, _jaxpr, _layers
+from locoprop_jax._chains import Part, Shape
 from locoprop_jax._detect import Detection
 from locoprop_jax._jaxpr import Program
 
@@ -28,13 +29,33 @@ class Traced(NamedTuple):
 
 
 def layer_names(traced: Traced) -> list[str]:
-    """Each layer's name: its kernel's parent, or the kernel itself if the parent is no name."""
-    paths = [traced.names[site.leaf] for site in traced.detection.sites]
-    parents = [path.rpartition("/")[0] for path in paths]
-    return [
-        parent if parent and parents.count(parent) == 1 else path
-        for path, parent in zip(paths, parents, strict=True)
+    """Each site's layer: its kernel's parent, or the kernel itself if the parent is no name.
+
+    The bias stands for the kernel where there is none.
+    """
+    weights = [site.weight or site.added for site in traced.detection.sites]
+    keys = [(w.leaf, w.part) for w in weights if w is not None]
+    parents = {leaf: traced.names[leaf].rpartition("/")[0] for leaf, _ in keys}
+    taken = collections.Counter(parents.values())
+    names: dict[tuple[int, Part | None], str] = {}
+    for leaf, part in keys:
+        is_alone = parents[leaf] and taken[parents[leaf]] == 1
+        name = parents[leaf] if is_alone else traced.names[leaf]
+        shape = traced.program.shape(traced.program.inputs[leaf])
+        names[leaf, part] = name if part is None else name + _index(part, shape)
+    return [names[key] for key in keys]
+
+
+def _index(part: Part, shape: Shape) -> str:
+    """How a part is taken out of its array, for its name."""
+    sizes = _chains.result_shape(part.chain, shape)
+    text = [
+        ":" if (a, b) == (0, n) else str(a) if b == a + 1 else f"{a}:{b}"
+        for a, b, n in zip(part.starts, part.limits, sizes, strict=True)
     ]
+    while text[-1:] == [":"]:
+        text.pop()
+    return f"[{', '.join(text)}]"
 
 
 def _is_array(leaf: Any) -> bool:
@@ -144,7 +165,7 @@ def _batch_axes(
             other = _jaxpr.flatten(jax.make_jaxpr(flat)(*doubled))
         except Exception:
             continue
-        same = [e.path for e in other.equations] == [e.path for e in program.equations]
+        same = [e.path for e in other.all_equations()] == [e.path for e in program.all_equations()]
         if same and len(other.avals) == len(program.avals):
             grown = [_growing(program.shape(v), other.shape(v)) for v in range(len(other.avals))]
             if best is None or sum(map(bool, grown)) > sum(map(bool, best)):

@@ -7,7 +7,9 @@ backward pass, and by Woodbury's identity a system has one equation per column.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +18,9 @@ from jax.lax import Precision
 from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
-from locoprop_jax._blocks import Block, as_rows, curvature_of, dtype_of, extend, matrix, unmatrix
-from locoprop_jax._layers import Captured
+from locoprop_jax._blocks import curvature_of, dtype_of, matrix, unmatrix
+from locoprop_jax._captured import Captured
+from locoprop_jax._rows import Block, as_rows
 
 Weights = Float[Array, "samples batch"]  # a number for each column of G
 
@@ -30,8 +33,18 @@ class Columns(NamedTuple):
       cotangents: C.
     """
 
-    inputs: Float[Array, "batch shared d"]
-    cotangents: Float[Array, "samples batch shared d_out"]
+    inputs: Float[Array, "*stack batch shared d"]
+    cotangents: Float[Array, "*stack samples batch shared d_out"]
+
+    @property
+    def count(self) -> tuple[int, int]:
+        """Samples and examples."""
+        samples, batch = self.cotangents.shape[-4:-2]
+        return samples, batch
+
+    def over_stack(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of one layer for all layers of a stack, along the first axis."""
+        return function if self.inputs.ndim == 3 else jax.vmap(function)
 
 
 class System(NamedTuple):
@@ -65,21 +78,23 @@ def columns_of(captured: Captured, name: str, like: Block, curvature: str) -> Co
             "loss function join the positions with the batch before its first layer."
         )
     dtype = dtype_of(like)
-    x = captured[name].inputs
-    extended = extend(as_rows(x, dtype), like)
-    return Columns(
-        extended.reshape(*x.shape[:2], -1), curvature_of(captured, name, curvature, dtype)
-    )
+    x = captured[name].inputs.astype(dtype)
+    parts = {"kernel": x, "bias": jnp.ones((*x.shape[:-1], 1), dtype)}
+    extended = jnp.concatenate([parts[part] for part in ("kernel", "bias") if part in like], -1)
+    return Columns(extended, curvature_of(captured, name, curvature, dtype))
 
 
 def transposed_times(columns: Mapping[str, Columns], own: Mapping[str, Block]) -> Weights:
     """G'u (eq. 21), for blocks u."""
 
-    def of_layer(x: Array, c: Array, u: Array) -> Array:
-        return _einsum("npo,snpo->sn", _einsum("npd,do->npo", x, u), c)
+    def of_layer(x: Array, c: Array, u: Block) -> Array:
+        return _einsum("npo,snpo->sn", _einsum("npd,do->npo", x, matrix(u)), c)
 
-    terms = [of_layer(*own_columns, matrix(own[name])) for name, own_columns in columns.items()]
-    return sum(terms[1:], start=terms[0])
+    terms = [
+        own_columns.over_stack(of_layer)(*own_columns, own[name]).reshape(-1, *own_columns.count)
+        for name, own_columns in columns.items()
+    ]
+    return functools.reduce(jnp.add, [term.sum(0) for term in terms])
 
 
 def times(
@@ -87,14 +102,27 @@ def times(
 ) -> dict[str, Block]:
     """G w (eq. 23), as blocks."""
 
-    def of_layer(x: Array, c: Array) -> Array:
-        return _einsum("npd,npo->do", x, _einsum("sn,snpo->npo", weights, c))
+    def of_layer(x: Array, c: Array, like: Block) -> Block:
+        product = _einsum("npd,npo->do", x, _einsum("sn,snpo->npo", weights, c))
+        return unmatrix(product, like)
 
-    return {name: unmatrix(of_layer(*own), like[name]) for name, own in columns.items()}
+    return {name: own.over_stack(of_layer)(*own, like[name]) for name, own in columns.items()}
 
 
 def gram(columns: Columns) -> Float[Array, "columns columns"]:
-    """A layer's part of G'G (eq. 22, and for several positions its sum over pairs of them)."""
+    """A layer's part of G'G (eq. 22, and for several positions its sum over pairs of them).
+
+    Of a stack one layer after the other, because each makes a matrix as large as their sum.
+    """
+    if columns.inputs.ndim == 3:
+        return _gram(columns)
+    count = math.prod(columns.count)
+    start = jnp.zeros((count, count), columns.inputs.dtype)
+    return jax.lax.scan(lambda total, own: (total + _gram(own), None), start, columns)[0]
+
+
+def _gram(columns: Columns) -> Float[Array, "columns columns"]:
+    """Of one layer."""
     x, c = columns
     samples, batch, shared, d_out = c.shape
     count = samples * batch
@@ -198,10 +226,10 @@ def check_examples(method: str, columns: Mapping[str, Columns]) -> None:
     """
     first = next(iter(columns))
     for name, own in columns.items():
-        if own.cotangents.shape[:2] != columns[first].cotangents.shape[:2]:
+        if own.count != columns[first].count:
             raise ValueError(
                 f"`{method}` adds up the gradient of an example over all layers, but there are "
-                f"{len(columns[first].inputs)} examples at {first} and {len(own.inputs)} at "
+                f"{columns[first].count[1]} examples at {first} and {own.count[1]} at "
                 f"{name}: the model joins the batch with another axis in between. Keep the batch "
                 f"an axis of its own throughout, or say `block_diagonal=True`."
             )

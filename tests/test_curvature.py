@@ -176,7 +176,7 @@ def test_columns_are_as_many_as_the_outputs_of_an_example(head, is_marked):
     loss = marked(network) if is_marked else network.loss
     capture = lp.value_grad_and_capture(loss, curvature="ggn_exact")
     captured = jax.eval_shape(capture, network.params(), *network.data())[2]
-    shapes = [arrays.raw_curvature.shape for arrays in captured.values()]
+    shapes = [arrays.uses[0].curvature.shape for arrays in captured.values()]
     assert shapes == [(2, 5, 3, 4), (2, 5, 3, 2)]
 
 
@@ -257,7 +257,7 @@ def test_positions_that_meet_in_the_network_have_columns_of_their_own():
     assert_close(captured_blocks(dense.loss_fn, PARAMS, TOKENS[0]), dense.gauss_newton())
     capture = lp.value_grad_and_capture(dense.loss_fn, curvature="ggn_exact")
     captured = jax.eval_shape(capture, PARAMS, TOKENS[0])[2]
-    assert [a.raw_curvature.shape[0] for a in captured.values()] == [4 * 2] * 2
+    assert [a.uses[0].curvature.shape[0] for a in captured.values()] == [4 * 2] * 2
 
 
 def two_heads(p, x, y, labels):

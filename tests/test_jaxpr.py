@@ -82,12 +82,20 @@ def test_a_flat_program_computes_the_function(f):
 @each_function
 def test_every_equation_has_a_path_of_its_own_and_reads_what_is_known(f):
     program = _jaxpr.flatten(jax.make_jaxpr(f)(X))
-    paths = [equation.path for equation in program.equations]
-    assert len(set(paths)) == len(paths) and paths == sorted(paths)
-    known = {*program.inputs, *program.constants}
-    for equation in program.equations:
-        assert known.issuperset(equation.inputs)
-        known.update(equation.outputs)
+    paths = [equation.path for equation in program.all_equations()]
+    assert len(set(paths)) == len(paths)
+    known = set(program.constants)
+
+    def walk(program):
+        assert [e.path for e in program.equations] == sorted(e.path for e in program.equations)
+        known.update(program.inputs)
+        for position, equation in enumerate(program.equations):
+            assert known.issuperset(equation.inputs)
+            known.update(equation.outputs)
+            if position in program.bodies:
+                walk(program.bodies[position])
+
+    walk(program)
     assert known == set(range(len(program.avals)))
 
 

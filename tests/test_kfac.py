@@ -257,7 +257,9 @@ def test_statistics_that_overflow_are_not_gathered():
     _, before = step(net, tx, params, tx.init(params), (x, y))
     first, *_ = net.names
     _, grads, captured = lp.value_grad_and_capture(net.loss)(params, x, y)
-    huge = dataclasses.replace(captured[first], raw_inputs=1e200 * captured[first].raw_inputs)
+    (use,) = captured[first].uses
+    operands = tuple(1e200 * x for x in use.operands)
+    huge = dataclasses.replace(captured[first], uses=(dataclasses.replace(use, operands=operands),))
     arrays = tuple(huge if name == first else captured[name] for name in captured)
     captured = dataclasses.replace(captured, _arrays=arrays)
     updates, after = tx.update(grads, before, params, captured=captured)

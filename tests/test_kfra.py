@@ -63,7 +63,7 @@ def kflr(net, params, batch):
     captured = capture(params, *batch)[2]
     slopes, result = net.gradients(params, *batch), {}
     for name, (x, *_) in zip(net.names, net.backprop(params, *batch), strict=True):
-        c = np.asarray(captured[name].raw_curvature).reshape(-1, slopes[name].shape[1])
+        c = np.asarray(captured[name].uses[0].curvature).reshape(-1, slopes[name].shape[1])
         result[name] = x.T @ x / len(x), c.T @ c, slopes[name]
     return result
 

@@ -397,7 +397,7 @@ def test_parameters_in_no_layer_have_the_identity_for_a_metric():
     x = jnp.asarray([[1.0, 2.0], [0.0, -1.0], [2.0, 0.5]])
 
     def loss_fn(params, x):
-        return jnp.sum((jnp.tanh(x @ params["w"]) * params["scale"][None]) ** 2)
+        return jnp.sum((jnp.tanh(x @ params["w"]) - params["scale"][None]) ** 2)
 
     layers = lp.find_layers(loss_fn, params, x, on_uncaptured="pass")
     _, grads, captured = lp.value_grad_and_capture(loss_fn)(params, x)

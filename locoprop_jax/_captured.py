@@ -1,0 +1,394 @@
+"""`Captured`: the activations and cotangents of one batch, by layer.
+
+They are kept raw, with the static layout that turns them into the one format all methods read:
+
+    inputs      X   (batch, shared, d_in)
+    outputs     A   (batch, shared, d_out)    pre-activations, bias included
+    cotangents  E   (batch, shared, d_out)    dL/dA of the loss as written
+    curvature       (samples, batch, shared, d_out)    cotangents of Fisher and Gauss-Newton methods
+    output_hessian  (d_out, d_out) or (d_out,)    at the output layer, for `scale_by_kfra`
+
+`shared` counts the positions where one example meets the weights (1 for a plain dense layer). A
+stack of layers has its axis in front of all others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from locoprop_jax import _chains, _jaxpr
+from locoprop_jax._chains import Chain
+from locoprop_jax._jaxpr import Path
+from locoprop_jax._layers import Layers
+from locoprop_jax._operands import OneHotReader, Reader
+from locoprop_jax._rows import Inputs, OneHot
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How raw arrays become (batch, shared, d), and outputs go back. Static."""
+
+    reader: Reader
+    loops: int  # how many axes are in front of what the reader takes
+    inputs: Chain  # of what the reader makes
+    ids: Chain  # of the places of ones that an embedding's reader makes
+    outputs: Chain
+    outputs_back: Chain
+    transferred: Chain | None  # of what the transfer function makes of the outputs
+
+
+class StaticJaxpr:
+    """A traced function as static data of a pytree: compared by its text."""
+
+    def __init__(self, closed: Any):
+        self.closed = closed
+
+    @functools.cached_property
+    def text(self) -> str:
+        return str(self.closed)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StaticJaxpr) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["free"],
+    meta_fields=["function", "layout", "dtype", "terms"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Head:
+    """What lies between an output layer and the loss: the loss as a function of its outputs.
+
+    Attributes:
+      free: the other arrays the loss needs (labels, weights), held fixed.
+      function: loss(raw outputs, *free), traced.
+      layout: the layer's layout.
+      dtype: of the raw outputs.
+      terms: how many terms the loss averages over (mathematics: c), the number of rows where the
+        loss does not show it.
+    """
+
+    free: tuple[Array, ...]
+    function: StaticJaxpr
+    layout: Layout
+    dtype: Any
+    terms: float
+
+    def loss(self, outputs: Float[Array, "batch shared d_out"]) -> Float[Array, ""]:
+        """The loss, were these the layer's outputs."""
+        raw = _chains.apply(self.layout.outputs_back, outputs).astype(self.dtype)
+        return _jaxpr.as_callable(self.function.closed)(raw, *self.free)[0]
+
+    def gradient(
+        self, outputs: Float[Array, "batch shared d_out"]
+    ) -> Float[Array, "batch shared d_out"]:
+        """dL/dA at these outputs; at the captured ones it equals the cotangents."""
+        return jax.grad(self.loss)(outputs)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["back", "columns"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deferred:
+    """Curvature cotangents that nobody has read yet: one more backward pass makes them.
+
+    Attributes:
+      back: the backward pass from the targets to the cotangents by path.
+      columns: what is injected at the targets, (columns, *outputs) each.
+    """
+
+    back: Callable[[Any], Mapping[Path, Array]]
+    columns: Any
+
+    def pull(self) -> Mapping[Path, Array]:
+        """The cotangents by path, with a leading axis of columns."""
+        return jax.vmap(self.back)(self.columns)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "operands",
+        "outputs",
+        "cotangents",
+        "transferred_cotangents",
+        "curvature",
+        "transferred_curvature",
+    ],
+    meta_fields=["layout", "paths"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Use:
+    """What one batch left where a layer is applied, as the model laid it out.
+
+    Attributes:
+      operands: what the layer's inputs are read from.
+      outputs: the layer's, with the bias.
+      cotangents: the derivative of the loss by the outputs.
+      transferred_cotangents: the derivative of the loss by what the transfer function makes of
+        them; None at an output layer, and where there is no transfer function.
+      layout: how to read these arrays.
+      paths: of both cotangents, among all that are captured.
+      curvature: the curvature cotangents, with a leading axis of samples; None if they were not
+        captured.
+      transferred_curvature: those after the transfer function; None where the cotangents are.
+    """
+
+    operands: tuple[Array, ...]
+    outputs: Array
+    cotangents: Array
+    transferred_cotangents: Array | None
+    layout: Layout
+    paths: tuple[Path, Path | None]
+    curvature: Array | None = None
+    transferred_curvature: Array | None = None
+
+    def with_curvature(self, cotangents: Mapping[Path, Array]) -> Use:
+        """With its own of the curvature cotangents."""
+        own, transferred = (None if p is None else cotangents.get(p) for p in self.paths)
+        return dataclasses.replace(self, curvature=own, transferred_curvature=transferred)
+
+    def read_ids(self) -> Int[Array, "batch shared 1"]:
+        """The places of the ones in one-hot inputs."""
+        reader = self.layout.reader
+        assert isinstance(reader, OneHotReader)
+        return _chains.apply(self.layout.ids, reader.ids(*self.operands))
+
+    def read_inputs(self) -> Array:
+        if not self.operands:
+            outputs = _chains.apply(self.layout.outputs, self.outputs)
+            return jnp.zeros((*outputs.shape[:-1], 0), outputs.dtype)
+        read: Callable[..., Array] = self.layout.reader
+        for _ in range(self.layout.loops):
+            read = jax.vmap(read)
+        return _chains.apply(self.layout.inputs, read(*self.operands))
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["uses", "head", "output_hessian", "deferred"],
+    meta_fields=["signature", "has_transferred"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerArrays:
+    """What one batch left at one layer. The views cost nothing until they are read.
+
+    A stack of layers has its axis in front of all others.
+
+    Attributes:
+      uses: what was captured, at each place where the layer is applied.
+      head: the loss as a function of the outputs; None unless this is an output layer.
+      signature: of the layer these arrays belong to.
+      has_transferred: whether `transferred_cotangents` were captured.
+      output_hessian: the sum over rows of the Hessian of the loss as written by the outputs of
+        each, (d_out, d_out), or its diagonal (d_out,) where the loss takes each output by itself.
+        None unless `curvature="ggn_output"` was captured and this is the output layer.
+      deferred: what makes the curvature cotangents once they are read.
+    """
+
+    uses: tuple[Use, ...]
+    head: Head | None
+    signature: tuple
+    has_transferred: bool = False
+    output_hessian: Array | None = None
+    deferred: Deferred | None = None
+
+    def with_curvature(self, cotangents: Mapping[Path, Array]) -> LayerArrays:
+        """With its own of the curvature cotangents."""
+        uses = tuple(use.with_curvature(cotangents) for use in self.uses)
+        return dataclasses.replace(self, uses=uses, deferred=None)
+
+    @property
+    def inputs(self) -> Float[Array, "*stack batch shared d_in"]:
+        return _joined([use.read_inputs() for use in self.uses])
+
+    def rows(self, dtype: Any, examples: int | None = None) -> Inputs:
+        """The inputs as methods read them, of the first so many examples, None for all.
+
+        One-hot rows are not written out. A stack of layers has its axis in front.
+        """
+        reader = self.uses[0].layout.reader
+        if isinstance(reader, OneHotReader):
+            ids = _joined([use.read_ids() for use in self.uses])[..., :examples, :, :]
+            return OneHot(ids.reshape(*ids.shape[:-3], -1), reader.size, dtype)
+        x = self.inputs[..., :examples, :, :]
+        *stack, batch, shared, d_in = x.shape
+        return x.reshape(*stack, batch * shared, d_in).astype(dtype)
+
+    @property
+    def outputs(self) -> Float[Array, "*stack batch shared d_out"]:
+        return _joined([_chains.apply(use.layout.outputs, use.outputs) for use in self.uses])
+
+    @property
+    def cotangents(self) -> Float[Array, "*stack batch shared d_out"]:
+        return _joined([_chains.apply(use.layout.outputs, use.cotangents) for use in self.uses])
+
+    @property
+    def transferred_cotangents(self) -> Float[Array, "*stack batch shared d_out"]:
+        """dL/df(A), the cotangents after the transfer function: E itself without one.
+
+        Raises:
+          ValueError: they were not captured.
+        """
+        if not self.has_transferred:
+            raise ValueError(
+                "The cotangents after the transfer functions were not captured: ask for them by "
+                "`value_grad_and_capture(loss_fn, transferred=True)`."
+            )
+        first = self.uses[0]
+        if first.transferred_cotangents is None:
+            return self.cotangents
+        assert first.layout.transferred is not None
+        return _chains.apply(first.layout.transferred, first.transferred_cotangents)
+
+    @property
+    def curvature(self) -> Float[Array, "*stack samples batch shared d_out"]:
+        """The curvature cotangents C: sum C'C has the expectation of the Gauss-Newton block.
+
+        Summed over samples and rows, with no further factor of the batch size.
+
+        Raises:
+          ValueError: they were not captured.
+        """
+        if self.deferred is not None:
+            return self.with_curvature(self.deferred.pull()).curvature
+        if self.uses[0].curvature is None:
+            raise ValueError(
+                "The curvature cotangents were not captured: ask for them by "
+                '`value_grad_and_capture(loss_fn, curvature="ggn_mc")` (or another kind).'
+            )
+        return _joined([_by_sample(use.layout.outputs, use.curvature) for use in self.uses])
+
+    @property
+    def transferred_curvature(self) -> Float[Array, "*stack samples batch shared d_out"]:
+        """The curvature cotangents after the transfer function: `curvature` itself without one.
+
+        Raises:
+          ValueError: they were not captured.
+        """
+        if self.deferred is not None:
+            return self.with_curvature(self.deferred.pull()).transferred_curvature
+        first = self.uses[0]
+        if first.curvature is None or not self.has_transferred:
+            raise ValueError(
+                "The curvature cotangents after the transfer functions were not captured: ask for "
+                'them by `value_grad_and_capture(loss_fn, transferred=True, curvature="ggn_mc")` '
+                "(or another kind)."
+            )
+        if first.transferred_curvature is None:
+            return self.curvature
+        assert first.layout.transferred is not None
+        return _by_sample(first.layout.transferred, first.transferred_curvature)
+
+
+def _by_sample(chain: Chain, raw: Any) -> Array:
+    """The chain applied to each sample; samples are the fourth axis from the end."""
+    return jax.vmap(lambda c: _chains.apply(chain, c), out_axes=-4)(raw)
+
+
+def _joined(arrays: Sequence[Array]) -> Array:
+    """The rows of several uses, as further positions of each example if they have the same.
+
+    Arrays are (..., batch, shared, d).
+    """
+    if len(arrays) == 1:
+        return arrays[0]
+    if len({x.shape[-3] for x in arrays}) == 1:
+        return jnp.concatenate(arrays, -2)
+    rows = [x.reshape(*x.shape[:-3], x.shape[-3] * x.shape[-2], 1, x.shape[-1]) for x in arrays]
+    return jnp.concatenate(rows, -3)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["_arrays", "_deferred"],
+    meta_fields=["_names", "has_joint_columns"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Captured(Mapping[str, LayerArrays]):
+    """The arrays of every layer by its name: a pytree, so it crosses `jit`, `scan` and `vmap`.
+
+    Attributes:
+      has_joint_columns: whether an exact column was injected at several positions of an example at
+        once, because they do not meet in the network. Its rows then belong to the curvature each
+        on their own; products between them do not.
+    """
+
+    _names: tuple[str, ...]  # in the order the data meets the layers, which a dict would lose
+    _arrays: tuple[LayerArrays, ...]
+    has_joint_columns: bool = False
+    _deferred: Deferred | None = None
+
+    def __getitem__(self, name: str) -> LayerArrays:
+        if name not in self._names:
+            raise KeyError(name)
+        arrays = self._arrays[self._names.index(name)]
+        if self._deferred is None:
+            return arrays
+        return dataclasses.replace(arrays, deferred=self._deferred)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return f"<Captured: {', '.join(self)}>"
+
+    def pulled(self) -> Captured:
+        """With deferred curvature cotangents pulled, once for all layers; else as it is."""
+        if self._deferred is None:
+            return self
+        cotangents = self._deferred.pull()
+        arrays = tuple(own.with_curvature(cotangents) for own in self._arrays)
+        return dataclasses.replace(self, _arrays=arrays, _deferred=None)
+
+    @property
+    def terms(self) -> float:
+        """How many terms the loss averages over; the batch where output layers disagree on it."""
+        counts = {arrays.head.terms for arrays in self._arrays if arrays.head is not None}
+        return counts.pop() if len(counts) == 1 else float(self._arrays[0].outputs.shape[-3])
+
+
+def check_captured(layers: Layers, captured: Any, method: str) -> Captured:
+    """The captured arrays; refuse missing ones, and those of another model.
+
+    Raises:
+      TypeError: `captured` is missing or is not a `Captured`.
+      ValueError: it lacks layers, or holds layers of other shapes or parameters.
+    """
+    if not isinstance(captured, Captured):
+        got = "nothing" if captured is None else f"a {type(captured).__name__}"
+        raise TypeError(
+            f"`{method}` needs the activations and cotangents of the batch as `captured`, got "
+            f"{got}. Take them from `loss, grads, captured = "
+            f"locoprop_jax.value_grad_and_capture(loss_fn)(params, batch)` and pass them on: "
+            f"`tx.update(grads, opt_state, params, captured=captured)`."
+        )
+    different = [
+        name
+        for name, layer in layers.items()
+        if name not in captured or captured[name].signature != layer.signature()
+    ]
+    if different:
+        raise ValueError(
+            f"`captured` does not belong to the layers that `{method}` was built with: "
+            f"{', '.join(different)} {'differs' if len(different) == 1 else 'differ'} "
+            f"(`captured` holds {', '.join(captured) or 'no layers'}). Call `find_layers` with the "
+            f"same loss function, and parameters of the same tree and shapes, that "
+            f"`value_grad_and_capture` gets."
+        )
+    return captured

@@ -1,0 +1,93 @@
+"""How a site's parameters and arrays are laid out: what a layer and its captured arrays share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from locoprop_jax import (
+    _chains,
+    _flow,
+    _sites,
+)
+from locoprop_jax._captured import Layout
+from locoprop_jax._chains import Chain, Shape
+from locoprop_jax._flow import Piece
+from locoprop_jax._heads import as_struct
+from locoprop_jax._labels import Weight
+from locoprop_jax._layers import Parameter
+from locoprop_jax._operands import OneHotReader
+from locoprop_jax._sites import Site
+from locoprop_jax._trace import Traced
+
+
+def weights_of(traced: Traced, group: Sequence[int]) -> dict[str, Any]:
+    """The static facts that a layer and its captured arrays have in common."""
+    site = traced.detection.sites[group[0]]
+
+    def parameter(weight: Weight | None, chain: Chain) -> Parameter | None:
+        if weight is None:
+            return None
+        shape = traced.program.shape(traced.program.inputs[weight.leaf])
+        return Parameter(traced.names[weight.leaf], shape, chain, weight.part)
+
+    return {
+        "kind": site.kind,
+        "stack": site.stack,
+        "d_in": site.d_in,
+        "d_out": site.d_out,
+        "uses": len(group),
+        "kernel": parameter(site.weight, site.kernel),
+        "bias": parameter(site.added, site.bias_chain),
+    }
+
+
+def layout_of(traced: Traced, site: Site, piece: Piece | None) -> Layout:
+    """How to read a site's arrays as (batch, shared, d), with the stack in front."""
+    program, lengths = traced.program, site.lengths
+    inputs, _ = _sites.grouped_axes(site, traced.batch_axes)
+    shape: Shape = ()
+    if site.operands:
+        operands = [site.program.equations[o.position].inputs[o.index] for o in site.operands]
+        made = jax.eval_shape(site.reader, *(as_struct(program.avals[v]) for v in operands))
+        shape = (*lengths, *made.shape)
+    to_rows = outputs_of(traced, site)
+    return Layout(
+        reader=site.reader,
+        loops=len(lengths),
+        inputs=_chains.group((), shape, inputs) if shape else (),
+        ids=(
+            _chains.group((), shape[:-1], (*inputs[:-1], ()))
+            if isinstance(site.reader, OneHotReader)
+            else ()
+        ),
+        outputs=to_rows,
+        outputs_back=_chains.inverse(to_rows, (*lengths, *program.shape(site.output))),
+        transferred=None if piece is None else transferred_of(traced, site, piece),
+    )
+
+
+def outputs_of(traced: Traced, site: Site) -> Chain:
+    """How to read a site's outputs as (batch, shared, d_out), with the stack in front."""
+    _, outputs = _sites.grouped_axes(site, traced.batch_axes)
+    raw_shape = traced.program.shape(_sites.raw_output(site))
+    to_raw = _chains.inverse(site.output_chain, raw_shape)
+    split = _chains.lift((*to_raw, *site.split), site.lengths)
+    shape = (*site.lengths, *_chains.result_shape(site.split, raw_shape))
+    return _chains.group(split, shape, outputs)
+
+
+def piece_of(traced: Traced, site: Site) -> Piece:
+    """What the network applies to a layer's outputs."""
+    live = traced.detection.live
+    if site.loops:
+        live = _flow.live_equations(site.program, *site.program.outputs)
+    return _flow.transfer_piece(site.program, live, site.output)
+
+
+def transferred_of(traced: Traced, site: Site, piece: Piece) -> Chain:
+    """How to read what a piece ends in as (batch, shared, d_out)."""
+    back = _chains.inverse(piece.chain, traced.program.shape(site.output))
+    return (*_chains.lift(back, site.lengths), *outputs_of(traced, site))
