@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from locoprop_jax._captured import Captured
 from locoprop_jax._layers import Layers, Parameter, leaves_by_path, parameter_paths, path_name
-from locoprop_jax._rows import Block
+from locoprop_jax._rows import Block, join_rows
 from locoprop_jax._stacking import over_stack
 
 # --- parameters ----------------------------------------------------------------------------------
@@ -26,11 +26,10 @@ def blocks(layers: Layers, tree: Any) -> dict[str, Block]:
     leaves = leaves_by_path(tree)
     found_blocks = {}
     for name, layer in layers.items():
-        parts = {"kernel": layer.kernel, "bias": layer.bias}
         found = {
             part: parameter.read(leaves[parameter.path])
-            for part, parameter in parts.items()
-            if parameter is not None and parameter.path in leaves
+            for part, parameter in layer.parts.items()
+            if parameter.path in leaves
         }
         if found:
             wide = any(leaf.dtype == jnp.float64 for leaf in found.values())
@@ -53,10 +52,8 @@ def replace(
     """The tree with the layers' new blocks in it, in its own dtypes, and `other` of the rest."""
     by_path: dict[str, list[tuple[Parameter, Array]]] = {}
     for name, block in new.items():
-        parts = {"kernel": layers[name].kernel, "bias": layers[name].bias}
         for part, value in block.items():
-            parameter = parts[part]
-            assert parameter is not None
+            parameter = layers[name].parts[part]
             by_path.setdefault(parameter.path, []).append((parameter, value))
 
     def replaced(path: Any, leaf: Array) -> Array:
@@ -112,8 +109,7 @@ def curvature_rows(
     Raises:
       ValueError: they were not captured.
     """
-    curvature = curvature_of(captured, name, source, dtype, is_after=is_after)
-    return curvature.reshape(*curvature.shape[:-4], -1, curvature.shape[-1])
+    return join_rows(curvature_of(captured, name, source, dtype, is_after=is_after), 3)
 
 
 def divide(

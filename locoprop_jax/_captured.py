@@ -28,7 +28,7 @@ from locoprop_jax._chains import Chain
 from locoprop_jax._jaxpr import Path
 from locoprop_jax._layers import Layers
 from locoprop_jax._operands import OneHotReader, Reader
-from locoprop_jax._rows import Inputs, OneHot
+from locoprop_jax._rows import Inputs, OneHot, join_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,9 +223,7 @@ class LayerArrays:
         if isinstance(reader, OneHotReader):
             ids = _joined([use.read_ids() for use in self.uses])[..., :examples, :, :]
             return OneHot(ids.reshape(*ids.shape[:-3], -1), reader.size, dtype)
-        x = self.inputs[..., :examples, :, :]
-        *stack, batch, shared, d_in = x.shape
-        return x.reshape(*stack, batch * shared, d_in).astype(dtype)
+        return join_rows(self.inputs[..., :examples, :, :]).astype(dtype)
 
     @property
     def outputs(self) -> Float[Array, "*stack batch shared d_out"]:
@@ -307,8 +305,7 @@ def _joined(arrays: Sequence[Array]) -> Array:
         return arrays[0]
     if len({x.shape[-3] for x in arrays}) == 1:
         return jnp.concatenate(arrays, -2)
-    rows = [x.reshape(*x.shape[:-3], x.shape[-3] * x.shape[-2], 1, x.shape[-1]) for x in arrays]
-    return jnp.concatenate(rows, -3)
+    return jnp.concatenate([join_rows(x)[..., None, :] for x in arrays], -3)
 
 
 @functools.partial(

@@ -188,8 +188,9 @@ class _Labels:
             product = _sites.scaled(self.program, position, kinds, self.sites)
             return None if isinstance(product, str) else product
         if primitive in _jaxpr.GATHER and self._is_added_to_data(position):
-            found = _sites.embedding(self.program, position, kinds, self.batch_axes)
-            return None if isinstance(found, str) else self._append(found)
+            if not _labels.changed(self.program, position, kinds):
+                found = _sites.embedding(self.program, position, kinds)
+                return None if isinstance(found, str) else self._append(found)
         return None
 
     def _is_added_to_data(self, position: int) -> bool:
@@ -210,11 +211,14 @@ class _Labels:
         primitive = equation.primitive
         found: Site | str | None = None
         if primitive in _jaxpr.GATHER:
-            found = _sites.embedding(program, position, kinds, self.batch_axes)
+            why = _labels.changed(program, position, kinds)
+            found = why or _sites.embedding(program, position, kinds)
         elif primitive in _jaxpr.DOT_GENERAL | _jaxpr.CONVOLUTION:
             read = _sites.dense if primitive in _jaxpr.DOT_GENERAL else _sites.convolution
             plain = [_labels.without_number(program, kind) for kind in kinds]
-            found = _sites.times_number(read(program, position, plain, self.batch_axes), kinds)
+            why = _labels.changed(program, position, plain)
+            found = why or read(program, position, plain, self.batch_axes)
+            found = _sites.times_number(found, kinds)
         if found is not None:
             return found if isinstance(found, str) else self._append(found)
         if primitive in _jaxpr.MUL:
@@ -229,9 +233,13 @@ class _Labels:
         return self._unsupported(position, kinds)
 
     def _append(self, site: Site) -> Output:
-        site.loops, site.returned = self.loops, self.returned
-        self.sites.append(site)
+        self.sites.append(self._placed(site))
         return Output(len(self.sites) - 1, ())
+
+    def _placed(self, site: Site) -> Site:
+        """The site in the loops that are around this program."""
+        site.loops, site.returned = self.loops, self.returned
+        return site
 
     def _loop(self, position: int, kinds: Sequence[Label]) -> list[Label]:
         """The labels of what a `scan` returns, its body gone through as a program of its own."""
@@ -318,8 +326,7 @@ class _Labels:
         found = _sites.scale(self.program, position, product)
         if isinstance(found, str):
             return None
-        found.loops, found.returned = self.loops, self.returned
-        self.sites[output.site] = found
+        self.sites[output.site] = self._placed(found)
         return Output(output.site, ())
 
     def _only_use(self, site: Site, position: int) -> bool:

@@ -69,14 +69,14 @@ def loss_terms(
         if equation.primitive in _jaxpr.DIV:
             if operands[1] in of_params:
                 continue
-            divisors = (*divisors, _scalar(program, operands[1]))
+            divisors = (*divisors, known_number(program, operands[1]))
             operands = operands[:1]
         elif equation.primitive in _jaxpr.MUL:
             factors = [v for v in operands if v in constants]
             operands = tuple(v for v in operands if v not in constants)
             if len(factors) != 1:
                 continue
-            factor = _scalar(program, factors[0])
+            factor = known_number(program, factors[0])
             # One half is no mean of two but the half of a square; no other number hides a mean.
             if factor not in (0.0, 0.5) and not math.isnan(factor):
                 divisors = (*divisors, 1 / factor)
@@ -119,7 +119,7 @@ def _subsets(sizes: Sequence[int]) -> Iterable[tuple[int, ...]]:
     return itertools.chain.from_iterable(itertools.combinations(sizes, n) for n in lengths)
 
 
-def _scalar(program: Program, value: int) -> float:
+def known_number(program: Program, value: int) -> float:
     """The number that a constant of one entry is known to be when tracing, else NaN."""
     known = program.constants.get(value)
     dtype = getattr(known, "dtype", None)

@@ -17,7 +17,7 @@ from locoprop_jax._captured import Captured, LayerArrays
 from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._layers import Layers
 from locoprop_jax._metric import average_gradients, descend, scale_by_metric_norm
-from locoprop_jax._rows import Block, Inputs, OneHot
+from locoprop_jax._rows import Block, Inputs, OneHot, join_rows
 from locoprop_jax._stacking import map_layers, over_stack
 
 
@@ -283,7 +283,7 @@ def _layer_rows(arrays: LayerArrays, slope: Block, shared: str) -> LayerRows:
     if shared == "reduce" and not isinstance(x, OneHot):
         x = arrays.inputs.astype(dtype).mean(-2)
         return LayerRows(x, jnp.zeros((*x.shape[:-1], e.shape[-1]), dtype), slope)
-    return LayerRows(x, e.reshape(*e.shape[:-3], -1, e.shape[-1]), slope)
+    return LayerRows(x, join_rows(e), slope)
 
 
 def _statistics(inputs: Inputs) -> Statistics:

@@ -6,15 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-from jax.core import Tracer
-
-from locoprop_jax import _chains, _jaxpr
+from locoprop_jax import _chains, _flow, _jaxpr
 from locoprop_jax._chains import Chain, Part, Shape
 from locoprop_jax._jaxpr import Path, Program
-from locoprop_jax._operands import (
-    Stage,
-)
+from locoprop_jax._operands import Stage
 
 
 class Loop(NamedTuple):
@@ -164,12 +159,12 @@ def parts(program: Program, position: int, kinds: Sequence[Label]) -> list[Label
             boxes.append((starts, limits))
             start += size
     elif equation.primitive in _jaxpr.DYNAMIC_SLICE:
-        known = [_whole_number(program, v) for v in equation.inputs[1:]]
-        if None in known:
+        known = [_flow.known_number(program, v) for v in equation.inputs[1:]]
+        if any(map(math.isnan, known)):
             return None
         sizes = params["slice_sizes"]
         bounds = zip(known, shape, sizes, strict=True)
-        starts = [min(max(a or 0, 0), n - size) for a, n, size in bounds]
+        starts = [min(max(int(start), 0), n - size) for start, n, size in bounds]
         boxes.append((starts, [a + size for a, size in zip(starts, sizes, strict=True)]))
     elif equation.primitive in _jaxpr.SLICE and params["strides"] in (None, (1,) * len(shape)):
         boxes.append((list(params["start_indices"]), list(params["limit_indices"])))
@@ -177,14 +172,6 @@ def parts(program: Program, position: int, kinds: Sequence[Label]) -> list[Label
         return None
     found = [weight.cut(*box) for box in boxes]
     return None if None in found else [part for part in found if part is not None]
-
-
-def _whole_number(program: Program, value: int) -> int | None:
-    """The number that a constant is known to be when tracing."""
-    known = program.constants.get(value)
-    if known is None or isinstance(known, Tracer) or np.size(known) != 1:
-        return None
-    return int(np.asarray(known).ravel()[0])
 
 
 def without_number(program: Program, label: Label) -> Label:

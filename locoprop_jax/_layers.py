@@ -119,8 +119,14 @@ class Layer:
         return self.kind == "embedding"
 
     @property
+    def parts(self) -> dict[str, Parameter]:
+        """Those that it has of its kernel and its bias."""
+        both = {"kernel": self.kernel, "bias": self.bias}
+        return {part: own for part, own in both.items() if own is not None}
+
+    @property
     def parameters(self) -> tuple[Parameter, ...]:
-        return tuple(own for own in (self.kernel, self.bias) if own is not None)
+        return tuple(self.parts.values())
 
     @property
     def size(self) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from locoprop_jax import (
     _chains,
     _flow,
@@ -15,7 +13,6 @@ from locoprop_jax import (
 from locoprop_jax._captured import Layout
 from locoprop_jax._chains import Chain, Shape
 from locoprop_jax._flow import Piece
-from locoprop_jax._heads import as_struct
 from locoprop_jax._labels import Weight
 from locoprop_jax._layers import Parameter
 from locoprop_jax._operands import OneHotReader
@@ -51,8 +48,7 @@ def layout_of(traced: Traced, site: Site, piece: Piece | None) -> Layout:
     shape: Shape = ()
     if site.operands:
         operands = [site.program.equations[o.position].inputs[o.index] for o in site.operands]
-        made = jax.eval_shape(site.reader, *(as_struct(program.avals[v]) for v in operands))
-        shape = (*lengths, *made.shape)
+        shape = (*lengths, *site.reader.shape(*map(program.shape, operands)))
     to_rows = outputs_of(traced, site)
     return Layout(
         reader=site.reader,

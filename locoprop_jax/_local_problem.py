@@ -21,7 +21,7 @@ from locoprop_jax._captured import Captured, LayerArrays
 from locoprop_jax._divergences import Divergence, Target
 from locoprop_jax._layers import Layer
 from locoprop_jax._regularizers import Layerwise, Penalty, Regularizer, penalty_of
-from locoprop_jax._rows import Block, Inputs, Rows, as_rows, pull
+from locoprop_jax._rows import Block, Inputs, Rows, as_rows, join_rows, pull
 from locoprop_jax._transfer import identity
 
 
@@ -103,7 +103,7 @@ def layer_data(
         return curvature_rows(captured, layer.name, source, dtype, is_after=is_after)
 
     def rows(x: Array) -> Array:
-        return x.reshape(*x.shape[:-3], -1, x.shape[-1]).astype(dtype)
+        return join_rows(x).astype(dtype)
 
     return LayerData(
         inputs=arrays.rows(dtype),

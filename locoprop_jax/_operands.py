@@ -1,13 +1,12 @@
 """From recorded operands to a layer's inputs: what its weights multiply, one kind after the other.
 
 A reader is static. It takes the raw operands and returns an array whose axes are those of the
-stack, of the rows and of the features, in some order.
+stack, of the rows and of the features, in some order; `shape` tells its shape from theirs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -26,6 +25,9 @@ class AsItIs:
     def __call__(self, operand: Array) -> Array:
         return operand
 
+    def shape(self, operand: Shape) -> Shape:
+        return operand
+
 
 @dataclasses.dataclass(frozen=True)
 class Nothing:
@@ -33,6 +35,9 @@ class Nothing:
 
     def __call__(self) -> Array:
         raise AssertionError("nothing was recorded")
+
+    def shape(self) -> Shape:
+        return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,9 @@ class OneHotReader:
     def __call__(self, indices: Array) -> Array:
         return jax.nn.one_hot(self.ids(indices), self.size, dtype=jnp.float32)
 
+    def shape(self, indices: Shape) -> Shape:
+        return (*indices[:-1], self.size)
+
 
 @dataclasses.dataclass(frozen=True)
 class Times:
@@ -59,6 +67,9 @@ class Times:
         *data, factor = operands
         inputs = self.reader(*data)
         return inputs * factor.reshape(()).astype(inputs.dtype)
+
+    def shape(self, *operands: Shape) -> Shape:
+        return self.reader.shape(*operands[:-1])
 
 
 class Stage(NamedTuple):
@@ -80,6 +91,10 @@ class Product:
             rearranged = _chains.apply(stage.chain, product)
             product = jnp.broadcast_to(rearranged, stage.shape) * factor
         return product
+
+    def shape(self, *factors: Shape) -> Shape:
+        del factors
+        return self.stages[-1].shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +129,8 @@ class Patches:
         axis, shape = self.out_axes[1], patches.shape
         return patches.reshape(*shape[:axis], self.groups, -1, *shape[axis + 1 :])
 
-    @property
-    def size(self) -> int:
-        return math.prod(self.window)
+    def shape(self, data: Shape) -> Shape:
+        return jax.eval_shape(self, jax.ShapeDtypeStruct(data, jnp.float32)).shape
 
 
 Reader = AsItIs | Nothing | OneHotReader | Product | Patches | Times

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,13 @@ Inputs = Float[Array, "rows d_in"] | OneHot
 def as_rows(x: Float[Array, "... d"], dtype: Any) -> Float[Array, "rows d"]:
     """All axes but the last joined, in the dtype of a block."""
     return x.reshape(-1, x.shape[-1]).astype(dtype)
+
+
+def join_rows(x: Float[Array, "*stack batch shared d"], axes: int = 2) -> Array:
+    """So many axes in front of the last, all that count rows, as one: (*stack, rows, d)."""
+    end = x.ndim - 1
+    rows = math.prod(x.shape[end - axes : end])
+    return x.reshape(*x.shape[: end - axes], rows, x.shape[-1])
 
 
 # --- products ------------------------------------------------------------------------------------
@@ -135,9 +143,12 @@ def write_out(inputs: Inputs) -> Float[Array, "rows d_in"]:
     return inputs.write_out() if isinstance(inputs, OneHot) else inputs
 
 
-def extend(inputs: Inputs, like: Block) -> Float[Array, "rows d"]:
-    """X with a column of ones for a bias: what multiplies the block as one matrix."""
+def extend(inputs: Inputs, like: Block) -> Float[Array, "*rows d"]:
+    """X with a column of ones for a bias: what multiplies the block as one matrix.
+
+    Rows that are an array may have several axes.
+    """
     inputs = write_out(inputs)
-    ones = jnp.ones((len(inputs), 1), inputs.dtype)
+    ones = jnp.ones((*inputs.shape[:-1], 1), inputs.dtype)
     columns = {"kernel": inputs, "bias": ones}
-    return jnp.concatenate([columns[part] for part in ("kernel", "bias") if part in like], 1)
+    return jnp.concatenate([columns[part] for part in ("kernel", "bias") if part in like], -1)

@@ -56,7 +56,6 @@ class Site:
 
     Attributes:
       program: that it is part of: the whole, or the body of a loop.
-      loops: those around it, the outermost first.
       kind: "dense", "conv", "scale", "embedding" or "bias".
       position: of the equation that applies the weights.
       weight: the kernel; None for a bias on its own.
@@ -77,11 +76,11 @@ class Site:
       added: the bias.
       bias_chain: leaf -> (d_out,), with the stack in front.
       tapped: position of the equation that computes `output`.
+      loops: those around it, the outermost first.
       returned: what the outermost loop returns.
     """
 
     program: Program
-    loops: tuple[Loop, ...]
     kind: str
     position: int
     weight: Weight | None
@@ -100,8 +99,12 @@ class Site:
     output_chain: Chain = ()
     added: Weight | None = None
     bias_chain: Chain = ()
-    tapped: int = -1
+    tapped: int = dataclasses.field(init=False)
+    loops: tuple[Loop, ...] = ()
     returned: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.tapped = self.position
 
     @property
     def leaf(self) -> int | None:
@@ -198,17 +201,12 @@ def dense(
 ) -> Site | str:
     """A `dot_general` of data and a kernel; a stack of layers if the kernel has batch axes."""
     equation = program.equations[position]
-    if why := changed(program, position, kinds):
-        return why
     (kernel_at,) = (i for i, k in enumerate(kinds) if isinstance(k, Weight))
     label, data_at = kinds[kernel_at], 1 - kernel_at
     assert isinstance(label, Weight)
     contract, batch = equation.params["dimension_numbers"]
-    if not _chains.is_invertible(label.chain):
-        return "it is broadcast before it meets the data"
-    data = equation.inputs[data_at]
-    if batch_axes is not None and not batch_axes[data]:
-        return "it meets data that does not grow with the batch"
+    if why := _refused(label, equation.inputs[data_at], batch_axes):
+        return why
     shape, data_shape = (program.shape(equation.inputs[i]) for i in (kernel_at, data_at))
     contracted, stack = tuple(contract[kernel_at]), tuple(batch[kernel_at])
     of_data, stack_of_data = tuple(contract[data_at]), tuple(batch[data_at])
@@ -224,7 +222,6 @@ def dense(
     groups = (contracted, free) if not stack else (stack, contracted, free)
     return Site(
         program=program,
-        loops=(),
         kind="dense",
         position=position,
         weight=label,
@@ -238,8 +235,16 @@ def dense(
         outputs=Axes(out_stack, out_rows, out_free),
         output=equation.outputs[0],
         row_axes=out_rows,
-        tapped=position,
     )
+
+
+def _refused(kernel: Weight, data: int, batch_axes: BatchAxes) -> str:
+    """In words, if this is no layer whatever is done to kernel and data."""
+    if not _chains.is_invertible(kernel.chain):
+        return "it is broadcast before it meets the data"
+    if batch_axes is not None and not batch_axes[data]:
+        return "it meets data that does not grow with the batch"
+    return ""
 
 
 def _others(shape: Shape, axes: Shape) -> Shape:
@@ -254,20 +259,16 @@ def convolution(
 ) -> Site | str:
     """A convolution of data with a kernel; a stack of layers if its features are in groups."""
     equation = program.equations[position]
-    if why := changed(program, position, kinds):
-        return why
     label = kinds[1]
     if not isinstance(label, Weight):
         return "it is what a convolution moves a kernel of data over"
-    if not _chains.is_invertible(label.chain):
-        return "it is broadcast before it meets the data"
+    data, kernel = equation.inputs
+    if why := _refused(label, data, batch_axes):
+        return why
     params = equation.params
     if params["batch_group_count"] != 1:
         return "a convolution takes its batch in groups"
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    data, kernel = equation.inputs
-    if batch_axes is not None and not batch_axes[data]:
-        return "it meets data that does not grow with the batch"
     shape, out = program.shape(kernel), program.shape(equation.outputs[0])
     to_outputs, to_inputs, *spatial = numbers.rhs_spec
     window = tuple(shape[i] for i in spatial)
@@ -302,7 +303,6 @@ def convolution(
     last = (0, 2, 1) if groups > 1 else (1, 0)
     return Site(
         program=program,
-        loops=(),
         kind="conv",
         position=position,
         weight=label,
@@ -329,20 +329,15 @@ def convolution(
         row_axes=tuple(i for i in numbers.out_spec if i != feature),
         window=window,
         split=split,
-        tapped=position,
     )
 
 
 # --- embeddings ----------------------------------------------------------------------------------
 
 
-def embedding(
-    program: Program, position: int, kinds: Sequence[Label], batch_axes: BatchAxes
-) -> Site | str:
+def embedding(program: Program, position: int, kinds: Sequence[Label]) -> Site | str:
     """A `gather` of whole rows of a table."""
     equation = program.equations[position]
-    if why := changed(program, position, kinds):
-        return why
     label = kinds[0]
     if not isinstance(label, Weight):
         return "it is what indices into data are computed from"
@@ -363,7 +358,6 @@ def embedding(
     n_rows = len(indices) - 1
     return Site(
         program=program,
-        loops=(),
         kind="embedding",
         position=position,
         weight=label,
@@ -377,7 +371,6 @@ def embedding(
         outputs=Axes((), _others(out, spans), spans),
         output=equation.outputs[0],
         row_axes=_others(out, spans),
-        tapped=position,
     )
 
 
@@ -428,28 +421,8 @@ def scale(program: Program, position: int, product: Scaled) -> Site | str:
     numbers = _numbers(shape)
     for stage in product.stages:
         numbers = np.broadcast_to(_chains.apply(stage.chain, numbers), stage.shape)
-    size = math.prod(shape)
-    axes = _entry_axes(numbers, size)
-    if axes is None:
-        return "its entries meet the data in another order, or more than once in a row"
-    return Site(
-        program=program,
-        loops=(),
-        kind="scale",
-        position=position,
-        weight=product.weight,
-        kernel=product.weight.stacked(_chains.extend((), shape, "reshape", (size, 1, 1)), 2),
-        own_stack=size,
-        d_in=1,
-        d_out=1,
-        operands=product.factors,
-        reader=Product(product.stages),
-        inputs=axes,
-        outputs=axes,
-        output=program.equations[position].outputs[0],
-        row_axes=axes.rows,
-        tapped=position,
-    )
+    value = program.equations[position].outputs[0]
+    return _by_entry("scale", program, position, value, product.weight, numbers, product)
 
 
 def bias(program: Program, position: int, result: int, weight: Weight) -> Site | str:
@@ -464,29 +437,53 @@ def bias(program: Program, position: int, result: int, weight: Weight) -> Site |
     shape = weight.own
     value = program.equations[position].outputs[result]
     numbers = np.broadcast_to(_chains.apply(weight.chain, _numbers(shape)), program.shape(value))
-    size = math.prod(shape)
+    return _by_entry("bias", program, position, value, weight, numbers)
+
+
+def _by_entry(
+    kind: str,
+    program: Program,
+    position: int,
+    value: int,
+    weight: Weight,
+    numbers: np.ndarray,
+    product: Scaled | None = None,
+) -> Site | str:
+    """As many layers as a parameter has entries, with one input each, or with none for a bias.
+
+    Args:
+      kind: "scale" or "bias".
+      program: the loss.
+      position: of the equation.
+      value: the output.
+      weight: the parameter.
+      numbers: which of its entries each entry of the output meets.
+      product: the factors that it meets; None for a bias.
+    """
+    size = math.prod(weight.own)
     axes = _entry_axes(numbers, size)
     if axes is None:
         return "its entries meet the data in another order, or more than once in a row"
+    is_bias = product is None
+    shape = (size, 1) if is_bias else (size, 1, 1)
+    chain = weight.stacked(_chains.extend((), weight.own, "reshape", shape), len(shape) - 1)
     return Site(
         program=program,
-        loops=(),
-        kind="bias",
+        kind=kind,
         position=position,
-        weight=None,
-        kernel=(),
+        weight=None if is_bias else weight,
+        kernel=() if is_bias else chain,
         own_stack=size,
-        d_in=0,
+        d_in=0 if is_bias else 1,
         d_out=1,
-        operands=(),
-        reader=Nothing(),
+        operands=() if product is None else product.factors,
+        reader=Nothing() if product is None else Product(product.stages),
         inputs=axes,
         outputs=axes,
         output=value,
         row_axes=axes.rows,
-        added=weight,
-        bias_chain=weight.stacked(_chains.extend((), shape, "reshape", (size, 1)), 1),
-        tapped=position,
+        added=weight if is_bias else None,
+        bias_chain=chain if is_bias else (),
     )
 
 

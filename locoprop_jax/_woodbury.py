@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from locoprop_jax import _linalg
 from locoprop_jax._blocks import curvature_of, dtype_of, matrix, unmatrix
 from locoprop_jax._captured import Captured
-from locoprop_jax._rows import Block, as_rows
+from locoprop_jax._rows import Block, as_rows, extend
 
 Weights = Float[Array, "samples batch"]  # a number for each column of G
 
@@ -78,9 +78,7 @@ def columns_of(captured: Captured, name: str, like: Block, curvature: str) -> Co
             "loss function join the positions with the batch before its first layer."
         )
     dtype = dtype_of(like)
-    x = captured[name].inputs.astype(dtype)
-    parts = {"kernel": x, "bias": jnp.ones((*x.shape[:-1], 1), dtype)}
-    extended = jnp.concatenate([parts[part] for part in ("kernel", "bias") if part in like], -1)
+    extended = extend(captured[name].inputs.astype(dtype), like)
     return Columns(extended, curvature_of(captured, name, curvature, dtype))
 
 

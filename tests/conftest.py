@@ -25,6 +25,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("locoprop_jax")
 
 
+def pytest_configure(config):
+    """Keep what is compiled, for both workers and for the next run."""
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 @pytest.fixture(autouse=True)
 def strict_promotion(request):
     """No silent dtype promotion, except where a test says it cannot do without.

@@ -200,7 +200,8 @@ def layers():
 @functools.cache
 def gradients(seed=0):
     """Gradients and captured arrays at the initial parameters."""
-    return jax.jit(CAPTURE(loss_fn))(init_params(), batch(seed))[1:]
+    with jax.ensure_compile_time_eval():  # the first to ask may be in the middle of a trace
+        return jax.jit(CAPTURE(loss_fn))(init_params(), batch(seed))[1:]
 
 
 def line(value=None, grads=None, x=None):
