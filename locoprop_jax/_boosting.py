@@ -24,8 +24,9 @@ from locoprop_jax._checks import (
 )
 from locoprop_jax._layers import Layers
 from locoprop_jax._metric import average_gradients, descend, metric_factor, scaled
-from locoprop_jax._rows import Block, Inputs, OneHot, gram, push
+from locoprop_jax._rows import Block, Inputs, gram, pull, push
 from locoprop_jax._stacking import map_layers, over_stack
+from locoprop_jax._structured import OneHot
 
 
 class Moments(NamedTuple):
@@ -302,9 +303,7 @@ def _metric(
     if isinstance(inputs, OneHot) or flops["gram"] < flops["direct"]:
         moment = gram(inputs)
     else:
-        linear = functools.partial(push, inputs)
-        transposed = jax.linear_transpose(linear, like)
-        moment = lambda v: transposed(linear(v))[0]  # noqa: E731
+        moment = lambda v: pull(inputs, push(inputs, v), like)  # noqa: E731
 
     def apply(v: Block) -> Block:
         image = _linalg.scale(moment(v), 1 / rows)

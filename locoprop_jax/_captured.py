@@ -27,8 +27,9 @@ from locoprop_jax import _chains, _jaxpr
 from locoprop_jax._chains import Chain
 from locoprop_jax._jaxpr import Path
 from locoprop_jax._layers import Layers
-from locoprop_jax._operands import OneHotReader, Reader
-from locoprop_jax._rows import Inputs, OneHot, join_rows
+from locoprop_jax._operands import OneHotReader, Patches, Reader, Times
+from locoprop_jax._rows import Inputs, join_rows
+from locoprop_jax._structured import OneHot, Windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Layout:
 
     reader: Reader
     loops: int  # how many axes are in front of what the reader takes
+    by_example: bool  # whether a convolution's examples are its batch, and it runs once
     inputs: Chain  # of what the reader makes
     ids: Chain  # of the places of ones that an embedding's reader makes
     outputs: Chain
@@ -166,6 +168,14 @@ class Use:
         assert isinstance(reader, OneHotReader)
         return _chains.apply(self.layout.ids, reader.ids(*self.operands))
 
+    def read_data(self) -> tuple[Patches, Array]:
+        """How a convolution's kernel is moved, and over what."""
+        reader, (data, *factors) = self.layout.reader, self.operands
+        if isinstance(reader, Times):
+            reader, data = reader.reader, reader.scaled(data, *factors)
+        assert isinstance(reader, Patches)
+        return reader, data
+
     def read_inputs(self) -> Array:
         if not self.operands:
             outputs = _chains.apply(self.layout.outputs, self.outputs)
@@ -217,12 +227,18 @@ class LayerArrays:
     def rows(self, dtype: Any, examples: int | None = None) -> Inputs:
         """The inputs as methods read them, of the first so many examples, None for all.
 
-        One-hot rows are not written out. A stack of layers has its axis in front.
+        Those of an embedding and of a convolution are not written out. A stack of layers has its
+        axis in front.
         """
-        reader = self.uses[0].layout.reader
+        layout = self.uses[0].layout
+        reader = layout.reader
         if isinstance(reader, OneHotReader):
             ids = _joined([use.read_ids() for use in self.uses])[..., :examples, :, :]
             return OneHot(ids.reshape(*ids.shape[:-3], -1), reader.size, dtype)
+        if layout.by_example and len(self.uses) == 1:
+            patches, data = self.uses[0].read_data()
+            start = (slice(None),) * patches.data_axes[0]
+            return Windows(data[*start, :examples].astype(dtype), patches)
         return join_rows(self.inputs[..., :examples, :, :]).astype(dtype)
 
     @property

@@ -17,8 +17,9 @@ from locoprop_jax._captured import Captured, LayerArrays
 from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._layers import Layers
 from locoprop_jax._metric import average_gradients, descend, scale_by_metric_norm
-from locoprop_jax._rows import Block, Inputs, OneHot, join_rows
+from locoprop_jax._rows import Block, Inputs, join_rows
 from locoprop_jax._stacking import map_layers, over_stack
+from locoprop_jax._structured import OneHot, Windows
 
 
 class Statistics(NamedTuple):
@@ -345,13 +346,17 @@ def _solve_batch(own: LayerRows, damping: Damping) -> Block:
     What remains for the kernel is the second moment of the centred rows, and of a row more for what
     a damped bias leaves of the mean.
     """
-    if isinstance(own.inputs, OneHot):  # nothing is cheaper than a diagonal system
+    kernel = own.slope["kernel"]
+    by_rows = _linalg.solves_by_rows(*own.inputs.shape, kernel.shape[1])
+    if isinstance(own.inputs, OneHot) or (isinstance(own.inputs, Windows) and not by_rows):
         metric = _metric(_statistics(own.inputs), own.slope, damping)
-        return {"kernel": _linalg.solve(metric.kernel, own.slope["kernel"])}
-    x, e, rows, mean = own.inputs, own.cotangents, len(own.inputs), own.inputs.mean(0)
+        solve = functools.partial(_linalg.solve, metric.kernel)
+        return divide(own.slope, metric.mean, metric.bias, solve)
+    x, e = _rows.write_out(own.inputs), own.cotangents
+    rows, mean = len(x), x.mean(0)
     if "bias" in own.slope:
         x = x - mean[None]
-    amount = damping.of(jnp.square(x).mean(0), jnp.square(own.inputs).mean(0))
+    amount = damping.of(jnp.square(x).mean(0), _rows.mean_square(own.inputs))
     bias = _inverse_of_bias(own.slope, amount, damping)
     if "bias" in own.slope and damping.bias:
         rest = jnp.sqrt(1 - bias)

@@ -19,7 +19,7 @@ from locoprop_jax._blocks import blocks, dtype_of, matrix, matrix_shapes, replac
 from locoprop_jax._captured import Captured
 from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._layers import Layers
-from locoprop_jax._rows import Block, Inputs, OneHot, extend
+from locoprop_jax._rows import Block, Inputs
 from locoprop_jax._stacking import map_layers, over_stack
 
 
@@ -248,8 +248,8 @@ def scale_by_kronecker(
 
 
 def _factors(inputs: Inputs, like: Block, outputs: Float[Array, "d_out d_out"]) -> Factors:
-    x = inputs if isinstance(inputs, OneHot) else extend(inputs, like)
-    return Factors(_rows.second_moment(x) / len(x), outputs.astype(dtype_of(like)))
+    moment = _rows.extended_moment(inputs, like) / len(inputs)
+    return Factors(moment, outputs.astype(dtype_of(like)))
 
 
 def _mean_eigenvalues(factors: Factors) -> tuple[Float[Array, ""], Float[Array, ""]]:

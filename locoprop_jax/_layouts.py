@@ -53,6 +53,7 @@ def layout_of(traced: Traced, site: Site, piece: Piece | None) -> Layout:
     return Layout(
         reader=site.reader,
         loops=len(lengths),
+        by_example=_is_by_example(traced, site),
         inputs=_chains.group((), shape, inputs) if shape else (),
         ids=(
             _chains.group((), shape[:-1], (*inputs[:-1], ()))
@@ -63,6 +64,13 @@ def layout_of(traced: Traced, site: Site, piece: Piece | None) -> Layout:
         outputs_back=_chains.inverse(to_rows, (*lengths, *program.shape(site.output))),
         transferred=None if piece is None else transferred_of(traced, site, piece),
     )
+
+
+def _is_by_example(traced: Traced, site: Site) -> bool:
+    """Whether this is a convolution whose batch is the examples, without loops and groups."""
+    is_plain = site.kind == "conv" and not site.loops and site.stack is None
+    growing = None if traced.batch_axes is None else traced.batch_axes[_sites.raw_output(site)]
+    return is_plain and growing == site.row_axes[:1]
 
 
 def outputs_of(traced: Traced, site: Site) -> Chain:

@@ -7,6 +7,7 @@ stack, of the rows and of the features, in some order; `shape` tells its shape f
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -63,13 +64,16 @@ class Times:
 
     reader: AsItIs | Patches
 
-    def __call__(self, *operands: Array) -> Array:
-        *data, factor = operands
-        inputs = self.reader(*data)
-        return inputs * factor.reshape(()).astype(inputs.dtype)
+    def __call__(self, data: Array, factor: Array) -> Array:
+        return self.reader(self.scaled(data, factor))
 
-    def shape(self, *operands: Shape) -> Shape:
-        return self.reader.shape(*operands[:-1])
+    def scaled(self, data: Array, factor: Array) -> Array:
+        """What the reader reads: it is linear."""
+        return data * factor.reshape(()).astype(data.dtype)
+
+    def shape(self, data: Shape, factor: Shape) -> Shape:
+        del factor
+        return self.reader.shape(data)
 
 
 class Stage(NamedTuple):
@@ -130,7 +134,31 @@ class Patches:
         return patches.reshape(*shape[:axis], self.groups, -1, *shape[axis + 1 :])
 
     def shape(self, data: Shape) -> Shape:
-        return jax.eval_shape(self, jax.ShapeDtypeStruct(data, jnp.float32)).shape
+        batch, features, *space = self.data_axes
+        pixels = [
+            (_dilated(data[axis], before) + sum(pads) - _dilated(size, after)) // stride + 1
+            for axis, size, pads, before, after, stride in zip(
+                space,
+                self.window,
+                self.padding,
+                self.data_dilation,
+                self.window_dilation,
+                self.strides,
+                strict=True,
+            )
+        ]
+        made = (data[batch], data[features] * math.prod(self.window), *pixels)
+        shape = [0] * len(made)
+        for axis, size in zip(self.out_axes, made, strict=True):
+            shape[axis] = size
+        if self.groups > 1:
+            axis = self.out_axes[1]
+            shape[axis : axis + 1] = [self.groups, shape[axis] // self.groups]
+        return tuple(shape)
+
+
+def _dilated(size: int, dilation: int) -> int:
+    return (size - 1) * dilation + 1 if size else 0
 
 
 Reader = AsItIs | Nothing | OneHotReader | Product | Patches | Times

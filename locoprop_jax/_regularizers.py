@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from locoprop_jax import _linalg
+from locoprop_jax import _linalg, _rows
 from locoprop_jax._blocks import matrix, unmatrix
 from locoprop_jax._checks import check_fisher, is_number
-from locoprop_jax._rows import Block, Inputs, Rows, extend
+from locoprop_jax._rows import Block, Inputs, Rows
 
 # A weight of 1 / learning_rate is infinite where a schedule starts at 0; there this stands in.
 SMALLEST_RATE = 1e-12
@@ -149,9 +149,9 @@ def mahalanobis(
 
     def penalty(layer: Layerwise) -> Penalty:
         by = _weight(weight, layer)
-        x = extend(layer.inputs, layer.block)
         assert layer.curvature is not None
-        moments = _linalg.second_moment(x) / len(x), _linalg.second_moment(layer.curvature)
+        of_inputs = _rows.extended_moment(layer.inputs, layer.block) / len(layer.inputs)
+        moments = of_inputs, _linalg.second_moment(layer.curvature)
         left, right = (_linalg.damped(m, damping, relative=relative) for m in moments)
 
         def gradient(delta: Block) -> Block:

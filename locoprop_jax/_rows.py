@@ -1,60 +1,25 @@
 """The rows X of a layer's inputs, and what methods do with them.
 
-They are an array, or one-hot rows known by the number of their one: those of an embedding, whose
-second moment is then diagonal and which is never written out.
+They are an array, or `Structured`: known by less than that, and not written out.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
+from locoprop_jax._structured import Structured
 
 Block = dict[str, Array]  # {"kernel": (d_in, d_out), "bias": (d_out,)}, or one of the two
 Rows = Float[Array, "rows d_out"]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["ids"], meta_fields=["size", "dtype"]
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class OneHot:
-    """Rows with a single one each.
-
-    Attributes:
-      ids: its place in each row.
-      size: how long they are.
-      dtype: what they count as.
-    """
-
-    ids: Int[Array, " rows"]
-    size: int
-    dtype: Any
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.ids), self.size
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def total(self) -> Float[Array, " d_in"]:
-        """How often each place has a one."""
-        return jnp.zeros(self.size, self.dtype).at[self.ids].add(1, mode="drop")
-
-    def write_out(self) -> Float[Array, "rows d_in"]:
-        return jax.nn.one_hot(self.ids, self.size, dtype=self.dtype)
-
-
-Inputs = Float[Array, "rows d_in"] | OneHot
+Inputs = Float[Array, "rows d_in"] | Structured
 
 
 def as_rows(x: Float[Array, "... d"], dtype: Any) -> Float[Array, "rows d"]:
@@ -78,10 +43,8 @@ def push(inputs: Inputs, delta: Block) -> Rows:
     if "kernel" not in delta:
         assert bias is not None
         return jnp.broadcast_to(bias[None], (len(inputs), *bias.shape))
-    if isinstance(inputs, OneHot):
-        change = delta["kernel"].at[inputs.ids].get(mode="fill", fill_value=0)
-    else:
-        change = inputs @ delta["kernel"]
+    kernel = delta["kernel"]
+    change = inputs.push(kernel) if isinstance(inputs, Structured) else inputs @ kernel
     return change if bias is None else change + bias[None]
 
 
@@ -89,10 +52,7 @@ def pull(inputs: Inputs, rows: Rows, like: Block) -> Block:
     """X' rows, in the parts that `like` has."""
 
     def kernel() -> Array:
-        if isinstance(inputs, OneHot):
-            zeros = jnp.zeros((inputs.size, rows.shape[1]), rows.dtype)
-            return zeros.at[inputs.ids].add(rows, mode="drop")
-        return inputs.T @ rows
+        return inputs.pull(rows) if isinstance(inputs, Structured) else inputs.T @ rows
 
     parts = {"kernel": kernel, "bias": lambda: rows.sum(0)}
     return {part: parts[part]() for part in like}
@@ -120,27 +80,43 @@ def gram(inputs: Inputs) -> Callable[[Block], Block]:
 
 def second_moment(inputs: Inputs) -> Float[Array, "d_in d_in"] | Float[Array, " d_in"]:
     """X'X, or its diagonal where there is nothing else."""
-    return inputs.total() if isinstance(inputs, OneHot) else _linalg.second_moment(inputs)
+    if isinstance(inputs, Structured):
+        return inputs.second_moment()
+    return _linalg.second_moment(inputs)
+
+
+def extended_moment(inputs: Inputs, like: Block) -> Float[Array, "d d"] | Float[Array, " d"]:
+    """The second moment of `extend`ed rows, or its diagonal where there is nothing else."""
+    if not isinstance(inputs, Structured):
+        return _linalg.second_moment(extend(inputs, like))
+    rows = jnp.full((1,), len(inputs), inputs.dtype)
+    if "kernel" not in like:
+        return rows[None]
+    products = inputs.second_moment()
+    if "bias" not in like or products.ndim == 1:  # what is looked up has no bias
+        return products
+    total = inputs.total()[:, None]
+    return jnp.block([[products, total], [total.T, rows[None]]])
 
 
 def between_rows(inputs: Inputs) -> Float[Array, "rows rows"]:
     """XX'."""
-    if isinstance(inputs, OneHot):
-        return (inputs.ids[:, None] == inputs.ids[None]).astype(inputs.dtype)
-    return inputs @ inputs.T
+    return inputs.between_rows() if isinstance(inputs, Structured) else inputs @ inputs.T
 
 
 def mean(inputs: Inputs) -> Float[Array, " d_in"]:
-    return inputs.total() / len(inputs) if isinstance(inputs, OneHot) else inputs.mean(0)
+    return inputs.total() / len(inputs) if isinstance(inputs, Structured) else inputs.mean(0)
 
 
 def mean_square(inputs: Inputs) -> Float[Array, " d_in"]:
-    return mean(inputs) if isinstance(inputs, OneHot) else jnp.square(inputs).mean(0)
+    if isinstance(inputs, Structured):
+        return inputs.total_squares() / len(inputs)
+    return jnp.square(inputs).mean(0)
 
 
 def write_out(inputs: Inputs) -> Float[Array, "rows d_in"]:
     """As an array."""
-    return inputs.write_out() if isinstance(inputs, OneHot) else inputs
+    return inputs.write_out() if isinstance(inputs, Structured) else inputs
 
 
 def extend(inputs: Inputs, like: Block) -> Float[Array, "*rows d"]:

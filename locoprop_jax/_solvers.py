@@ -17,7 +17,7 @@ from locoprop_jax._coordinates import Coordinates
 from locoprop_jax._divergences import Divergence
 from locoprop_jax._local_problem import LocalProblem
 from locoprop_jax._regularizers import Regularizer
-from locoprop_jax._rows import Block, extend, pull, push
+from locoprop_jax._rows import Block, extend, extended_moment, pull, push
 
 Refusal = Callable[[Divergence, Regularizer | None], str]
 Solve = Callable[[LocalProblem, Any], tuple[Block, Any]]
@@ -334,8 +334,7 @@ def _exact_kronecker(problem: LocalProblem) -> Block:
     slope, factors = problem.slope, problem.penalty.factors
     assert factors is not None
     weight, left, right = factors
-    x = extend(problem.inputs, slope)
-    values, q = jnp.linalg.eigh(_linalg.second_moment(x))
+    values, q = jnp.linalg.eigh(extended_moment(problem.inputs, slope))
     left_values = jnp.einsum("ji,jk,ki->i", q, left, q)
     right_values, p = jnp.linalg.eigh(right)
     metric = weight * left_values[:, None] * right_values[None]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import locoprop_jax as lp
+from locoprop_jax import _linalg, _rows
 from tests.helpers import quick_jit
 
 
@@ -52,10 +54,24 @@ def check_arrays(loss, params, batch):
         if layer.kind != "bias":  # whose outputs hold the data it is added to
             close(jnp.einsum("...bsi,...io->...bso", x, weights), arrays.outputs)
         close(jnp.einsum("...bsi,...bso->...io", x, arrays.cotangents), layers.block(grads, name))
-        rows = arrays.rows(weights.dtype)
-        written = rows.write_out() if hasattr(rows, "write_out") else rows
-        close(written, arrays.inputs.reshape(written.shape))
+        check_rows(arrays.rows(weights.dtype), arrays.inputs)
     return layers
+
+
+def check_rows(rows, inputs):
+    """Rows that are not written out have the products of those that are."""
+    x = _rows.write_out(rows)
+    assert x.shape == rows.shape
+    close(x, inputs.reshape(x.shape))
+    if isinstance(rows, jax.Array) or rows.shape[0] != len(rows):  # or a stack of them
+        return
+    block = {"kernel": normal(0, x.shape[1], 3), "bias": normal(1, 3)}
+    e = normal(2, len(x), 3)
+    close(_rows.push(rows, block), _rows.push(x, block))
+    jax.tree.map(close, _rows.pull(rows, e, block), _rows.pull(x, e, block))
+    for of in (_rows.mean, _rows.mean_square, _rows.between_rows):
+        close(of(rows), of(x))
+    close(_linalg.multiply(_rows.second_moment(rows), block["kernel"]), x.T @ x @ block["kernel"])
 
 
 # --- convolutions --------------------------------------------------------------------------------
@@ -388,6 +404,12 @@ CASES = {
     ),
     "scan over experts": Case(scanned_experts, {"w": (2, 2, 3, 3)}, X, {"w": "dense"}),
     "loop over a constant kernel": Case(loop_over_a_constant_kernel, LINEAR, X, {"w": "dense"}),
+    "convolution with a bias": Case(
+        lambda p, x: jnp.tanh(convolved(x, p["w"], (2, 1)) + p["b"][None, None, None]),
+        {"w": (3, 2, 2, 3), "b": (3,)},
+        IMAGES,
+        {"w": "conv"},
+    ),
     "depthwise convolution": Case(
         lambda p, x: jnp.tanh(
             jax.lax.conv_general_dilated(
@@ -434,6 +456,11 @@ def test_rows_of_a_lookup_of_positions_are_the_positions():
     close(jnp.einsum("bsi,bso->io", x.astype(float), e), grads["table"])
 
 
+def convolved(x, kernel, strides):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=numbers)
+
+
 METHODS = {
     "foof": lambda layers: lp.scale_by_foof(layers, inverse_period=2),
     "foof, current batch": lambda layers: lp.scale_by_foof(layers, decay=0.0),
@@ -473,3 +500,64 @@ def test_every_method_takes_every_kind(name):
         assert jnp.real(optax.tree.vdot(grads, updates)) > 0, method
         for leaf, grad in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
             assert np.all(np.isfinite(leaf)) and leaf.shape == grad.shape and np.any(leaf)
+
+
+def windows(x, window, strides):
+    """What a convolution's kernel meets: (batch, *pixels, channels * window)."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated_patches(
+        x, window, strides, "SAME", dimension_numbers=numbers
+    )
+
+
+@pytest.mark.parametrize("batch", [4, 24], ids=["by rows", "by columns"])
+def test_a_convolution_is_a_dense_layer_of_its_windows(batch):
+    """Every method treats both alike, though a convolution's windows are never written out."""
+    window, strides = (3, 2), (2, 1)
+
+    def convolution(params, x):
+        return convolved(x, params["w"], strides) + params["b"][None, None, None]
+
+    def dense(params, x):
+        kernel = params["w"].transpose(2, 0, 1, 3).reshape(-1, params["w"].shape[-1])
+        return windows(x, window, strides) @ kernel + params["b"][None, None, None]
+
+    def loss(of, params, x, y):
+        return head(jnp.tanh(of(params, x)), y)
+
+    params = {"w": normal(0, *window, 2, 3), "b": normal(1, 3)}
+    data = normal(2, batch, 4, 5, 2), normal(3, batch)
+
+    @functools.partial(quick_jit, static_argnums=0)
+    def updates(of):
+        layers = lp.find_layers(functools.partial(loss, of), params, *data)
+        capture = lp.value_grad_and_capture(functools.partial(loss, of))
+        _, grads, captured = capture(params, *data)
+        return {
+            method: tx.update(grads, tx.init(params), params, captured=captured)[0]
+            for method, tx in ((name, make(layers)) for name, make in METHODS.items())
+        }
+
+    jax.tree.map(functools.partial(close, tolerance=1e-7), updates(convolution), updates(dense))
+
+
+@pytest.mark.parametrize("name", ["foof", "lnb", "kfac", "locoprop_s", "locoprop_m"])
+def test_a_convolution_takes_no_more_memory_than_twice_its_activations(name):
+    """Its windows have nine times the size of its inputs."""
+    shapes = {"w": (3, 3, 16, 16), "b": (16,)}
+    params = {n: jax.ShapeDtypeStruct(shape, jnp.float32) for n, shape in shapes.items()}
+    x = jax.ShapeDtypeStruct((64, 32, 32, 16), jnp.float32)
+
+    def loss(params, x):
+        h = convolved(x, params["w"], (1, 1)) + params["b"][None, None, None]
+        return jnp.mean(jnp.square(jnp.tanh(h)))
+
+    tx = METHODS[name](lp.find_layers(loss, params, x))
+
+    def update(grads, params, captured):
+        return tx.update(grads, tx.init(params), params, captured=captured)[0]
+
+    _, grads, captured = jax.eval_shape(lp.value_grad_and_capture(loss), params, x)
+    memory = jax.jit(update).lower(grads, params, captured).compile().memory_analysis()
+    activations = 3 * 4 * math.prod(x.shape)  # inputs, outputs and cotangents
+    assert memory.temp_size_in_bytes < 2 * activations
