@@ -346,14 +346,14 @@ def _solve_batch(own: LayerRows, damping: Damping) -> Block:
     What remains for the kernel is the second moment of the centred rows, and of a row more for what
     a damped bias leaves of the mean.
     """
-    kernel = own.slope["kernel"]
-    by_rows = _linalg.solves_by_rows(*own.inputs.shape, kernel.shape[1])
+    rows, d_in = own.inputs.shape
+    by_rows = _linalg.solves_by_rows(rows, d_in, own.slope["kernel"].shape[1])
     if isinstance(own.inputs, OneHot) or (isinstance(own.inputs, Windows) and not by_rows):
         metric = _metric(_statistics(own.inputs), own.slope, damping)
         solve = functools.partial(_linalg.solve, metric.kernel)
         return divide(own.slope, metric.mean, metric.bias, solve)
     x, e = _rows.write_out(own.inputs), own.cotangents
-    rows, mean = len(x), x.mean(0)
+    mean = x.mean(0)
     if "bias" in own.slope:
         x = x - mean[None]
     amount = damping.of(jnp.square(x).mean(0), _rows.mean_square(own.inputs))

@@ -155,26 +155,46 @@ def _batch_axes(
     abstract = jax.eval_shape(lambda *xs: xs, *leaves, *dynamic)
     best: list[Shape] | None = None
     for size in sorted({leaf.shape[0] for leaf in abstract[len(leaves) :] if _may_grow(leaf)}):
-        doubled = [
-            jax.ShapeDtypeStruct((2 * size, *leaf.shape[1:]), leaf.dtype)
-            if i >= len(leaves) and _may_grow(leaf) and leaf.shape[0] == size
-            else leaf
+        grow = [
+            i >= len(leaves) and _may_grow(leaf) and leaf.shape[0] == size
             for i, leaf in enumerate(abstract)
         ]
-        try:
-            other = _jaxpr.flatten(jax.make_jaxpr(flat)(*doubled))
-        except Exception:
-            continue
-        same = [e.path for e in other.all_equations()] == [e.path for e in program.all_equations()]
-        if same and len(other.avals) == len(program.avals):
-            grown = [_growing(program.shape(v), other.shape(v)) for v in range(len(other.avals))]
+        # Running statistics may have as many features as the batch has examples.
+        without = [g and not _is_vector(leaf) for g, leaf in zip(grow, abstract, strict=True)]
+        for chosen in (grow, without):
+            grown = _grown(flat, program, abstract, chosen) if any(chosen) else None
+            if grown is None:
+                continue
             if best is None or sum(map(bool, grown)) > sum(map(bool, best)):
                 best = grown
+            break
     return best
+
+
+def _grown(
+    flat: Callable, program: Program, abstract: Sequence[Any], chosen: Sequence[bool]
+) -> list[Shape] | None:
+    """By value the axes that grow as the chosen inputs' first axes do; None if they cannot."""
+    doubled = [
+        jax.ShapeDtypeStruct((2 * leaf.shape[0], *leaf.shape[1:]), leaf.dtype) if grows else leaf
+        for leaf, grows in zip(abstract, chosen, strict=True)
+    ]
+    try:
+        other = _jaxpr.flatten(jax.make_jaxpr(flat)(*doubled))
+    except Exception:
+        return None
+    same = [e.path for e in other.all_equations()] == [e.path for e in program.all_equations()]
+    if not same or len(other.avals) != len(program.avals):
+        return None
+    return [_growing(program.shape(v), other.shape(v)) for v in range(len(other.avals))]
 
 
 def _may_grow(leaf: jax.ShapeDtypeStruct) -> bool:
     return bool(leaf.shape) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _is_vector(leaf: jax.ShapeDtypeStruct) -> bool:
+    return len(leaf.shape) == 1 and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _growing(shape: Shape, doubled: Shape) -> Shape:

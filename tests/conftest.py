@@ -15,18 +15,21 @@ if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
 
 # No shrinking: it compiles hundreds of networks, minutes for a failure, and ours are small anyway.
-hypothesis.settings.register_profile(
-    "locoprop_jax",
-    max_examples=25,
-    deadline=None,
-    derandomize="CI" in os.environ,
-    phases=set(hypothesis.Phase) - {hypothesis.Phase.shrink, hypothesis.Phase.explain},
-)
+for profile, max_examples in {"locoprop_jax": 12, "thorough": 100}.items():
+    hypothesis.settings.register_profile(
+        profile,
+        max_examples=max_examples,
+        deadline=None,
+        derandomize="CI" in os.environ,
+        phases=set(hypothesis.Phase) - {hypothesis.Phase.shrink, hypothesis.Phase.explain},
+    )
 hypothesis.settings.load_profile("locoprop_jax")
 
 
 def pytest_configure(config):
     """Keep what is compiled, for both workers and for the next run."""
+    if not config.pluginmanager.has_plugin("cacheprovider"):
+        return
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

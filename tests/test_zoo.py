@@ -1,0 +1,93 @@
+"""Models as people write them: each parameter is in a layer, or listed with the reason."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import locoprop_jax as lp
+from tests.helpers import quick_jit
+from tests.zoo import ZOO
+
+pytestmark = pytest.mark.standard_promotion
+
+METHODS = {
+    "foof": lambda layers: lp.foof(layers, 1e-4),
+    "lnb": lambda layers: lp.lnb(layers, 1e-4, iterations=2),
+}
+# Their steps alone are compiled in every run of the tests: one model for each kind of layer.
+QUICK = {
+    "mlp",
+    "lenet",
+    "lstm",
+    "equinox, attention",
+    "nnx, convolutions",
+    "mixture of experts",
+    "scanned transformer",
+}
+
+
+@functools.cache
+def built(name):
+    loss, params, batch = ZOO[name].build()
+    return loss, params, batch, lp.find_layers(loss, params, batch, on_uncaptured="pass")
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_parameter_is_in_a_layer_or_listed(name):
+    *_, layers = built(name)
+    missing = ZOO[name].missing
+    reasons = {other.path: other.reason for other in layers.uncaptured if other.has_gradient}
+    listed = {path for part in missing for path in reasons if path.startswith(part)}
+    assert set(reasons) == listed, str(layers)
+    for part, why in missing.items():
+        found = [reason for path, reason in reasons.items() if path.startswith(part)]
+        assert found and all(re.search(why, reason) for reason in found)
+    paths = {parameter.path for layer in layers.values() for parameter in layer.parameters}
+    assert paths.isdisjoint(reasons) and layers
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_gradients_are_those_of_jax_and_of_the_captured_arrays(name):
+    loss, params, batch, layers = built(name)
+
+    @quick_jit
+    def everything(params, batch):
+        value, grads, captured = lp.value_grad_and_capture(loss)(params, batch)
+        products = {}
+        for layer_name, layer in layers.items():
+            x, e = captured[layer_name].inputs, captured[layer_name].cotangents
+            if layer.bias is not None:
+                x = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], -1)
+            product = jnp.einsum("...bsi,...bso->...io", x, e, precision="highest")
+            products[layer_name] = product, layers.block(grads, layer_name)
+        return (value, grads), jax.value_and_grad(loss)(params, batch), products
+
+    found, expected, products = everything(params, batch)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
+    )
+    for product, block in products.values():
+        np.testing.assert_allclose(product, block, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_lowers_the_loss(method, name):
+    loss, params, batch, layers = built(name)
+    tx = lp.with_fallback(METHODS[method](layers), layers, optax.sgd(1e-4))
+
+    @quick_jit
+    def step(params, state, batch):
+        value, grads, captured = lp.value_grad_and_capture(loss)(params, batch)
+        updates, _ = tx.update(grads, state, params, captured=captured)
+        return value, loss(optax.apply_updates(params, updates), batch)
+
+    before, after = step(params, tx.init(params), batch)
+    assert after < before
