@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ class StaticJaxpr:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["free"],
-    meta_fields=["function", "layout", "dtype", "terms"],
+    meta_fields=["function", "layout", "dtype", "terms", "parts"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Head:
@@ -79,6 +80,8 @@ class Head:
       dtype: of the raw outputs.
       terms: how many terms the loss averages over (mathematics: c), the number of rows where the
         loss does not show it.
+      parts: of how many batches this is the mean loss, one after the other; None for one batch,
+        else `free` has their axis in front.
     """
 
     free: tuple[Array, ...]
@@ -86,11 +89,18 @@ class Head:
     layout: Layout
     dtype: Any
     terms: float
+    parts: int | None = None
 
     def loss(self, outputs: Float[Array, "batch shared d_out"]) -> Float[Array, ""]:
         """The loss, were these the layer's outputs."""
+        if self.parts is None:
+            return self._loss(outputs, self.free)
+        of_parts = outputs.reshape(self.parts, -1, *outputs.shape[1:])
+        return jax.vmap(self._loss)(of_parts, self.free).mean()
+
+    def _loss(self, outputs: Array, free: tuple[Array, ...]) -> Float[Array, ""]:
         raw = _chains.apply(self.layout.outputs_back, outputs).astype(self.dtype)
-        return _jaxpr.as_callable(self.function.closed)(raw, *self.free)[0]
+        return _jaxpr.as_callable(self.function.closed)(raw, *free)[0]
 
     def gradient(
         self, outputs: Float[Array, "batch shared d_out"]
@@ -129,7 +139,7 @@ class Deferred:
         "curvature",
         "transferred_curvature",
     ],
-    meta_fields=["layout", "paths"],
+    meta_fields=["layout", "paths", "parts"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Use:
@@ -146,6 +156,7 @@ class Use:
       curvature: the curvature cotangents, with a leading axis of samples; None if they were not
         captured.
       transferred_curvature: those after the transfer function; None where the cotangents are.
+      parts: how many batches these are, with their axis in front of all arrays; None for one.
     """
 
     operands: tuple[Array, ...]
@@ -156,34 +167,74 @@ class Use:
     paths: tuple[Path, Path | None]
     curvature: Array | None = None
     transferred_curvature: Array | None = None
+    parts: int | None = None
 
     def with_curvature(self, cotangents: Mapping[Path, Array]) -> Use:
         """With its own of the curvature cotangents."""
         own, transferred = (None if p is None else cotangents.get(p) for p in self.paths)
         return dataclasses.replace(self, curvature=own, transferred_curvature=transferred)
 
+    def joined(self, parts: int) -> Use:
+        """What was stacked, as of one batch whose loss is the mean."""
+        shares = {
+            "cotangents": 1 / parts,
+            "transferred_cotangents": 1 / parts,
+            "curvature": 1 / math.sqrt(parts),
+            "transferred_curvature": 1 / math.sqrt(parts),
+        }
+        scaled = {
+            name: None if getattr(self, name) is None else share * getattr(self, name)
+            for name, share in shares.items()
+        }
+        return dataclasses.replace(self, parts=parts, **scaled)
+
+    def read(self, chain: Chain | None, raw: Array | None) -> Array:
+        """Outputs, or what is like them, as (batch, shared, d_out), with the stack in front."""
+        assert chain is not None
+        return self._read(functools.partial(_chains.apply, chain), raw)
+
+    def read_samples(self, chain: Chain | None, raw: Array | None) -> Array:
+        """The same with samples: the fourth axis from the end, the first of the raw array."""
+        assert chain is not None
+        return self._read(jax.vmap(functools.partial(_chains.apply, chain), out_axes=-4), raw)
+
     def read_ids(self) -> Int[Array, "batch shared 1"]:
         """The places of the ones in one-hot inputs."""
         reader = self.layout.reader
         assert isinstance(reader, OneHotReader)
-        return _chains.apply(self.layout.ids, reader.ids(*self.operands))
+
+        def of_part(*operands: Array) -> Array:
+            return _chains.apply(self.layout.ids, reader.ids(*operands))
+
+        return self._read(of_part, *self.operands)
 
     def read_data(self) -> tuple[Patches, Array]:
         """How a convolution's kernel is moved, and over what."""
-        reader, (data, *factors) = self.layout.reader, self.operands
+        reader, scaled = self.layout.reader, lambda data: data
         if isinstance(reader, Times):
-            reader, data = reader.reader, reader.scaled(data, *factors)
+            reader, scaled = reader.reader, reader.scaled
         assert isinstance(reader, Patches)
-        return reader, data
+        back = reader.data_axes[0] - (self.operands[0].ndim - (self.parts is not None))
+        return reader, self._read(scaled, *self.operands, batch_axis=back)
 
     def read_inputs(self) -> Array:
         if not self.operands:
-            outputs = _chains.apply(self.layout.outputs, self.outputs)
+            outputs = self.read(self.layout.outputs, self.outputs)
             return jnp.zeros((*outputs.shape[:-1], 0), outputs.dtype)
         read: Callable[..., Array] = self.layout.reader
         for _ in range(self.layout.loops):
             read = jax.vmap(read)
-        return _chains.apply(self.layout.inputs, read(*self.operands))
+        return self._read(
+            lambda *operands: _chains.apply(self.layout.inputs, read(*operands)), *self.operands
+        )
+
+    def _read(self, of_part: Callable[..., Array], *raw: Any, batch_axis: int = -3) -> Array:
+        """Of all batches one after the other along their axis, which is counted from the end."""
+        if self.parts is None:
+            return of_part(*raw)
+        x = jnp.moveaxis(jax.vmap(of_part)(*raw), 0, batch_axis - 1)
+        axis = x.ndim + batch_axis
+        return x.reshape(*x.shape[: axis - 1], -1, *x.shape[axis + 1 :])
 
 
 @functools.partial(
@@ -220,6 +271,16 @@ class LayerArrays:
         uses = tuple(use.with_curvature(cotangents) for use in self.uses)
         return dataclasses.replace(self, uses=uses, deferred=None)
 
+    def joined(self, parts: int) -> LayerArrays:
+        """What was stacked, as of one batch whose loss is the mean."""
+        head, hessian = self.head, self.output_hessian
+        return dataclasses.replace(
+            self,
+            uses=tuple(use.joined(parts) for use in self.uses),
+            head=head and dataclasses.replace(head, terms=parts * head.terms, parts=parts),
+            output_hessian=None if hessian is None else hessian.mean(0),
+        )
+
     @property
     def inputs(self) -> Float[Array, "*stack batch shared d_in"]:
         return _joined([use.read_inputs() for use in self.uses])
@@ -243,11 +304,11 @@ class LayerArrays:
 
     @property
     def outputs(self) -> Float[Array, "*stack batch shared d_out"]:
-        return _joined([_chains.apply(use.layout.outputs, use.outputs) for use in self.uses])
+        return _joined([use.read(use.layout.outputs, use.outputs) for use in self.uses])
 
     @property
     def cotangents(self) -> Float[Array, "*stack batch shared d_out"]:
-        return _joined([_chains.apply(use.layout.outputs, use.cotangents) for use in self.uses])
+        return _joined([use.read(use.layout.outputs, use.cotangents) for use in self.uses])
 
     @property
     def transferred_cotangents(self) -> Float[Array, "*stack batch shared d_out"]:
@@ -264,8 +325,7 @@ class LayerArrays:
         first = self.uses[0]
         if first.transferred_cotangents is None:
             return self.cotangents
-        assert first.layout.transferred is not None
-        return _chains.apply(first.layout.transferred, first.transferred_cotangents)
+        return first.read(first.layout.transferred, first.transferred_cotangents)
 
     @property
     def curvature(self) -> Float[Array, "*stack samples batch shared d_out"]:
@@ -283,7 +343,7 @@ class LayerArrays:
                 "The curvature cotangents were not captured: ask for them by "
                 '`value_grad_and_capture(loss_fn, curvature="ggn_mc")` (or another kind).'
             )
-        return _joined([_by_sample(use.layout.outputs, use.curvature) for use in self.uses])
+        return _joined([use.read_samples(use.layout.outputs, use.curvature) for use in self.uses])
 
     @property
     def transferred_curvature(self) -> Float[Array, "*stack samples batch shared d_out"]:
@@ -303,13 +363,7 @@ class LayerArrays:
             )
         if first.transferred_curvature is None:
             return self.curvature
-        assert first.layout.transferred is not None
-        return _by_sample(first.layout.transferred, first.transferred_curvature)
-
-
-def _by_sample(chain: Chain, raw: Any) -> Array:
-    """The chain applied to each sample; samples are the fourth axis from the end."""
-    return jax.vmap(lambda c: _chains.apply(chain, c), out_axes=-4)(raw)
+        return first.read_samples(first.layout.transferred, first.transferred_curvature)
 
 
 def _joined(arrays: Sequence[Array]) -> Array:
@@ -368,6 +422,11 @@ class Captured(Mapping[str, LayerArrays]):
         cotangents = self._deferred.pull()
         arrays = tuple(own.with_curvature(cotangents) for own in self._arrays)
         return dataclasses.replace(self, _arrays=arrays, _deferred=None)
+
+    def joined(self, parts: int) -> Captured:
+        """Those of so many batches, stacked by a loop, as of one batch whose loss is the mean."""
+        arrays = tuple(own.joined(parts) for own in self._arrays)
+        return dataclasses.replace(self, _arrays=arrays)
 
     @property
     def terms(self) -> float:
