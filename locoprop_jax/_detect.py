@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from locoprop_jax import _chains, _flow, _jaxpr, _labels, _sites
+from locoprop_jax import _chains, _flow, _jaxpr, _labels, _reasons, _sites
 from locoprop_jax._chains import Part, Shape
 from locoprop_jax._jaxpr import Equation, Program
 from locoprop_jax._labels import (
@@ -29,6 +29,7 @@ from locoprop_jax._labels import (
     is_data,
     leaves_of,
 )
+from locoprop_jax._reasons import Reason
 from locoprop_jax._sites import BatchAxes, Site
 
 
@@ -47,7 +48,7 @@ class Detection:
 
     sites: tuple[Site, ...]
     groups: tuple[tuple[int, ...], ...]
-    reasons: dict[int, str]
+    reasons: dict[int, Reason]
     without_gradient: frozenset[int]
     live: tuple[bool, ...]
     terms: dict[int, float]
@@ -67,7 +68,7 @@ def detect(program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None) 
     of_params = _flow.reached_from(program, program.inputs[:n_leaves])
     constants = set(range(len(program.avals))) - of_params - _flow.reached_from(program, data)
     terms = _flow.loss_terms(program, loss, constants, of_params)
-    reasons: dict[int, str] = {}
+    reasons: dict[int, Reason] = {}
     while True:
         known = _Known(batch_axes, terms, frozenset(reasons), [], {}, {})
         labels: dict[int, Label] = {
@@ -86,11 +87,9 @@ def detect(program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None) 
     without = frozenset(i for i in range(n_leaves) if program.inputs[i] not in read)
     for leaf in range(n_leaves):
         if leaf in without:
-            reasons[leaf] = "the loss does not depend on it (unused, or behind a stop_gradient)"
+            reasons[leaf] = _reasons.NO_GRADIENT
         elif leaf not in layered and leaf not in reasons:
-            reasons[leaf] = known.pending.get(
-                leaf, "it never meets the data: only a regularizer uses it"
-            )
+            reasons[leaf] = known.pending.get(leaf, _reasons.NEVER_MEETS_DATA)
     groups: dict[tuple, list[int]] = {}
     for i, site in enumerate(sites):
         groups.setdefault(site.key(), []).append(i)
@@ -126,8 +125,8 @@ class _Known(NamedTuple):
     terms: Mapping[int, float]
     excluded: frozenset[int]
     sites: list[Site]
-    reasons: dict[int, str]
-    pending: dict[int, str]
+    reasons: dict[int, Reason]
+    pending: dict[int, Reason]
 
 
 class _Labels:
@@ -165,7 +164,7 @@ class _Labels:
         if not leaves:
             moved = _rearranged(self.program, equation, kinds)
             return moved or (self._factor(position, kinds) if is_alive else None) or plain
-        found: Label | str | None = None
+        found: Label | Reason | None = None
         if is_alive:
             reader = self._site if meets_data else self._before_data
             found = reader(position, kinds)
@@ -176,7 +175,7 @@ class _Labels:
             moved = _rearranged(self.program, equation, kinds)
             return moved or _labels.parts(self.program, position, kinds) or Derived(leaves, hows[0])
         is_term = equation.primitive in _jaxpr.SUMS and equation.outputs[0] in self.known.terms
-        if isinstance(found, str) and found is not DATA and not is_term:
+        if isinstance(found, Reason) and not is_term:
             # A sum inside the loss adds a regularizer.
             self.reasons.update((leaf, found) for leaf in leaves if leaf not in self.reasons)
         return plain
@@ -186,11 +185,11 @@ class _Labels:
         primitive = self.program.equations[position].primitive
         if primitive in _jaxpr.MUL and CONSTANT in kinds:
             product = _sites.scaled(self.program, position, kinds, self.sites)
-            return None if isinstance(product, str) else product
+            return None if isinstance(product, Reason) else product
         if primitive in _jaxpr.GATHER and self._is_added_to_data(position):
             if not _labels.changed(self.program, position, kinds):
                 found = _sites.embedding(self.program, position, kinds)
-                return None if isinstance(found, str) else self._append(found)
+                return None if isinstance(found, Reason) else self._append(found)
         return None
 
     def _is_added_to_data(self, position: int) -> bool:
@@ -205,11 +204,11 @@ class _Labels:
             value = after.outputs[0]
         return False
 
-    def _site(self, position: int, kinds: Sequence[Label]) -> Label | str:
+    def _site(self, position: int, kinds: Sequence[Label]) -> Label | Reason:
         """The label of a layer's output, or in words why this equation gives none."""
         program, equation = self.program, self.program.equations[position]
         primitive = equation.primitive
-        found: Site | str | None = None
+        found: Site | Reason | None = None
         if primitive in _jaxpr.GATHER:
             why = _labels.changed(program, position, kinds)
             found = why or _sites.embedding(program, position, kinds)
@@ -220,7 +219,7 @@ class _Labels:
             found = why or read(program, position, plain, self.batch_axes)
             found = _sites.times_number(found, kinds)
         if found is not None:
-            return found if isinstance(found, str) else self._append(found)
+            return found if isinstance(found, Reason) else self._append(found)
         if primitive in _jaxpr.MUL:
             return self._scale(position, kinds)
         if primitive in _jaxpr.ADD:
@@ -288,28 +287,25 @@ class _Labels:
         found = self._at_value(value, [label])
         if isinstance(found, Output):
             return DATA
-        why = (
-            found if isinstance(found, str) else "a loop starts from it, the same for all examples"
-        )
+        why = found if isinstance(found, Reason) else _reasons.LOOP_START
         self.reasons.setdefault(label.leaf, why)
         return DATA
 
     def _grows(self, value: int) -> bool:
         return self.batch_axes is not None and bool(self.batch_axes[value])
 
-    def _scale(self, position: int, kinds: Sequence[Label]) -> Label | str:
+    def _scale(self, position: int, kinds: Sequence[Label]) -> Label | Reason:
         if self.batch_axes is None:
-            return "it multiplies data whose batch axis is not known"
+            return _reasons.BATCH_NOT_KNOWN
         product = _sites.scaled(self.program, position, kinds, self.sites)
-        if isinstance(product, str):
+        if isinstance(product, Reason):
             return product
         if not self._grows(self.program.equations[position].outputs[0]):
             # Statistics of the batch, whose product is yet to meet the data.
-            why = "capture knows no layer that is a `mul` of a parameter and what a batch shares"
-            self.known.pending[product.weight.leaf] = why
+            self.known.pending[product.weight.leaf] = _reasons.SHARED_BY_THE_BATCH
             return product
         found = _sites.scale(self.program, position, product)
-        return found if isinstance(found, str) else self._append(found)
+        return found if isinstance(found, Reason) else self._append(found)
 
     def _factor(self, position: int, kinds: Sequence[Label]) -> Label | None:
         """One more factor of data for a scale whose product goes nowhere else."""
@@ -321,10 +317,10 @@ class _Labels:
         if site.kind != "scale" or site.added is not None or not self._only_use(site, position):
             return None
         product = _sites.scaled(self.program, position, kinds, self.sites)
-        if isinstance(product, str):
+        if isinstance(product, Reason):
             return None
         found = _sites.scale(self.program, position, product)
-        if isinstance(found, str):
+        if isinstance(found, Reason):
             return None
         self.sites[output.site] = self._placed(found)
         return Output(output.site, ())
@@ -338,7 +334,7 @@ class _Labels:
             value = self.program.equations[uses[0]].outputs[0]
         return False
 
-    def _bias(self, position: int, result: int, kinds: Sequence[Label]) -> Label | str | None:
+    def _bias(self, position: int, result: int, kinds: Sequence[Label]) -> Label | Reason | None:
         """A parameter that is added to data as a layer of its own, None where it is no such."""
         weights = [k for k in kinds if isinstance(k, Weight)]
         specials = [k for k in kinds if leaves_of(k)]
@@ -346,9 +342,9 @@ class _Labels:
         if len(weights) != 1 or len(specials) != 1 or not self._grows(value):
             return None
         found = _sites.bias(self.program, position, result, weights[0])
-        return found if isinstance(found, str) else self._append(found)
+        return found if isinstance(found, Reason) else self._append(found)
 
-    def _entering(self, equation: Equation, kinds: Sequence[Label]) -> Label | str | None:
+    def _entering(self, equation: Equation, kinds: Sequence[Label]) -> Label | Reason | None:
         """A parameter that is put beside data, once for each example: a layer at its own value."""
         entering = [v for v, k in zip(equation.inputs, kinds, strict=True) if leaves_of(k)]
         if len(entering) != 1:
@@ -356,7 +352,7 @@ class _Labels:
         found = self._at_value(entering[0], [k for k in kinds if leaves_of(k)])
         return DATA if isinstance(found, Output) else found
 
-    def _at_value(self, value: int, kinds: Sequence[Label]) -> Label | str | None:
+    def _at_value(self, value: int, kinds: Sequence[Label]) -> Label | Reason | None:
         """A parameter that is data itself, spread over the examples before it is used once."""
         position = self.program.producers.get(value)
         if position is None or len(self.consumers.get(value, [])) != 1 or not self._grows(value):
@@ -364,16 +360,15 @@ class _Labels:
         result = self.program.equations[position].outputs.index(value)
         return self._bias(position, result, kinds)
 
-    def _unsupported(self, position: int, kinds: Sequence[Label]) -> str:
+    def _unsupported(self, position: int, kinds: Sequence[Label]) -> Reason:
         equation = self.program.equations[position]
         if equation.primitive in _jaxpr.CUSTOM:
-            return f"it is used inside a function with its own derivative (`{equation.primitive}`)"
-        return _labels.changed(self.program, position, kinds) or (
-            f"capture knows no layer that is a `{equation.primitive}` of data and a parameter"
-        )
+            return _reasons.own_derivative(str(equation.primitive))
+        why = _labels.changed(self.program, position, kinds)
+        return why or _reasons.no_layer(str(equation.primitive))
 
 
-def _misused(sites: Sequence[Site]) -> dict[int, str]:
+def _misused(sites: Sequence[Site]) -> dict[int, Reason]:
     """The parameters whose uses do not agree."""
     uses: dict[int, list[tuple[str, Part | None, tuple]]] = {}
     for site in sites:
@@ -384,11 +379,7 @@ def _misused(sites: Sequence[Site]) -> dict[int, str]:
     for leaf, found in uses.items():
         pairs = itertools.combinations(set(found), 2)
         if any(a is None or b is None or a.overlaps(b) for (_, a, _), (_, b, _) in pairs):
-            roles = ", ".join(role for role, *_ in found)
-            reasons[leaf] = (
-                f"it is used {len(found)} times ({roles}), not with the same shape, orientation "
-                "and bias each time"
-            )
+            reasons[leaf] = _reasons.used_differently([role for role, *_ in found])
     return reasons
 
 
@@ -406,33 +397,33 @@ def _attach_bias(
     kinds: Sequence[Label],
     sites: Sequence[Site],
     consumers: dict[int, list[int]],
-) -> Output | str:
+) -> Output | Reason:
     """Give a site the parameter that is added to its output; the reason where it is no bias."""
     equation = program.equations[position]
     outputs = [k for k in kinds if isinstance(k, Output)]
     weights = [k for k in kinds if isinstance(k, Weight)]
     if len(outputs) != 1 or len(weights) != 1:
         why = _labels.changed(program, position, kinds)
-        return why or "it is added to data that is not a layer's output"
+        return why or _reasons.ADDED_TO_NO_OUTPUT
     (output,), (weight,) = outputs, weights
     site = sites[output.site]
     if site.added is not None:
-        return "it is a second bias of the same layer"
+        return _reasons.SECOND_BIAS
     if site.kind == "embedding":
-        return "it is added to rows of a table"
+        return _reasons.ADDED_TO_ROWS
     # The raw output must go nowhere else, or the layer would have two outputs.
     value = site.output
     target = next(v for v, k in zip(equation.inputs, kinds, strict=True) if k is output)
     while len(consumers[value]) == 1 and value != target and consumers[value] != [_jaxpr.END]:
         value = program.equations[consumers[value][0]].outputs[0]
     if consumers[value] != [position]:
-        return "it is added to a layer's output that is used elsewhere without it"
+        return _reasons.USED_WITHOUT_IT
     grown = program.shape(target) != program.shape(equation.outputs[0])
     if grown or not _chains.is_invertible(output.chain):
-        return "it is added to a layer's output after that was broadcast"
+        return _reasons.ADDED_AFTER_BROADCAST
     chain = _sites.bias_chain(program, position, site, output, weight)
     if chain is None:
-        return "it varies along more than the outputs of the layer that it is added to"
+        return _reasons.NOT_THE_OUTPUTS
     site.added, site.bias_chain = weight, chain
     site.output, site.output_chain, site.tapped = (
         equation.outputs[0],

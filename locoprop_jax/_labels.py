@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from locoprop_jax import _chains, _flow, _jaxpr
+from locoprop_jax import _chains, _flow, _jaxpr, _reasons
 from locoprop_jax._chains import Chain, Part, Shape
 from locoprop_jax._jaxpr import Path, Program
 from locoprop_jax._operands import Stage
+from locoprop_jax._reasons import Reason
 
 
 class Loop(NamedTuple):
@@ -130,14 +131,13 @@ def is_data(label: Label) -> bool:
     return label is DATA or isinstance(label, Output)
 
 
-def changed(program: Program, position: int, kinds: Sequence[Label]) -> str:
-    """In words, if one of the operands is a parameter changed beyond rearrangement."""
+def changed(program: Program, position: int, kinds: Sequence[Label]) -> Reason | None:
+    """The reason, if one of the operands is a parameter changed beyond rearrangement."""
     hows = [k.how for k in kinds if isinstance(k, Derived)]
     hows += ["mul" for k in kinds if isinstance(k, Scaled)]
     if not hows:
-        return ""
-    primitive = program.equations[position].primitive
-    return f"`{hows[0]}` changes it before it meets the data in `{primitive}`"
+        return None
+    return _reasons.changed(hows[0], str(program.equations[position].primitive))
 
 
 # --- parts of parameters -------------------------------------------------------------------------

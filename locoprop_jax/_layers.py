@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from locoprop_jax import _chains
 from locoprop_jax._chains import Chain, Part, Shape
+from locoprop_jax._reasons import Reason
 from locoprop_jax._transfer import Transfer
 
 
@@ -167,8 +168,13 @@ class Uncaptured:
 
     path: str
     shape: Shape
-    reason: str
+    reason: Reason
     has_gradient: bool
+
+    @property
+    def remedy(self) -> str:
+        """How to write the model so that it is in a layer; empty if there is nothing to remedy."""
+        return self.reason.remedy
 
 
 class Layers(Mapping[str, Layer]):

@@ -1,7 +1,7 @@
 """Sites: the places in a trace where a layer's weights are applied, one kind after the other.
 
 Each reader looks at one equation whose operands' labels say that a parameter meets data, and
-returns a `Site`, or in words why there is none.
+returns a `Site`, or the reason why there is none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from locoprop_jax import _chains
+from locoprop_jax import _chains, _reasons
 from locoprop_jax._chains import Chain, Shape
 from locoprop_jax._jaxpr import Address, Program
 from locoprop_jax._labels import (
@@ -38,6 +38,7 @@ from locoprop_jax._operands import (
     Stage,
     Times,
 )
+from locoprop_jax._reasons import Reason
 
 BatchAxes = Sequence[Shape] | None  # for each value, the axes that grow with the batch
 
@@ -198,7 +199,7 @@ def grouped_axes(site: Site, batch_axes: BatchAxes) -> tuple[tuple[Shape, ...], 
 
 def dense(
     program: Program, position: int, kinds: Sequence[Label], batch_axes: BatchAxes
-) -> Site | str:
+) -> Site | Reason:
     """A `dot_general` of data and a kernel; a stack of layers if the kernel has batch axes."""
     equation = program.equations[position]
     (kernel_at,) = (i for i, k in enumerate(kinds) if isinstance(k, Weight))
@@ -238,13 +239,13 @@ def dense(
     )
 
 
-def _refused(kernel: Weight, data: int, batch_axes: BatchAxes) -> str:
-    """In words, if this is no layer whatever is done to kernel and data."""
+def _refused(kernel: Weight, data: int, batch_axes: BatchAxes) -> Reason | None:
+    """The reason, if this is no layer whatever is done to kernel and data."""
     if not _chains.is_invertible(kernel.chain):
-        return "it is broadcast before it meets the data"
+        return _reasons.BROADCAST
     if batch_axes is not None and not batch_axes[data]:
-        return "it meets data that does not grow with the batch"
-    return ""
+        return _reasons.NOT_THE_BATCH
+    return None
 
 
 def _others(shape: Shape, axes: Shape) -> Shape:
@@ -256,18 +257,18 @@ def _others(shape: Shape, axes: Shape) -> Shape:
 
 def convolution(
     program: Program, position: int, kinds: Sequence[Label], batch_axes: BatchAxes
-) -> Site | str:
+) -> Site | Reason:
     """A convolution of data with a kernel; a stack of layers if its features are in groups."""
     equation = program.equations[position]
     label = kinds[1]
     if not isinstance(label, Weight):
-        return "it is what a convolution moves a kernel of data over"
+        return _reasons.MOVED_OVER
     data, kernel = equation.inputs
     if why := _refused(label, data, batch_axes):
         return why
     params = equation.params
     if params["batch_group_count"] != 1:
-        return "a convolution takes its batch in groups"
+        return _reasons.BATCH_IN_GROUPS
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     shape, out = program.shape(kernel), program.shape(equation.outputs[0])
     to_outputs, to_inputs, *spatial = numbers.rhs_spec
@@ -335,23 +336,22 @@ def convolution(
 # --- embeddings ----------------------------------------------------------------------------------
 
 
-def embedding(program: Program, position: int, kinds: Sequence[Label]) -> Site | str:
+def embedding(program: Program, position: int, kinds: Sequence[Label]) -> Site | Reason:
     """A `gather` of whole rows of a table."""
     equation = program.equations[position]
     label = kinds[0]
-    if not isinstance(label, Weight):
-        return "it is what indices into data are computed from"
+    assert isinstance(label, Weight), "a gradient flows through the table alone"
     if not _chains.is_invertible(label.chain):
-        return "it is broadcast before rows of it are taken"
+        return _reasons.BROADCAST
     shape, sizes = program.shape(equation.inputs[0]), tuple(equation.params["slice_sizes"])
     numbers = equation.params["dimension_numbers"]
     taken = tuple(i for i in numbers.start_index_map if sizes[i] == 1 != shape[i])
     if numbers.operand_batching_dims or len(taken) != 1:
-        return "capture knows no layer that takes more or less than rows of a table"
+        return _reasons.NOT_ROWS
     (table,) = taken
     features = _others(shape, taken)
     if any(sizes[i] != shape[i] for i in features):
-        return "capture knows no layer that takes parts of the rows of a table"
+        return _reasons.PARTS_OF_ROWS
     indices = program.shape(equation.inputs[1])
     out = program.shape(equation.outputs[0])
     spans = tuple(numbers.offset_dims)
@@ -379,7 +379,7 @@ def embedding(program: Program, position: int, kinds: Sequence[Label]) -> Site |
 
 def scaled(
     program: Program, position: int, kinds: Sequence[Label], sites: Sequence[Site]
-) -> Scaled | str:
+) -> Scaled | Reason:
     """The product of a parameter, or of what is that already, with one more factor.
 
     A normalisation may multiply by a parameter before its last factor of data: a site whose output
@@ -389,7 +389,9 @@ def scaled(
     specials = [i for i, k in enumerate(kinds) if leaves_of(k)]
     ours = specials or [i for i, k in enumerate(kinds) if isinstance(k, Output)]
     if len(ours) != 1 or isinstance(kinds[ours[0]], Derived):
-        return changed(program, position, kinds) or "it is multiplied by another parameter"
+        why = changed(program, position, kinds)
+        assert why is not None, "two parameters that are as they were are no data"
+        return why
     label, factor = kinds[ours[0]], Operand(position, 1 - ours[0])
     shape = program.shape(equation.outputs[0])
     if isinstance(label, Weight):
@@ -404,9 +406,9 @@ def scaled(
     return Scaled(weight, (*stages, Stage(chain, shape)), (*factors, factor))
 
 
-def times_number(site: Site | str, kinds: Sequence[Label]) -> Site | str:
+def times_number(site: Site | Reason, kinds: Sequence[Label]) -> Site | Reason:
     """The site with its inputs multiplied by the number that its kernel was, if there is one."""
-    if isinstance(site, str):
+    if isinstance(site, Reason):
         return site
     factors = [operand for k in kinds if isinstance(k, Scaled) for operand in k.factors]
     if factors:
@@ -415,7 +417,7 @@ def times_number(site: Site | str, kinds: Sequence[Label]) -> Site | str:
     return site
 
 
-def scale(program: Program, position: int, product: Scaled) -> Site | str:
+def scale(program: Program, position: int, product: Scaled) -> Site | Reason:
     """A product of data and a parameter, entry by entry: as many layers with one input each."""
     shape = product.weight.own
     numbers = _numbers(shape)
@@ -425,7 +427,7 @@ def scale(program: Program, position: int, product: Scaled) -> Site | str:
     return _by_entry("scale", program, position, value, product.weight, numbers, product)
 
 
-def bias(program: Program, position: int, result: int, weight: Weight) -> Site | str:
+def bias(program: Program, position: int, result: int, weight: Weight) -> Site | Reason:
     """A parameter that is added to data, or put beside data, each entry a layer without inputs.
 
     Args:
@@ -448,7 +450,7 @@ def _by_entry(
     weight: Weight,
     numbers: np.ndarray,
     product: Scaled | None = None,
-) -> Site | str:
+) -> Site | Reason:
     """As many layers as a parameter has entries, with one input each, or with none for a bias.
 
     Args:
@@ -463,7 +465,7 @@ def _by_entry(
     size = math.prod(weight.own)
     axes = _entry_axes(numbers, size)
     if axes is None:
-        return "its entries meet the data in another order, or more than once in a row"
+        return _reasons.ENTRIES
     is_bias = product is None
     shape = (size, 1) if is_bias else (size, 1, 1)
     chain = weight.stacked(_chains.extend((), weight.own, "reshape", shape), len(shape) - 1)

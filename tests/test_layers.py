@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import locoprop_jax as lp
+from locoprop_jax import _reasons
 from tests.helpers import FRONT_ENDS, Network, block_gradient, networks, quick_jit
 
 # --- a network whose middle is replaced, case by case --------------------------------------------
@@ -67,52 +68,157 @@ def weight_norm(p, h):
 MASK = (np.arange(16).reshape(4, 4) % 2).astype(float)
 SQUARE = {"w": (4, 4)}
 
-# name: (the middle, its parameters' shapes, reasons by parameter)
+
+def started(p, h):
+    """A loop from a state that all examples share, which is no layer's weights."""
+    state, _ = jax.lax.scan(lambda s, x: (jnp.tanh(s + x.sum()), None), p["s"], h)
+    return h + state[None]
+
+
+def over(p, h):
+    """The parameter is what a kernel of data moves over."""
+    numbers = ("NCH", "OIH", "NCH")
+    kernel = h.reshape(1, 1, -1)[:, :, :3]
+    return h + jax.lax.conv_general_dilated(
+        p["w"][None, None], kernel, (1,), "SAME", dimension_numbers=numbers
+    ).reshape(1, 4)
+
+
+def looked_up(table):
+    return lambda p, h: h + table(p["w"], jnp.argmax(h, 1))
+
+
+def in_groups(p, h):
+    """A convolution whose batch is in groups: the transpose of one with features in groups."""
+    kernel = p["w"][:, None, None, :]  # (features, 1, 1, pixels)
+    h = jax.lax.conv_general_dilated(
+        jnp.concatenate([h[:, None], h[:, None]]),
+        jnp.broadcast_to(kernel[:, 0], (4, 1, 4)),
+        (1,),
+        "VALID",
+        dimension_numbers=("NCH", "OIH", "NCH"),
+        batch_group_count=2,
+    )
+    return h[:, :, 0]
+
+
+# name: (the middle, its parameters' shapes, reasons by parameter, a word of the remedy)
 NOT_UNDERSTOOD = {
-    "masked kernel": (lambda p, h: h @ (p["w"] * MASK), SQUARE, {"w": "`mul` changes it before"}),
+    "masked kernel": (
+        lambda p, h: h @ (p["w"] * MASK),
+        SQUARE,
+        {"w": "`mul` changes it before"},
+        "change the inputs or outputs",
+    ),
     "weight norm": (
         weight_norm,
         {"g": (4,), "v": (4, 4)},
         {"g": "`(mul|div)` changes it", "v": "`[a-z_]+` changes it before"},
+        "change the inputs or outputs",
     ),
     "product of kernels": (
         lambda p, h: h @ (p["a"] @ p["b"]),
         {"a": (4, 2), "b": (2, 4)},
         {"a": "`dot_general` changes it", "b": "`dot_general` changes it"},
+        "change the inputs or outputs",
     ),
     "tied kernels": (
         lambda p, h: jnp.tanh(h @ p["w"]) @ p["w"].T,
         SQUARE,
         {"w": r"used 2 times \(kernel, kernel\)"},
+        "a parameter of its own at each",
     ),
     "slices that overlap": (
         lambda p, h: jnp.tanh(h @ p["w"][:4]) @ p["w"][1:],
         {"w": (5, 4)},
         {"w": "it is used 2 times"},
+        "a parameter of its own at each",
     ),
     "concatenated kernels": (
         lambda p, h: h @ jnp.concatenate([p["a"], p["b"]], axis=1),
         {"a": (4, 1), "b": (4, 3)},
         {"a": "`concatenate` changes it", "b": "`concatenate` changes it"},
+        "change the inputs or outputs",
     ),
-    "cond": (conditional, SQUARE, {"w": "`cond` of data"}),
+    "cond": (conditional, SQUARE, {"w": "`cond` of data"}, "`checkpoint` or `scan`"),
     "custom_vjp": (
         lambda p, h: with_own_derivative(p["w"], h),
         SQUARE,
         {"w": r"function with its own derivative \(`custom_vjp_call`\)"},
+        "outside of that function",
     ),
-    "bias by subtraction": (lambda p, h: h - p["b"][None], {"b": (4,)}, {"b": "`sub` of data"}),
+    "bias by subtraction": (
+        lambda p, h: h - p["b"][None],
+        {"b": (4,)},
+        {"b": "`sub` of data"},
+        "Add its negative",
+    ),
+    "quotient": (lambda p, h: h / p["b"][None], {"b": (4,)}, {"b": "`div` of data"}, "Multiply"),
+    "broadcast kernel": (
+        lambda p, h: h @ jnp.broadcast_to(p["w"][:, None], (4, 4)),
+        {"w": (4,)},
+        {"w": "broadcast before it meets the data"},
+        "result be broadcast",
+    ),
+    "not the batch": (
+        lambda p, h: h + jnp.tanh(h.mean(0, keepdims=True) @ p["w"]),
+        SQUARE,
+        {"w": "does not grow with the batch"},
+        "examples along the first axis",
+    ),
+    "repeated entries": (
+        lambda p, h: h * jnp.broadcast_to(p["w"][None], (2, 2)).reshape(1, 4),
+        {"w": (2,)},
+        {"w": "more than once in a row"},
+        "each entry once for each output",
+    ),
+    "start of a loop": (
+        started,
+        {"s": (4,)},
+        {"s": "a loop starts from it"},
+        "Broadcast it over the examples",
+    ),
+    "moved over": (over, {"w": (4,)}, {"w": "moves a kernel of data over"}, "second operand"),
+    "batch in groups": (
+        in_groups,
+        {"w": (4, 4)},
+        {"w": "takes its batch in groups"},
+        "feature_group_count",
+    ),
+    "several rows of a table": (
+        looked_up(
+            lambda w, ids: jax.vmap(lambda i: jax.lax.dynamic_slice(w, (i, 0), (2, 4)))(ids).sum(1)
+        ),
+        {"w": (6, 4)},
+        {"w": "more or less than rows of a table"},
+        "Take whole rows",
+    ),
+    "broadcast table": (
+        looked_up(lambda w, ids: jnp.broadcast_to(w[None], (6, 4))[ids]),
+        {"w": (4,)},
+        {"w": "broadcast before it meets the data"},
+        "result be broadcast",
+    ),
+    "parts of rows": (
+        looked_up(
+            lambda w, ids: jax.vmap(lambda i: jax.lax.dynamic_slice(w, (i, 0), (1, 4)))(ids)[:, 0]
+        ),
+        {"w": (6, 8)},
+        {"w": "parts of the rows of a table"},
+        "then their parts",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", NOT_UNDERSTOOD)
 def test_a_parameter_that_is_not_understood_is_named_and_passed_over_on_request(case):
-    middle, shapes, reasons = NOT_UNDERSTOOD[case]
+    middle, shapes, reasons, remedy = NOT_UNDERSTOOD[case]
     loss = with_middle(middle)
     own = {name: normal(6 + i, *shape) for i, (name, shape) in enumerate(shapes.items())}
     params = outer_layers() | {"middle": own}
     for name, reason in reasons.items():
-        with pytest.raises(ValueError, match=rf"middle/{name} \[.*\]: .*{reason}"):
+        match = rf"middle/{name} \[.*\]: .*({reason}).*{remedy}"
+        with pytest.raises(ValueError, match=match):
             lp.find_layers(loss, params, X, Y)
 
     layers = lp.find_layers(loss, params, X, Y, on_uncaptured="pass")
@@ -132,6 +238,87 @@ def test_a_parameter_that_is_not_understood_is_named_and_passed_over_on_request(
     for name in layers:
         found = block_gradient(captured[name], True)
         np.testing.assert_allclose(found, layers.block(grads, name), rtol=1e-10, atol=1e-12)
+
+
+# name: (the middle, its parameters' shapes, the one that is not understood, why, the remedy)
+WITHOUT_A_BATCH = {
+    "scale": (
+        lambda p, h: h * p["s"][None],
+        {"s": (4,)},
+        "s",
+        "axis is not known",
+        "Pass the batch",
+    ),
+    "second bias": (
+        lambda p, h: h @ p["w"] + p["b"][None] + p["c"][None],
+        {"w": (4, 4), "b": (4,), "c": (4,)},
+        "c",
+        "a second bias",
+        "One of them is enough",
+    ),
+    "bias of a table": (
+        lambda p, h: p["w"][jnp.argmax(h, 1)] + p["b"][None],
+        {"w": (4, 4), "b": (4,)},
+        "b",
+        "added to rows of a table",
+        "leave it out",
+    ),
+    "bias of data": (
+        lambda p, h: h + p["b"][None],
+        {"b": (4,)},
+        "b",
+        "not a layer's output",
+        "add it to a layer's output",
+    ),
+    "bias that some do not see": (
+        lambda p, h: (z := h @ p["w"]) * 2 + jnp.tanh(z + p["b"][None]),
+        {"w": (4, 4), "b": (4,)},
+        "b",
+        "used elsewhere without it",
+        "at all places",
+    ),
+    "bias after a broadcast": (
+        lambda p, h: jnp.tanh((h @ p["w"])[:, None] + p["b"][None, None].repeat(3, 1)).sum(1),
+        {"w": (4, 4), "b": (4,)},
+        "b",
+        "after that was broadcast",
+        "Add it before",
+    ),
+    "bias of each row": (
+        lambda p, h: h @ p["w"] + p["b"],
+        {"w": (4, 4), "b": (5, 4)},
+        "b",
+        "varies along more than the outputs",
+        "one entry for each output",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_A_BATCH)
+def test_where_the_batch_is_not_known_parameters_that_meet_data_on_their_own_are_named(case):
+    """Data that a loss closes over has no batch axis that could be told."""
+    middle, shapes, name, reason, remedy = WITHOUT_A_BATCH[case]
+    own = {name: normal(6 + i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+
+    def loss(params):
+        return with_middle(middle)(params, X, Y)
+
+    with pytest.raises(ValueError, match=rf"middle/{name} \[.*\]: .*{reason}.*{remedy}"):
+        lp.find_layers(loss, outer_layers() | {"middle": own})
+
+
+def test_a_product_with_what_the_batch_shares_that_meets_no_more_data_is_named():
+    def loss(params, x, y):
+        return with_middle(identity_middle)(params, x, y) + jnp.sum(x.mean(0) * params["middle"])
+
+    with pytest.raises(ValueError, match="what a batch shares.*then by what the batch shares"):
+        lp.find_layers(loss, outer_layers() | {"middle": normal(6, 3)}, X, Y)
+
+
+def test_every_reason_has_a_remedy():
+    for reason in vars(_reasons).values():
+        if isinstance(reason, _reasons.Reason) and reason is not _reasons.NO_GRADIENT:
+            assert reason.remedy.endswith(".") and not reason.endswith(".")
 
 
 def test_learned_positions_are_a_layer_of_their_own():
