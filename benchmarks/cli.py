@@ -153,8 +153,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help="where the IDX files are (default: the environment variable LOCOPROP_DATA, Debian's "
-        "package dataset-fashion-mnist, or a download)",
+        help="where the IDX files are, or CIFAR-10's binary ones (default: the environment "
+        "variable LOCOPROP_DATA, Debian's package dataset-fashion-mnist, or a download)",
     )
     parser.add_argument(
         "--seed",

@@ -10,12 +10,17 @@ import numpy as np
 import pooch
 from jaxtyping import Float32, Int32
 
+from benchmarks.cifar import FOLDER, find_cifar, read_cifar
+from benchmarks.cifar import MD5 as CIFAR_MD5
+from benchmarks.cifar import TEST as CIFAR_TEST
+from benchmarks.cifar import TRAIN as CIFAR_TRAIN
+from benchmarks.cifar import URL as CIFAR_URL
 from benchmarks.curves import generate_curves
 from benchmarks.idx import DataError, read_idx_images, read_idx_labels
 
 __all__ = ["DATASETS", "DataError", "Dataset", "load_dataset", "subset"]
 
-DATASETS = ("auto", "fashion-mnist", "mnist", "curves")
+DATASETS = ("auto", "fashion-mnist", "mnist", "cifar-10", "curves")
 DATA_VARIABLE = "LOCOPROP_DATA"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 IMAGE_SHAPE = (28, 28)
@@ -28,8 +33,8 @@ IDX = {"images": "idx3", "labels": "idx1"}  # and for the formats of the two kin
 class Dataset(NamedTuple):
     name: str
     source: str  # where the images came from, for the reader of the results
-    train: Float32[np.ndarray, "train 784"]
-    test: Float32[np.ndarray, "test 784"]
+    train: Float32[np.ndarray, "train pixels"]  # 784, of CIFAR-10 3072
+    test: Float32[np.ndarray, "test pixels"]
     train_labels: Int32[np.ndarray, " train"] | None = None  # loaded on request only
     test_labels: Int32[np.ndarray, " test"] | None = None
 
@@ -89,10 +94,12 @@ def load_dataset(
 
     A place that the user named (`data_dir`, else the environment variable LOCOPROP_DATA) is the
     only one looked at. Without one: Debian's package, then pooch's cache, then the network.
+    CIFAR-10 comes with its labels.
 
     Args:
       name: one of `DATASETS`; "auto" is Fashion-MNIST, or CURVES where it cannot be had.
-      data_dir: a directory with IDX files, or with a folder of them named after the data set.
+      data_dir: a directory with IDX files (CIFAR-10: of its binary version), or with a folder of
+        them named after the data set.
       seed: of the generated CURVES images.
       notify: told what takes time (a download) and what differs from what was asked (CURVES).
       labels: whether to load the labels as well. CURVES has none and stands in for nothing then.
@@ -107,6 +114,8 @@ def load_dataset(
         return _curves(seed)
     wanted = "fashion-mnist" if name == "auto" else name
     variable = os.environ.get(DATA_VARIABLE)
+    if name == "cifar-10":
+        return _cifar(data_dir or (Path(variable) if variable else None), notify)
     if data_dir is not None:
         return _from_directory(wanted, data_dir, "--data-dir", kinds)
     if variable:
@@ -143,6 +152,39 @@ def subset(dataset: Dataset, train_images: int) -> Dataset:
 
 def _curves(seed: int) -> Dataset:
     return Dataset("curves", f"generated from seed {seed}", *generate_curves(seed))
+
+
+def _cifar(directory: Path | None, notify: Callable[[str], None]) -> Dataset:
+    """From a directory, or downloaded into pooch's cache."""
+    if directory is None:
+        cache = Path(pooch.os_cache("locoprop_jax"))
+        place = find_cifar(cache)
+        if place is None:
+            notify(f"Downloading CIFAR-10 from {CIFAR_URL} to {cache}.")
+            try:
+                pooch.retrieve(
+                    CIFAR_URL,
+                    f"md5:{CIFAR_MD5}",
+                    path=cache,
+                    processor=pooch.Untar(extract_dir="cifar-10"),
+                    downloader=_downloader(),
+                )
+            except (OSError, ValueError) as error:
+                raise DataError(
+                    f"CIFAR-10 could not be downloaded from {CIFAR_URL} ({type(error).__name__}). "
+                    f"Go online, or unpack its binary version and name the directory with "
+                    f"--data-dir or {DATA_VARIABLE}."
+                ) from error
+            directory, place = cache, find_cifar(cache)
+    else:
+        place = find_cifar(directory)
+    if place is None:
+        raise DataError(
+            f"{directory} holds no CIFAR-10: looked there and in {directory}/{FOLDER} for "
+            f"{CIFAR_TRAIN[0]} to {CIFAR_TRAIN[-1]} and {CIFAR_TEST[0]}, of its binary version."
+        )
+    train, test = (read_cifar([place / n for n in names]) for names in (CIFAR_TRAIN, CIFAR_TEST))
+    return Dataset("cifar-10", str(place), train[0], test[0], train[1], test[1])
 
 
 def _from_directory(name: str, directory: Path, origin: str, kinds: Sequence[str]) -> Dataset:
@@ -203,6 +245,10 @@ def _read_images(path: Path) -> Float32[np.ndarray, "images 784"]:
     return images
 
 
+def _downloader() -> Any:
+    return pooch.HTTPDownloader(sys.stderr.isatty(), timeout=DOWNLOAD_TIMEOUT)
+
+
 def _from_download(name: str, notify: Callable[[str], None], kinds: Sequence[str]) -> Dataset:
     url, published = DOWNLOADS[name]
     files = [f"{SPLITS[split]}-{kind}-{IDX[kind]}-ubyte.gz" for kind in kinds for split in SPLITS]
@@ -210,7 +256,7 @@ def _from_download(name: str, notify: Callable[[str], None], kinds: Sequence[str
     if not all((cache / file).is_file() for file in files):
         notify(f"Downloading {name} from {url} to {cache}.")
     pooch.get_logger().setLevel("WARNING")  # the line above says it already
-    downloader: Any = pooch.HTTPDownloader(sys.stderr.isatty(), timeout=DOWNLOAD_TIMEOUT)
+    downloader = _downloader()
     try:
         paths = [
             Path(

@@ -3,6 +3,7 @@
 import typing as _typing
 
 from locoprop_jax import losses as losses
+from locoprop_jax._accumulate import accumulate as accumulate
 from locoprop_jax._averaging import IterateAverageState as IterateAverageState
 from locoprop_jax._averaging import average_iterates as average_iterates
 from locoprop_jax._averaging import averaged_params as averaged_params

@@ -7,6 +7,7 @@ of its updates from those of one device, the largest array that is gathered, and
 systems that one device factorises.
 """
 
+import functools
 import json
 import re
 import sys
@@ -23,6 +24,7 @@ import locoprop_jax as lp
 LAYERS, BATCH, TOKENS, WIDTH, HIDDEN, HEADS = 8, 32, 8, 8, 16, 2
 
 METHODS = {
+    "gradient": lambda layers: optax.with_extra_args_support(optax.identity()),
     "foof": lambda layers: lp.scale_by_foof(layers, damping=1e-2),
     "lnb": lambda layers: lp.scale_by_lnb(layers),
     "kfac": lambda layers: lp.scale_by_kfac(layers, curvature="empirical"),
@@ -46,10 +48,13 @@ def init_params() -> dict:
     return {"blocks": blocks, "out": normal(WIDTH, WIDTH)}
 
 
-def loss_fn(params: dict, batch: tuple) -> jax.Array:
+def loss_fn(params: dict, batch: tuple, activations: NamedSharding | None = None) -> jax.Array:
+    """The loss; activations are laid out as models of several devices say it."""
     x, y = batch
 
     def block(x: jax.Array, p: dict) -> tuple[jax.Array, None]:
+        if activations is not None:
+            x = jax.lax.with_sharding_constraint(x, activations)
         heads = (x @ p["qkv"]).reshape(*x.shape[:2], 3, HEADS, -1)
         q, k, v = (heads[:, :, i] for i in range(3))
         weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k), -1)
@@ -127,15 +132,27 @@ def main() -> None:
     for method in sys.argv[1:] or METHODS:
         tx = METHODS[method](layers)
 
-        def step(params: dict, state: optax.OptState, batch: tuple, tx=tx) -> tuple:
-            _, grads, captured = lp.value_grad_and_capture(loss_fn)(params, batch)
+        def step(
+            activations: NamedSharding | None,
+            params: dict,
+            state: optax.OptState,
+            batch: tuple,
+            tx=tx,
+            method=method,
+        ) -> tuple:
+            loss = functools.partial(loss_fn, activations=activations)
+            if method == "gradient":
+                return tx.update(jax.grad(loss)(params, batch), state)
+            _, grads, captured = lp.value_grad_and_capture(loss)(params, batch)
             return tx.update(grads, state, params, captured=captured)
 
-        expected, _ = jax.jit(step)(params, tx.init(params), batch)
+        expected, _ = jax.jit(step, static_argnums=0)(None, params, tx.init(params), batch)
         for layout, (mesh, of_batch, of_params) in layouts().items():
             state = put_state(tx.init(params), mesh, layout == "layers apart")
             inputs = (put(params, mesh, of_params), state, put(batch, mesh, (of_batch,) * 2))
-            compiled = jax.jit(step).lower(*inputs).compile()
+            kept = jax.tree.map(lambda x: x.sharding, inputs[:2])  # as training goes on with them
+            one = functools.partial(step, NamedSharding(mesh, of_batch))
+            compiled = jax.jit(one, out_shardings=kept).lower(*inputs).compile()
             updates, _ = compiled(*inputs)
             error = max(
                 float(jnp.max(jnp.abs(np.asarray(a) - b)) / jnp.max(jnp.abs(b)))
@@ -143,16 +160,11 @@ def main() -> None:
             )
             text = compiled.as_text()
             gathered = shapes(text, "all-gather") + shapes(text, "all-to-all")
-            factorised = [
-                shape
-                for line in text.splitlines()
-                if "potrf" in line
-                for shape in re.findall(r"f64\[([\d,]+)\]", line.partition("custom-call")[0])
-            ]
+            factorised = shapes(text, r"custom-call\(.*potrf")
             results.setdefault(layout, {})[method] = {
                 "error": error,
                 "gathered": max((int(np.prod(shape)) for shape in gathered), default=0),
-                "factorised": sorted(set(factorised)),
+                "factorised": sorted({shape for shape in factorised if len(shape) > 1}),
             }
     print(json.dumps(results))
 

@@ -60,7 +60,14 @@ def run(names: str, data_dir: Path, more: str = "") -> int:
 
 # One for each kind of variant; that all of them can be made and trained is tested further down.
 @pytest.mark.usefixtures("shallow")
-@pytest.mark.parametrize("name", ["variants", "iterations", "transfer", "size", "classifier"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "variants",
+        "classifier",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("iterations", "transfer", "size")),
+    ],
+)
 def test_ablations_end_to_end(
     name: str,
     data_dir: Path,

@@ -89,9 +89,7 @@ METHODS = {
     "kfac": lambda layers: lp.scale_by_kfac(layers),
     "natural gradient": lambda layers: lp.scale_by_natural_gradient(layers, damping=1.0),
     "locoprop_m": lambda layers: lp.locoprop_m(layers, 1e-3),
-    "post-activation targets": lambda layers: lp.scale_by_local_loss(
-        layers, divergence="post_squared", learning_rate=1e-3
-    ),
+    "pocoprop_s": lambda layers: lp.pocoprop_s(layers, 1e-3),
 }
 
 

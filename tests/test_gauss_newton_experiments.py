@@ -303,7 +303,10 @@ def test_alignment_is_measured_along_the_trajectory(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("shallow")
-@pytest.mark.parametrize("name", ["natural", "logistic", "minibatches"])
+@pytest.mark.parametrize(
+    "name",
+    ["logistic", *(pytest.param(n, marks=pytest.mark.slow) for n in ("natural", "minibatches"))],
+)
 def test_natural_gradients_are_compared(tmp_path, capsys, name):
     results = run(name, tmp_path, full_batch=10)
     assert "Natural, damping 1, 0.3" in results["runs"]
@@ -314,6 +317,7 @@ def test_natural_gradients_are_compared(tmp_path, capsys, name):
 
 
 @pytest.mark.usefixtures("shallow")
+@pytest.mark.slow
 def test_damping_is_compared(tmp_path, capsys):
     results = run("damping", tmp_path, every=1)
     assert set(results["similarity"]) == {second_factor.HEURISTIC, second_factor.EXACT}

@@ -477,7 +477,23 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# To a method layers differ only in these forms.
+FORMS = [
+    "layer norm, scale last",  # a stack of one input each
+    "positions",  # a stack without inputs
+    "embedding",  # one-hot rows
+    "experts of their own rows",  # a stack
+    "slices of a stack",  # parts of a parameter
+    "applied to different rows",  # rows of several uses
+    "recurrence",  # rows of a loop
+    "convolution with a bias",  # windows
+]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FORMS else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
 def test_every_method_takes_every_kind(name):
     """A positive definite matrix times the gradient is a direction of ascent."""
     loss, params, batch = build(CASES[name])

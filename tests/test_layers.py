@@ -311,7 +311,7 @@ def test_a_product_with_what_the_batch_shares_that_meets_no_more_data_is_named()
     def loss(params, x, y):
         return with_middle(identity_middle)(params, x, y) + jnp.sum(x.mean(0) * params["middle"])
 
-    with pytest.raises(ValueError, match="what a batch shares.*then by what the batch shares"):
+    with pytest.raises(ValueError, match=r"what a batch shares.*then by what the batch shares"):
         lp.find_layers(loss, outer_layers() | {"middle": normal(6, 3)}, X, Y)
 
 

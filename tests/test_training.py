@@ -1,5 +1,8 @@
 """Training with each front end, and the few lines that this takes."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -325,3 +328,18 @@ def test_a_compiled_update_sees_the_labels_that_each_loss_closes_over(closure_pr
         updates, _ = update(grads, tx.init(params), params, captured)
         expected, _ = tx.update(grads, tx.init(params), params, captured=captured)
         assert_close(updates, expected)
+
+
+# --- saved and restored --------------------------------------------------------------------------
+
+
+def test_training_goes_on_bit_for_bit_in_another_process(tmp_path):
+    def run(part):
+        command = [sys.executable, "-m", "tests.training_in_parts", str(tmp_path), part]
+        root = Path(__file__).parent.parent
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.split()[-1]
+
+    run("first")
+    assert run("second") == run("both")
