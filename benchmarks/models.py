@@ -1,7 +1,7 @@
 """The networks of the papers' larger experiments, in Flax linen; images are (batch, h, w, c)."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -91,15 +91,16 @@ class ResidualBlock(nn.Module):
 
     features: int
     stride: int
-    norm: Callable[..., Any] | None
+    normalised: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         def layer(x: jax.Array, window: int, stride: int, name: str) -> jax.Array:
-            is_biased = self.norm is None
             size, strides = (window, window), (stride, stride)
+            is_biased = not self.normalised
             x = nn.Conv(self.features, size, strides, use_bias=is_biased, name=name)(x)
-            return x if self.norm is None else self.norm(name=f"{name}_norm")(x)
+            groups = math.gcd(self.features, 32)
+            return nn.GroupNorm(groups, name=f"{name}_norm")(x) if self.normalised else x
 
         h = nn.relu(layer(x, 3, self.stride, "first"))
         h = layer(h, 3, 1, "second")
@@ -113,7 +114,7 @@ class ResNet(nn.Module):
 
     classes: int
     widths: Sequence[int] = (128, 256, 512, 1024)
-    norm: Callable[..., Any] | None = nn.GroupNorm
+    normalised: bool = True
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -121,7 +122,7 @@ class ResNet(nn.Module):
         for i, width in enumerate(self.widths):
             for j in range(2):
                 stride = 2 if i and not j else 1
-                x = ResidualBlock(width, stride, self.norm, name=f"block{i}{j}")(x)
+                x = ResidualBlock(width, stride, self.normalised, name=f"block{i}{j}")(x)
         return nn.Dense(self.classes, name="out")(x.mean((1, 2)))
 
 

@@ -10,7 +10,6 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -148,91 +147,97 @@ class Windows(Structured):
         )
 
     def push(self, kernel: Float[Array, "d_in d_out"]) -> Float[Array, "rows d_out"]:
-        patches, n, d_out = self._canonical, len(self.patches.window), kernel.shape[1]
+        # Features last and the window first: XLA for CPUs is slow in all other layouts where it
+        # finds them in loops and conditionals.
+        patches, d_out = self.patches, kernel.shape[1]
+        by_window = jnp.swapaxes(kernel.reshape(-1, math.prod(patches.window), d_out), 0, 1)
+        space = range(1, len(patches.window) + 1)
+        data_axes = (0, len(space) + 1, *space)
+        kernel_axes = (len(space) + 1, len(space), *range(len(space)))
         outputs = jax.lax.conv_general_dilated(
-            self.data,
-            kernel.reshape(-1, *patches.window, d_out),
+            self._features_last(self.data),
+            by_window.reshape(*patches.window, -1, d_out),
             patches.strides,
             patches.padding,
             patches.data_dilation,
             patches.window_dilation,
-            ConvDimensionNumbers(patches.data_axes, (n + 1, 0, *range(1, n + 1)), patches.out_axes),
+            ConvDimensionNumbers(data_axes, kernel_axes, data_axes),
         )
         return outputs.reshape(-1, d_out)
 
     def pull(self, rows: Float[Array, "rows d_out"]) -> Float[Array, "d_in d_out"]:
-        d_out = rows.shape[1]
         if jax.default_backend() != "cpu":
-            kernel = jax.ShapeDtypeStruct((self.shape[1], d_out), rows.dtype)
+            kernel = jax.ShapeDtypeStruct((self.shape[1], rows.shape[1]), rows.dtype)
             return jax.linear_transpose(self.push, kernel)(rows)[0]
-        # A CPU's convolutions are slow backwards.
-        of_examples = rows.reshape(self._batch, -1, d_out)
-        product = self._sum(lambda x, e: x.T @ e.reshape(-1, d_out), of_examples)
-        return self._in_order(product)
+        # A CPU's convolutions are slow backwards: one product for each place of the window.
+        patches, data = self.patches, self._padded(self.data)
+        batch, *pixels, _ = self._canonical.shape(self.data.shape)
+        spans = [(n - 1) * by + 1 for n, by in zip(pixels, patches.strides, strict=True)]
+        places = np.asarray(list(np.ndindex(1, *patches.window, 1)), np.int32)
+        places *= np.asarray((1, *patches.window_dilation, 1), np.int32)
+
+        def at(place: Int[Array, " axes"]) -> Float[Array, "channels d_out"]:
+            part = jax.lax.dynamic_slice(data, tuple(place), (batch, *spans, data.shape[-1]))[
+                :, *(slice(None, None, by) for by in patches.strides)
+            ]
+            return part.reshape(len(rows), -1).T @ rows
+
+        products = jax.lax.map(at, jnp.asarray(places))
+        return jnp.swapaxes(products, 0, 1).reshape(-1, rows.shape[1])
 
     def second_moment(self) -> Float[Array, "d_in d_in"]:
-        return self._in_order(self._in_order(self._sum(_linalg.second_moment)).T)
+        """Of so few examples at a time that their rows take no more memory than all data."""
+        axis, (rows, d_in) = self.patches.data_axes[0], self.shape
+        batch = self.data.shape[axis]
+        most = max(self.data.size, 2**20)
+        size = max(1, min(batch, batch * most // max(rows * d_in, 1)))
+        times, rest = divmod(batch, size)
+
+        def of(start: Any, size: int) -> Array:
+            data = jax.lax.dynamic_slice_in_dim(self.data, start, size, axis)
+            return _linalg.second_moment(self._unfolded(data))
+
+        total = jnp.zeros((d_in, d_in), self.dtype)
+        total = jax.lax.fori_loop(0, times, lambda i, total: total + of(i * size, size), total)
+        total = total + of(times * size, rest) if rest else total
+        return self._in_order(self._in_order(total).T)
 
     def between_rows(self) -> Float[Array, "rows rows"]:
         rows = self._unfolded(self.data)
         return rows @ rows.T
 
     def total(self) -> Float[Array, " d_in"]:
-        return self.pull(jnp.ones((len(self), 1), self.dtype))[:, 0]
+        # The rows are linear in the data, so examples can be summed first.
+        data = self.data.sum(self.patches.data_axes[0], keepdims=True)
+        return dataclasses.replace(self, data=data).write_out().sum(0)
 
     def total_squares(self) -> Float[Array, " d_in"]:
         return dataclasses.replace(self, data=jnp.square(self.data)).total()
 
-    # Written out, the rows are (*window, channels): a channel's neighbours are copied at once.
+    def _features_last(self, data: Array) -> Float[Array, "batch *space channels"]:
+        return jnp.moveaxis(data, self.patches.data_axes, (0, -1, *range(1, data.ndim - 1)))
 
-    @property
-    def _batch(self) -> int:
-        return self.data.shape[self.patches.data_axes[0]]
+    def _padded(self, data: Array) -> Float[Array, "batch *space channels"]:
+        sides = zip(self.patches.padding, self.patches.data_dilation, strict=True)
+        pads = [(0, 0, 0), *((*pad, by - 1) for pad, by in sides), (0, 0, 0)]
+        return jax.lax.pad(self._features_last(data), jnp.zeros((), data.dtype), pads)
+
+    # Written out, rows are (*window, channels): a channel's neighbours are copied at once.
 
     def _unfolded(self, data: Array) -> Float[Array, "rows d"]:
         """The rows of some examples."""
-        patches = self.patches
-        window = math.prod(patches.window)
-        if window > 64:  # as many slices would take long to compile
-            rows = self._canonical(data)
-            rows = jnp.moveaxis(rows.reshape(-1, rows.shape[-1] // window, window), 1, 2)
-            return rows.reshape(len(rows), -1)
-        data = jnp.moveaxis(data, patches.data_axes, (0, -1, *range(1, data.ndim - 1)))
-        sides = zip(patches.padding, patches.data_dilation, strict=True)
-        pads = [(0, 0, 0), *((*pad, by - 1) for pad, by in sides), (0, 0, 0)]
-        data = jax.lax.pad(data, jnp.zeros((), data.dtype), pads)
-        _, *pixels, _ = self._canonical.shape(self.data.shape)
-
-        def at(offset: tuple[int, ...]) -> Array:
-            starts = [i * by for i, by in zip(offset, patches.window_dilation, strict=True)]
-            spans = zip(starts, pixels, patches.strides, strict=True)
-            cuts = [slice(a, a + (n - 1) * by + 1, by) for a, n, by in spans]
-            return data[:, *cuts]
-
-        rows = jnp.concatenate([at(offset) for offset in np.ndindex(*patches.window)], -1)
-        return rows.reshape(-1, rows.shape[-1])
+        patches, n = self.patches, len(self.patches.window)
+        _, *pixels, d_in = self._canonical.shape(self.data.shape)
+        places = []
+        for axis in range(n):
+            starts = np.arange(pixels[axis])[:, None] * patches.strides[axis]
+            offsets = np.arange(patches.window[axis])[None] * patches.window_dilation[axis]
+            shape = [1] * (2 * n)  # (*pixels, *window)
+            shape[axis], shape[n + axis] = pixels[axis], patches.window[axis]
+            places.append((starts + offsets).reshape(shape))
+        return self._padded(data)[:, *places].reshape(-1, d_in)
 
     def _in_order(self, product: Float[Array, "d m"]) -> Float[Array, "d_in m"]:
         """From (*window, channels) to the (channels, *window) of the weights."""
         window, (d_in, m) = math.prod(self.patches.window), product.shape
         return jnp.swapaxes(product.reshape(window, -1, m), 0, 1).reshape(d_in, m)
-
-    def _sum(self, product: Callable[..., Array], *others: Float[Array, "batch ..."]) -> Array:
-        """A product summed over examples, so few at a time that their rows take little memory."""
-        axis, (rows, d_in) = self.patches.data_axes[0], self.shape
-        batch = self._batch
-        most = max(self.data.size, 2**20)  # no more entries than the data has, if these are many
-        size = max(1, min(batch, batch * most // max(rows * d_in, 1)))
-        times, rest = divmod(batch, size)
-
-        def of(start: Any, size: int) -> Array:
-            def cut(x: Array, axis: int = 0) -> Array:
-                return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
-
-            return product(self._unfolded(cut(self.data, axis)), *map(cut, others))
-
-        total = of(0, size)
-        if times > 1:
-            add = lambda i, total: total + of(i * size, size)  # noqa: E731
-            total = jax.lax.fori_loop(1, times, add, total)
-        return total + of(times * size, rest) if rest else total
