@@ -243,7 +243,7 @@ def transfer_piece(program: Program, live: Sequence[bool], output: int) -> Piece
             return Piece(output, chain, program.slice([output], end)[0], end)
     after = consumers.get(output, [])
     if len(after) > 1:
-        return Piece(output, chain, [], output, f"its output is used by {len(after)} operations")
+        return Piece(output, chain, [], output, f"used by {len(after)} operations")
     following = [program.equations[i].primitive for i in after if i != _jaxpr.END]
     if not following or following[0] in _jaxpr.DOT_GENERAL:
         return Piece(output, chain, [], output)

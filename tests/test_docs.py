@@ -11,6 +11,8 @@ import jax
 import pytest
 
 import locoprop_jax
+from benchmarks.capture_cost import images
+from benchmarks.models import ViT
 
 MODULES = [f"locoprop_jax.{module.name}" for module in pkgutil.iter_modules(locoprop_jax.__path__)]
 README = Path(__file__).parent.parent / "README.md"
@@ -29,6 +31,14 @@ def test_the_readmes_example_runs():
     scope = {}
     exec(code, scope)
     assert scope["losses"][-1] < scope["losses"][0]
+
+
+@pytest.mark.standard_promotion
+def test_the_readmes_table_of_a_vision_transformer_is_what_is_printed():
+    with jax.numpy_rank_promotion("allow"), jax.enable_x64(False):
+        vit = images(ViT(10, depth=1), 4, 28, 1)
+        layers = locoprop_jax.find_layers(vit.loss_fn, vit.params, vit.batch)
+    assert str(layers) in README.read_text()
 
 
 def test_every_public_name_is_in_the_readme_and_has_a_docstring():

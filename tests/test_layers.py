@@ -533,13 +533,13 @@ def model_with_everything(params, x, y):
 
 
 TABLE = """\
-layer         kind   shape     bias  rows  transfer                                      parameters
----------------------------------------------------------------------------------------------------
-encoder/in    dense  3 -> 40   yes      7  relu                                                 160
-encoder/gate  dense  40 -> 40  yes      7  identity: its output is used by 2 operations       1,640
-decoder       dense  40 -> 4   no       7  tanh                                                 160
-scale         scale  4         no       7  identity                                               4
-out           dense  4 -> 2    yes      7  (loss)                                                10
+layer         kind   shape     bias  rows  transfer                        parameters
+-------------------------------------------------------------------------------------
+encoder/in    dense  3 -> 40   yes      7  relu                                   160
+encoder/gate  dense  40 -> 40  yes      7  identity: used by 2 operations       1,640
+decoder       dense  40 -> 4   no       7  tanh                                   160
+scale         scale  4         no       7  identity                                 4
+out           dense  4 -> 2    yes      7  (loss)                                  10
 5 layers, 1,974 parameters
 
 Not in a layer (their gradient passes unchanged):

@@ -166,7 +166,7 @@ def test_outputs_with_several_uses_pass_through_the_identity_and_the_table_says_
     after_first_layer,
 ):
     transfer = find(after_first_layer)
-    assert transfer.is_identity and transfer.note == "its output is used by 2 operations"
+    assert transfer.is_identity and transfer.note == "used by 2 operations"
 
 
 def test_what_follows_the_elementwise_piece_is_not_part_of_it():
