@@ -577,3 +577,18 @@ def test_a_convolution_takes_no_more_memory_than_twice_its_activations(name):
     memory = jax.jit(update).lower(grads, params, captured).compile().memory_analysis()
     activations = 3 * 4 * math.prod(x.shape)  # inputs, outputs and cotangents
     assert memory.temp_size_in_bytes < 2 * activations
+
+
+def test_on_accelerators_products_with_windows_are_convolutions_both_ways(monkeypatch):
+    def loss(params, x, y):
+        return head(jnp.tanh(convolved(x, params["w"], (2, 1))), y)
+
+    params, data = {"w": normal(0, 3, 2, 2, 3)}, (IMAGES, normal(1, 4))
+    _, _, captured = lp.value_grad_and_capture(loss)(params, *data)
+    arrays = captured["w"]
+    rows, e = arrays.rows(float), arrays.cotangents.reshape(-1, 3)
+    expected = rows.pull(e)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    close(rows.pull(e), expected)
+    primitives = {eq.primitive.name for eq in jax.make_jaxpr(rows.pull)(e).eqns}
+    assert "conv_general_dilated" in primitives and "dot_general" not in primitives

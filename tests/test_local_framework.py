@@ -713,7 +713,10 @@ def captured_of_deep():
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    "divergence",
+    [d if d == "matching" else pytest.param(d, marks=pytest.mark.slow) for d in DIVERGENCES],
+)
 def test_all_others_take_a_finite_step_and_leave_nothing_behind_after_a_bad_batch(divergence):
     params = DEEP.params()
     good_grads, good = captured_of_deep()

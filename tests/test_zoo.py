@@ -29,6 +29,26 @@ QUICK = {
     "mixture of experts",
     "scanned transformer",
 }
+# Their gradients too.
+DEEPER = {
+    "vit",
+    "unet",
+    "convnext",
+    "resnet, running averages",
+    "gpt, tied embedding",
+    "gru",
+    "siren",
+    "graph network",
+    "equinox, convolutions",
+    "haiku, attention",
+    "long convolution",
+}
+
+
+def some(chosen):
+    """The zoo, of which the models that were not chosen are slow."""
+    assert chosen <= set(ZOO)
+    return [n if n in chosen else pytest.param(n, marks=pytest.mark.slow) for n in ZOO]
 
 
 @functools.cache
@@ -51,7 +71,7 @@ def test_every_parameter_is_in_a_layer_or_listed(name):
     assert paths.isdisjoint(reasons) and layers
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", some(QUICK | DEEPER))
 def test_gradients_are_those_of_jax_and_of_the_captured_arrays(name):
     loss, params, batch, layers = built(name)
 
@@ -75,9 +95,7 @@ def test_gradients_are_those_of_jax_and_of_the_captured_arrays(name):
         np.testing.assert_allclose(product, block, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
-)
+@pytest.mark.parametrize("name", some(QUICK))
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_lowers_the_loss(method, name):
     loss, params, batch, layers = built(name)
