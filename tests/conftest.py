@@ -1,6 +1,5 @@
 """What every test runs under: float64, no silent promotion or broadcasting, repeatable examples."""
 
-import gc
 import os
 
 import hypothesis
@@ -12,9 +11,6 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling dominates the time of these tests, and nothing in them is large enough to optimize.
 jax.config.update("jax_disable_most_optimizations", True)
-# What was imported stays: a tenth of the time of tracing is the search for garbage in it.
-gc.collect()
-gc.freeze()
 if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
 
