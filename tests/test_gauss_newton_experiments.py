@@ -282,6 +282,7 @@ def check_pictures(directory, *names):
 
 
 @pytest.mark.usefixtures("shallow")
+@pytest.mark.slow
 def test_adam_is_tuned_and_the_others_are_not(tmp_path, capsys):
     results = run("mixture", tmp_path, trials=2, epochs=12)
     assert [*results["runs"]][:2] == ["KFLR", "K-FAC"] and len(results["runs"]) == 5
@@ -293,6 +294,7 @@ def test_adam_is_tuned_and_the_others_are_not(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("shallow")
+@pytest.mark.slow
 def test_alignment_is_measured_along_the_trajectory(tmp_path, capsys):
     results = run("alignment", tmp_path, DATASET, every=1, epochs=3, shrink=1, pool=14)
     assert results["updates"] == [1, 2] and len(results["settings"]["layers"]) == 2
