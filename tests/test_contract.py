@@ -166,8 +166,16 @@ METHODS = {
     "scale_by_local_loss": Method(chained_local_loss, 2e-2, {"gamma": 6.0, "weight": 0.1}),
 }
 CAPTURE = functools.partial(lp.value_grad_and_capture, transferred=True)
-each_method = pytest.mark.parametrize("name", METHODS)
-each_maskable = pytest.mark.parametrize("name", [n for n in METHODS if not METHODS[n].is_whole])
+# Methods of which another row differs in an option alone.
+TWINS = {"natural_gradient of each layer", "locoprop_s", "proxprop", "locoprop_kfac"}
+
+
+def rows(names):
+    return [pytest.param(n, marks=pytest.mark.slow) if n in TWINS else n for n in names]
+
+
+each_method = pytest.mark.parametrize("name", rows(METHODS))
+each_maskable = pytest.mark.parametrize("name", rows(n for n in METHODS if not METHODS[n].is_whole))
 
 # --- the problem: an autoencoder with one hidden layer -------------------------------------------
 
