@@ -64,8 +64,10 @@ def run(names: str, data_dir: Path, more: str = "") -> int:
     "name",
     [
         "variants",
-        "classifier",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("iterations", "transfer", "size")),
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("classifier", "iterations", "transfer", "size")
+        ),
     ],
 )
 def test_ablations_end_to_end(

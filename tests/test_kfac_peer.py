@@ -240,6 +240,7 @@ def test_batches_are_those_of_the_other_experiments():
 
 
 @pytest.mark.standard_promotion  # Optax's learning rate
+@pytest.mark.slow
 def test_comparison_with_a_stand_in(monkeypatch, stand_in, tmp_path, capsys):
     monkeypatch.setattr(kfac_peer, "child_command", lambda python: stand_in)
     output = tmp_path / "kfac_peer.json"
