@@ -36,9 +36,7 @@ def read_cifar(
     for path in paths:
         raw = np.fromfile(path, np.uint8)
         if raw.size % RECORD or not raw.size:
-            raise DataError(
-                f"{path} is no file of CIFAR-10's binary version ({RECORD} bytes each)."
-            )
+            raise DataError(f"{path} does not hold whole records of CIFAR-10, {RECORD} bytes each.")
         records.append(raw.reshape(-1, RECORD))
     joined = np.concatenate(records)
     images = joined[:, 1:].reshape(-1, *SHAPE).transpose(0, 2, 3, 1).reshape(len(joined), -1)

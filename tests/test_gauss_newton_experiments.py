@@ -330,6 +330,7 @@ def test_damping_is_compared(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("shallow")
+@pytest.mark.slow
 def test_single_steps_are_compared_along_k_facs_trajectory(tmp_path, capsys):
     results = run("second_factor", tmp_path, every=1)
     progress = results["progress"]
