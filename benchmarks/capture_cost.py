@@ -88,11 +88,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
-def capture_alone(capture: Callable) -> Callable:
-    """The loss and gradients, and all arrays as they were captured."""
-    return lambda params, batch: capture(params, batch)
-
-
 def tracing(task: Task, rounds: int) -> dict[str, Any]:
     """Ratios of tracing, and of tracing and compiling, with capture to without.
 
@@ -103,7 +98,7 @@ def tracing(task: Task, rounds: int) -> dict[str, Any]:
     sides = {
         "plain": jax.value_and_grad(task.loss_fn),
         "unused": lambda params, batch: capture(params, batch)[:2],
-        "returned": capture_alone(capture),
+        "returned": capture,
     }
     found = [
         {name: build(side, task.params, task.batch)[0] for name, side in sides.items()}
@@ -157,7 +152,7 @@ def steps(task: Task, rounds: int, period: int) -> dict[str, Any]:
 
     plain = (task.params, task.batch)
     add("value_and_grad", jax.value_and_grad(task.loss_fn), plain, False)
-    add("capture", capture_alone(capture), plain, False)
+    add("capture", capture, plain, False)
     for name, tx in methods.items():
 
         def step(params: Any, state: Any, batch: Any, tx=tx, name=name) -> Any:
@@ -200,7 +195,7 @@ def zoo() -> dict[str, Any]:
     for name, model in ZOO.items():
         loss_fn, params, batch = model.build()
         plain, _ = build(jax.value_and_grad(loss_fn), params, batch)
-        captured, _ = build(capture_alone(lp.value_grad_and_capture(loss_fn)), params, batch)
+        captured, _ = build(lp.value_grad_and_capture(loss_fn), params, batch)
         found[name] = {"jax.value_and_grad": plain.total, "with capture": captured.total}
         print(f"{name:40s} {plain.total:6.2f} s {captured.total:6.2f} s", flush=True)
     return found

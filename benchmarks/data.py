@@ -10,11 +10,7 @@ import numpy as np
 import pooch
 from jaxtyping import Float32, Int32
 
-from benchmarks.cifar import FOLDER, find_cifar, read_cifar
-from benchmarks.cifar import MD5 as CIFAR_MD5
-from benchmarks.cifar import TEST as CIFAR_TEST
-from benchmarks.cifar import TRAIN as CIFAR_TRAIN
-from benchmarks.cifar import URL as CIFAR_URL
+from benchmarks import cifar
 from benchmarks.curves import generate_curves
 from benchmarks.idx import DataError, read_idx_images, read_idx_labels
 
@@ -156,34 +152,33 @@ def _curves(seed: int) -> Dataset:
 
 def _cifar(directory: Path | None, notify: Callable[[str], None]) -> Dataset:
     """From a directory, or downloaded into pooch's cache."""
-    if directory is None:
-        cache = Path(pooch.os_cache("locoprop_jax"))
-        place = find_cifar(cache)
-        if place is None:
-            notify(f"Downloading CIFAR-10 from {CIFAR_URL} to {cache}.")
-            try:
-                pooch.retrieve(
-                    CIFAR_URL,
-                    f"md5:{CIFAR_MD5}",
-                    path=cache,
-                    processor=pooch.Untar(extract_dir="cifar-10"),
-                    downloader=_downloader(),
-                )
-            except (OSError, ValueError) as error:
-                raise DataError(
-                    f"CIFAR-10 could not be downloaded from {CIFAR_URL} ({type(error).__name__}). "
-                    f"Go online, or unpack its binary version and name the directory with "
-                    f"--data-dir or {DATA_VARIABLE}."
-                ) from error
-            directory, place = cache, find_cifar(cache)
-    else:
-        place = find_cifar(directory)
+    folder = directory or Path(pooch.os_cache("locoprop_jax"))
+    place = cifar.find_cifar(folder)
+    if place is None and directory is None:
+        notify(f"Downloading CIFAR-10 from {cifar.URL} to {folder}.")
+        try:
+            pooch.retrieve(
+                cifar.URL,
+                f"md5:{cifar.MD5}",
+                path=folder,
+                processor=pooch.Untar(extract_dir="cifar-10"),
+                downloader=_downloader(),
+            )
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"CIFAR-10 could not be downloaded from {cifar.URL} ({type(error).__name__}). "
+                f"Go online, or unpack its binary version and name the directory with "
+                f"--data-dir or {DATA_VARIABLE}."
+            ) from error
+        place = cifar.find_cifar(folder)
     if place is None:
         raise DataError(
-            f"{directory} holds no CIFAR-10: looked there and in {directory}/{FOLDER} for "
-            f"{CIFAR_TRAIN[0]} to {CIFAR_TRAIN[-1]} and {CIFAR_TEST[0]}, of its binary version."
+            f"{folder} holds no CIFAR-10: looked there and in {folder}/{cifar.FOLDER} for "
+            f"{cifar.TRAIN[0]} to {cifar.TRAIN[-1]} and {cifar.TEST[0]}, of its binary version."
         )
-    train, test = (read_cifar([place / n for n in names]) for names in (CIFAR_TRAIN, CIFAR_TEST))
+    train, test = (
+        cifar.read_cifar([place / name for name in names]) for names in (cifar.TRAIN, cifar.TEST)
+    )
     return Dataset("cifar-10", str(place), train[0], test[0], train[1], test[1])
 
 

@@ -187,9 +187,7 @@ def scale_by_foof(
             own, average = arrays
             if average is None:
                 return _solve_batch(own, damped)
-            metric = _metric(average, own.slope, damped)
-            by_kernel = functools.partial(_linalg.solve, metric.kernel)
-            return divide(own.slope, metric.mean, metric.bias, by_kernel)
+            return _solve_average(average, own.slope, damped)
 
         if amortisation.is_averaged or is_amortised:
             state = amortisation.advance(state, ok, gather, invert_all)
@@ -340,6 +338,12 @@ def _divide_bias(own: LayerRows, damping: Damping) -> Block:
     return _linalg.scale(own.slope, _inverse_of_bias(own.slope, amount, damping))
 
 
+def _solve_average(statistics: Statistics, slope: Block, damping: Damping) -> Block:
+    metric = _metric(statistics, slope, damping)
+    solve = functools.partial(_linalg.solve, metric.kernel)
+    return divide(slope, metric.mean, metric.bias, solve)
+
+
 def _solve_batch(own: LayerRows, damping: Damping) -> Block:
     """With the current batch's statistics alone, by the smaller of two systems.
 
@@ -349,9 +353,7 @@ def _solve_batch(own: LayerRows, damping: Damping) -> Block:
     rows, d_in = own.inputs.shape
     by_rows = _linalg.solves_by_rows(rows, d_in, own.slope["kernel"].shape[1])
     if isinstance(own.inputs, OneHot) or (isinstance(own.inputs, Windows) and not by_rows):
-        metric = _metric(_statistics(own.inputs), own.slope, damping)
-        solve = functools.partial(_linalg.solve, metric.kernel)
-        return divide(own.slope, metric.mean, metric.bias, solve)
+        return _solve_average(_statistics(own.inputs), own.slope, damping)
     x, e = _rows.write_out(own.inputs), own.cotangents
     mean = x.mean(0)
     if "bias" in own.slope:

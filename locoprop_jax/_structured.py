@@ -183,7 +183,7 @@ class Windows(Structured):
             return part.reshape(len(rows), -1).T @ rows
 
         products = jax.lax.map(at, jnp.asarray(places))
-        return jnp.swapaxes(products, 0, 1).reshape(-1, rows.shape[1])
+        return self._in_order(products.reshape(-1, rows.shape[1]))
 
     def second_moment(self) -> Float[Array, "d_in d_in"]:
         """Of so few examples at a time that their rows take no more memory than all data."""

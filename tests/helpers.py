@@ -194,12 +194,13 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 
 
 def block_gradient(arrays: lp.LayerArrays, has_bias: bool) -> jax.Array:
-    """X'E over all rows, X extended by a one if the layer has a bias."""
-    inputs, cotangents = arrays.inputs, arrays.cotangents
+    """X'E over all rows, X extended by a one if the layer has a bias; of each layer of a stack."""
+    cotangents = arrays.cotangents
+    inputs = arrays.inputs.astype(cotangents.dtype)
     if has_bias:
-        ones = jnp.ones((*inputs.shape[:2], 1), inputs.dtype)
+        ones = jnp.ones((*inputs.shape[:-1], 1), inputs.dtype)
         inputs = jnp.concatenate([inputs, ones], -1)
-    return jnp.einsum("bsi,bso->io", inputs, cotangents)
+    return jnp.einsum("...bsi,...bso->...io", inputs, cotangents, precision="highest")
 
 
 # --- front ends: a network's parameter shapes and its apply(params, x) ---------------------------

@@ -24,7 +24,6 @@ import locoprop_jax as lp
 LAYERS, BATCH, TOKENS, WIDTH, HIDDEN, HEADS = 8, 32, 8, 8, 16, 2
 
 METHODS = {
-    "gradient": lambda layers: optax.with_extra_args_support(optax.identity()),
     "foof": lambda layers: lp.scale_by_foof(layers, damping=1e-2),
     "lnb": lambda layers: lp.scale_by_lnb(layers),
     "kfac": lambda layers: lp.scale_by_kfac(layers, curvature="empirical"),
@@ -138,11 +137,8 @@ def main() -> None:
             state: optax.OptState,
             batch: tuple,
             tx=tx,
-            method=method,
         ) -> tuple:
             loss = functools.partial(loss_fn, activations=activations)
-            if method == "gradient":
-                return tx.update(jax.grad(loss)(params, batch), state)
             _, grads, captured = lp.value_grad_and_capture(loss)(params, batch)
             return tx.update(grads, state, params, captured=captured)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import locoprop_jax as lp
 from locoprop_jax import _linalg, _rows
-from tests.helpers import quick_jit
+from tests.helpers import block_gradient, quick_jit
 
 
 def normal(seed, *shape):
@@ -53,7 +53,7 @@ def check_arrays(loss, params, batch):
         assert layer.rows == x.shape[-2] and len(batch[0]) == x.shape[-3]
         if layer.kind != "bias":  # whose outputs hold the data it is added to
             close(jnp.einsum("...bsi,...io->...bso", x, weights), arrays.outputs)
-        close(jnp.einsum("...bsi,...bso->...io", x, arrays.cotangents), layers.block(grads, name))
+        close(block_gradient(arrays, layer.bias is not None), layers.block(grads, name))
         check_rows(arrays.rows(weights.dtype), arrays.inputs)
     return layers
 

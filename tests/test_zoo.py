@@ -4,13 +4,12 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import locoprop_jax as lp
-from tests.helpers import quick_jit
+from tests.helpers import block_gradient, quick_jit
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.standard_promotion
@@ -80,10 +79,7 @@ def test_gradients_are_those_of_jax_and_of_the_captured_arrays(name):
         value, grads, captured = lp.value_grad_and_capture(loss)(params, batch)
         products = {}
         for layer_name, layer in layers.items():
-            x, e = captured[layer_name].inputs, captured[layer_name].cotangents
-            if layer.bias is not None:
-                x = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], -1)
-            product = jnp.einsum("...bsi,...bso->...io", x, e, precision="highest")
+            product = block_gradient(captured[layer_name], layer.bias is not None)
             products[layer_name] = product, layers.block(grads, layer_name)
         return (value, grads), jax.value_and_grad(loss)(params, batch), products
 
