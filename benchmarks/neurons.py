@@ -7,6 +7,7 @@ a factor of sqrt(10) apart, the same number for each. Every experiment prints a 
 writes results.json, best.png and defaults.png to out/neurons/NAME/. The papers' sizes are
 
     python -m benchmarks.neurons mlp autoencoder --train-images 60000 --epochs 10
+    python -m benchmarks.neurons vit wide_resnet vgg --dataset cifar-10 --train-images 50000
 """
 
 import argparse
@@ -25,7 +26,7 @@ from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float
 
 import locoprop_jax as lp
-from benchmarks import autoencoder, classifier, cli, plots, report
+from benchmarks import autoencoder, classifier, cli, images, plots, report
 from benchmarks.ablations import TRIAL_STEP
 from benchmarks.classifier import Classifier
 from benchmarks.comparison import Job, train_all
@@ -279,6 +280,10 @@ def _second_order(problem: Problem) -> Mapping[str, Contestant]:
     }
 
 
+def _on_images(title: str, make: Callable[[Dataset, int], Problem]) -> Experiment:
+    return Experiment(title, {"": make}, lambda problem: FEW, epochs=5, batch_size=100, labels=True)
+
+
 EXPERIMENTS: Mapping[str, Experiment] = {
     "factorisation": Experiment(
         "Matrix factorisation, condition number 1e5",
@@ -331,6 +336,10 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         epochs=5,
         batch_size=1000,
     ),
+    "vit": _on_images("Vision transformer, four layers of 64 units", images.vit),
+    "unet": _on_images("UNet on scenes of two images", images.unet),
+    "wide_resnet": _on_images("ResNet18, an eighth as wide", images.wide_resnet),
+    "vgg": _on_images("VGG11, an eighth as wide", images.vgg),
 }
 
 
