@@ -4,6 +4,8 @@
     python3 make.py demo [options]           train the autoencoder of the papers
     python3 make.py test [--oldest] [...]    run the tests (further options: pytest's)
     python3 make.py check [paths]            lint, formatting and types
+    python3 make.py docs [serve]             build the documentation in out/site, or serve it
+    python3 make.py package                  build dist/, install it into an empty environment, use it
     python3 make.py help                     this text
 
 Needs Python 3.11 or newer and a package index, nothing else. The environment is .venv/<version of
@@ -18,6 +20,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NoReturn
 
@@ -102,13 +105,43 @@ def check(*paths: str) -> int:
     )
 
 
+def docs(command: str = "build", *options: str) -> int:
+    """Build the documentation, where a warning is an error; or serve it while it is written."""
+    strict = ("--strict", "--site-dir", ROOT / "out" / "site") if command == "build" else ()
+    return call(environment("dev"), "-m", "mkdocs", command, *strict, *options)
+
+
+def package() -> int:
+    """Build the wheel and the source distribution, and use the wheel where nothing else is."""
+    dist = ROOT / "dist"
+    for old in dist.glob("locoprop_jax-*"):
+        old.unlink()
+    if call(environment("test"), "-m", "build", "--no-isolation", "--outdir", dist):
+        return 1
+    (wheel,) = dist.glob("*.whl")
+    with tempfile.TemporaryDirectory() as home:
+        python = Path(home) / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        return (
+            call(sys.executable, "-m", "venv", home)
+            or call(python, "-m", "pip", "install", "--quiet", wheel)
+            or subprocess.run([str(python), str(ROOT / "tests" / "newcomer.py")], cwd=home).returncode
+        )
+
+
 def show_help(*_: str) -> int:
     """Print what the top of this file says."""
     print((__doc__ or "").strip())
     return 0
 
 
-COMMANDS = {"demo": demo, "test": test, "check": check, "help": show_help}
+COMMANDS = {
+    "demo": demo,
+    "test": test,
+    "check": check,
+    "docs": docs,
+    "package": package,
+    "help": show_help,
+}
 
 
 def main(command: str = "help", *options: str) -> int:

@@ -79,7 +79,15 @@ if _typing.TYPE_CHECKING:
 
 def __getattr__(name: str) -> object:
     if name == "TrainState":  # Flax is imported only by those who use it
-        from locoprop_jax._flax import TrainState
-
+        try:
+            from locoprop_jax._flax import TrainState
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "`TrainState` extends Flax's: pip install 'locoprop_jax[flax]'", name=error.name
+            ) from error
         return TrainState
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("locoprop_jax")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

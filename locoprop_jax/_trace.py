@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Sequence
+import types
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,7 +97,14 @@ def trace(loss_fn: Callable, params: Any, args: tuple, kwargs: dict, has_aux: bo
         return jax.tree.unflatten(tree, merged)
 
     program = _jaxpr.flatten(closed)
-    batch_axes = _batch_axes(flat, program, leaves, dynamic)
+    kinds = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in (*leaves, *dynamic))
+    fixed = tuple(leaf for leaf, is_traced in zip(others, is_traced, strict=True) if not is_traced)
+    batch_axes = _once(
+        loss_fn,
+        (params_tree, others_tree, kinds, fixed),
+        program,
+        lambda: _batch_axes(flat, program, leaves, dynamic),
+    )
     return Traced(
         closed,
         program,
@@ -141,6 +150,32 @@ def _check_loss(output: Any, has_aux: bool) -> None:
             f"The loss function returns an array of shape {jnp.shape(loss)}; it has to be a "
             f"scalar, as for `jax.value_and_grad`. Take the mean over the batch."
         )
+
+
+# For each loss function, by its arguments: the shapes of its values, and their batch axes.
+_known: weakref.WeakKeyDictionary[Callable, dict[Hashable, tuple[list[Shape], Any]]]
+_known = weakref.WeakKeyDictionary()
+
+
+def _once(
+    loss_fn: Callable, key: Hashable, program: Program, find: Callable[[], list[Shape] | None]
+) -> list[Shape] | None:
+    """The batch axes as found before for this loss and arguments like these, else found now.
+
+    The second trace is a fifth of the time that tracing a deep network takes, and a loss is traced
+    by `find_layers` and by each `jax.jit` of a step.
+    """
+    try:
+        hash(key)
+    except TypeError:
+        return find()
+    if not isinstance(loss_fn, types.FunctionType):  # others may be equal and yet differ
+        return find()
+    shapes = [program.shape(v) for v in range(len(program.avals))]
+    known = _known.setdefault(loss_fn, {})
+    if key not in known or known[key][0] != shapes:
+        known[key] = (shapes, find())
+    return known[key][1]
 
 
 def _batch_axes(
