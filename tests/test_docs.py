@@ -16,6 +16,7 @@ from benchmarks.models import ViT
 
 MODULES = [f"locoprop_jax.{module.name}" for module in pkgutil.iter_modules(locoprop_jax.__path__)]
 README = Path(__file__).parent.parent / "README.md"
+DOCS = README.parent / "docs"
 
 
 @pytest.mark.standard_promotion
@@ -31,6 +32,19 @@ def test_the_readmes_example_runs():
     scope = {}
     exec(code, scope)
     assert scope["losses"][-1] < scope["losses"][0]
+
+
+@pytest.mark.standard_promotion
+@pytest.mark.parametrize("page", ["index", "using", "own_method", "distributed"])
+def test_the_code_of_a_page_runs_from_top_to_bottom(page):
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
+    assert blocks
+    scope = {}
+    with jax.numpy_rank_promotion("allow"), jax.enable_x64(False):
+        for code in blocks:
+            exec(compile(code, f"docs/{page}.md", "exec"), scope)
+    if page == "index":
+        assert scope["last"] < scope["best"]
 
 
 @pytest.mark.standard_promotion
