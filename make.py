@@ -5,7 +5,7 @@
     python3 make.py test [--oldest] [...]    run the tests (further options: pytest's)
     python3 make.py check [paths]            lint, formatting and types
     python3 make.py docs [serve]             build the documentation in out/site, or serve it
-    python3 make.py package                  build dist/, install it into an empty environment, use it
+    python3 make.py package                  build dist/, install it elsewhere and use it there
     python3 make.py help                     this text
 
 Needs Python 3.11 or newer and a package index, nothing else. The environment is .venv/<version of
@@ -124,7 +124,7 @@ def package() -> int:
         return (
             call(sys.executable, "-m", "venv", home)
             or call(python, "-m", "pip", "install", "--quiet", wheel)
-            or subprocess.run([str(python), str(ROOT / "tests" / "newcomer.py")], cwd=home).returncode
+            or call(python, ROOT / "tests" / "newcomer.py")
         )
 
 

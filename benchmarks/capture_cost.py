@@ -91,8 +91,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def tracing(task: Task, rounds: int) -> dict[str, Any]:
     """Ratios of tracing, and of tracing and compiling, with capture to without.
 
-    The batch axes are known, as they are after `find_layers`. Arrays that nobody reads are not computed; those that leave the compiled function are, each by
-    itself, which takes longer to compile.
+    The batch axes are known, as they are after `find_layers`. Arrays that nobody reads are not
+    computed; those that leave the compiled function are, each by itself, which takes longer to
+    compile.
     """
     lp.find_layers(task.loss_fn, task.params, task.batch)
     capture = lp.value_grad_and_capture(task.loss_fn)

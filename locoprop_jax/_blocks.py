@@ -6,7 +6,7 @@ of the two. `matrix` makes it the W of the papers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_jax._captured import Captured
-from locoprop_jax._layers import Layers, Parameter, leaves_by_path, parameter_paths, path_name
+from locoprop_jax._layers import Layers, leaves_by_path, parameter_paths
 from locoprop_jax._rows import Block, join_rows
 from locoprop_jax._stacking import over_stack
 
@@ -41,30 +41,6 @@ def blocks(layers: Layers, tree: Any) -> dict[str, Block]:
 def dtype_of(block: Block) -> Any:
     """Of all its parts."""
     return next(iter(block.values())).dtype
-
-
-def replace(
-    layers: Layers,
-    tree: Any,
-    new: Mapping[str, Block],
-    other: Callable[[Array], Array] = lambda leaf: leaf,
-) -> Any:
-    """The tree with the layers' new blocks in it, in its own dtypes, and `other` of the rest."""
-    by_path: dict[str, list[tuple[Parameter, Array]]] = {}
-    for name, block in new.items():
-        for part, value in block.items():
-            parameter = layers[name].parts[part]
-            by_path.setdefault(parameter.path, []).append((parameter, value))
-
-    def replaced(path: Any, leaf: Array) -> Array:
-        found = by_path.get(path_name(path), [])
-        if not found or found[0][0].part is not None:
-            leaf = other(leaf)
-        for parameter, value in found:
-            leaf = parameter.write(value.astype(leaf.dtype), leaf)
-        return leaf
-
-    return jax.tree_util.tree_map_with_path(replaced, tree)
 
 
 def others(layers: Layers, tree: Any) -> list[Array]:

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _captured, _linalg, _rows
-from locoprop_jax._blocks import blocks, divide, dtype_of, others, replace
+from locoprop_jax._blocks import blocks, divide, dtype_of, others
 from locoprop_jax._captured import Captured, LayerArrays
 from locoprop_jax._checks import (
     check_decay,
@@ -22,7 +22,7 @@ from locoprop_jax._checks import (
     check_whole,
     is_number,
 )
-from locoprop_jax._layers import Layers
+from locoprop_jax._layers import Layers, replace
 from locoprop_jax._metric import average_gradients, descend, metric_factor, scaled
 from locoprop_jax._rows import Block, Inputs, gram, pull, push
 from locoprop_jax._stacking import map_layers, over_stack

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_jax import _captured, _linalg, _woodbury
-from locoprop_jax._blocks import blocks, replace
+from locoprop_jax._blocks import blocks
 from locoprop_jax._captured import Captured
 from locoprop_jax._checks import check_fisher, check_layers, check_positive
-from locoprop_jax._layers import Layers
+from locoprop_jax._layers import Layers, replace
 from locoprop_jax._rows import Block
 from locoprop_jax._woodbury import Columns, Weights
 

@@ -12,10 +12,10 @@ from jaxtyping import Array, Float
 
 from locoprop_jax import _captured, _linalg, _rows
 from locoprop_jax._amortised import Amortisation, AmortisedState, keep_finite
-from locoprop_jax._blocks import blocks, divide, dtype_of, replace
+from locoprop_jax._blocks import blocks, divide, dtype_of
 from locoprop_jax._captured import Captured, LayerArrays
 from locoprop_jax._checks import check_layers, check_not_negative
-from locoprop_jax._layers import Layers
+from locoprop_jax._layers import Layers, replace
 from locoprop_jax._metric import average_gradients, descend, scale_by_metric_norm
 from locoprop_jax._rows import Block, Inputs, join_rows
 from locoprop_jax._stacking import map_layers, over_stack

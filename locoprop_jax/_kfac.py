@@ -34,7 +34,7 @@ def scale_by_kfac(
     statistics_steps: int = 1,
     output_factor: str = "keep",
 ) -> optax.GradientTransformationExtraArgs:
-    """K-FAC: (S (x) Gamma + k I)^-1 G for each layer (Benzing, section 3; practical GN, eq. 18).
+    """K-FAC: (S (x) Gamma + k I)^-1 G for each layer (Benzing, section 3; practical GN, eq. 20).
 
     S is the second moment of a layer's inputs, its column of ones included, and Gamma that of
     curvature cotangents, so that S (x) Gamma approximates the layer's block of the Fisher or

@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 
 from locoprop_jax import _captured, _linalg, _rows
 from locoprop_jax._amortised import Amortisation, AmortisedState
-from locoprop_jax._blocks import blocks, dtype_of, matrix, matrix_shapes, replace, unmatrix
+from locoprop_jax._blocks import blocks, dtype_of, matrix, matrix_shapes, unmatrix
 from locoprop_jax._captured import Captured
 from locoprop_jax._checks import check_layers, check_not_negative
-from locoprop_jax._layers import Layers
+from locoprop_jax._layers import Layers, replace
 from locoprop_jax._rows import Block, Inputs
 from locoprop_jax._stacking import map_layers, over_stack
 

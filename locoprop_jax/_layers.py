@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -153,13 +153,16 @@ class Layer:
 
         A layer that has a part of an array gives it with zeros around.
         """
-        leaves = {}
-        if self.kernel is not None:
-            leaves[self.kernel.path] = self.kernel.write(block[..., : self.d_in, :])
-        if self.bias is not None:
-            bias = self.bias.write(block[..., self.d_in, :], leaves.get(self.bias.path))
-            leaves[self.bias.path] = bias
+        leaves: dict[str, Array] = {}
+        for part, value in self.split(block).items():
+            parameter = self.parts[part]
+            leaves[parameter.path] = parameter.write(value, leaves.get(parameter.path))
         return leaves
+
+    def split(self, block: Float[Array, "*stack d_in_with_bias d_out"]) -> dict[str, Array]:
+        """A block's kernel (*stack, d_in, d_out) and bias (*stack, d_out), those that there are."""
+        both = {"kernel": block[..., : self.d_in, :], "bias": block[..., -1, :]}
+        return {part: both[part] for part in self.parts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +217,16 @@ class Layers(Mapping[str, Layer]):
         """The inverse of `block`: arrays in the parameter tree's layout, by path."""
         return self[name].unblock(block)
 
+    def replace(self, tree: Any, new: Mapping[str, Array]) -> Any:
+        """A tree like the parameters with new blocks in it, and all else as it was.
+
+        Args:
+          tree: the parameters or their updates, of which some may be masked; leaves keep their
+            dtypes.
+          new: blocks by the layer's name, each (*stack, d_in [+ 1], d_out).
+        """
+        return replace(self, tree, {name: self[name].split(block) for name, block in new.items()})
+
     def __repr__(self) -> str:
         return f"<Layers: {', '.join(self)}>"
 
@@ -244,6 +257,30 @@ class Layers(Mapping[str, Layer]):
             ]
             text += ["", title, *lines] if lines else []
         return "\n".join(text)
+
+
+def replace(
+    layers: Layers,
+    tree: Any,
+    new: Mapping[str, Mapping[str, Array]],
+    other: Callable[[Array], Array] = lambda leaf: leaf,
+) -> Any:
+    """The tree with the layers' new blocks in it, in its own dtypes, and `other` of the rest."""
+    by_path: dict[str, list[tuple[Parameter, Array]]] = {}
+    for name, block in new.items():
+        for part, value in block.items():
+            parameter = layers[name].parts[part]
+            by_path.setdefault(parameter.path, []).append((parameter, value))
+
+    def replaced(path: Any, leaf: Array) -> Array:
+        found = by_path.get(path_name(path), [])
+        if not found or found[0][0].part is not None:
+            leaf = other(leaf)
+        for parameter, value in found:
+            leaf = parameter.write(value.astype(leaf.dtype), leaf)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(replaced, tree)
 
 
 def parameter_paths(layers: Mapping[str, Layer]) -> set[str]:

@@ -21,11 +21,11 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _captured, _linalg
-from locoprop_jax._blocks import blocks, replace
+from locoprop_jax._blocks import blocks
 from locoprop_jax._captured import Captured
 from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._divergences import DIVERGENCES, Divergence, Target
-from locoprop_jax._layers import Layer, Layers
+from locoprop_jax._layers import Layer, Layers, replace
 from locoprop_jax._local_problem import LayerData, layer_data, local_problem
 from locoprop_jax._regularizers import Regularizer
 from locoprop_jax._rows import Block, pull, push, write_out

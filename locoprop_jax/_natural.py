@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Int
 
 from locoprop_jax import _captured, _linalg, _woodbury
 from locoprop_jax._amortised import keep_finite
-from locoprop_jax._blocks import blocks, matrix_shapes, replace
+from locoprop_jax._blocks import blocks, matrix_shapes
 from locoprop_jax._captured import Captured
 from locoprop_jax._checks import check_fisher, check_layers, check_positive, check_whole
 from locoprop_jax._gauss_newton import complete
-from locoprop_jax._layers import Layers
+from locoprop_jax._layers import Layers, replace
 from locoprop_jax._woodbury import Columns, System
 
 METHOD = "scale_by_natural_gradient"

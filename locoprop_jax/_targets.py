@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from locoprop_jax import _detect, _jaxpr, _separable, losses
+from locoprop_jax import _detect, _flow, _jaxpr, _separable, losses
 from locoprop_jax._chains import Chain, Shape
 from locoprop_jax._jaxpr import Equation, Program
 from locoprop_jax._trace import Traced
@@ -90,9 +90,10 @@ def plan(
     plain = [v for v in ends if v not in marked]
     found = [marked[v] for v in ends if v in marked]
     if not sites and (plain or curvature in KINDS):
-        raise ValueError(
-            f"{_asker(curvature)} found no layer in this loss function: `find_layers` says why."
-        )
+        why = "`find_layers` says why"
+        if traced.batch_axes is None:
+            why += ", given the batch as an argument. Scales are layers only where it is known"
+        raise ValueError(f"{_asker(curvature)} found no layer in this loss function: {why}.")
     if not plain:
         targets = [_marked_target(traced, *each, of_params) for each in found]
     elif curvature == "fisher_mc" or found:
@@ -255,6 +256,12 @@ def _layer_target(
             f"{needs} the loss also depends on a layer in a way that does not pass through "
             f"{names[head]}, its last. {REMEDY}."
         )
+    if traced.batch_axes is None and _uses_parameters(traced, site.output, ends):
+        raise ValueError(
+            f"{needs} parameters are used between {names[head]}, the last layer found, and the "
+            f"loss. Scales are layers only where the batch is known, which is closed over here. "
+            f"Pass it as an argument of the loss; or, which works for `value_fn` too: {REMEDY}."
+        )
     followed = [_separable.follow(program, end, detection.live)[0] for end in ends]
     found = [env[site.output] for env in followed if site.output in env]
     examples = tuple(
@@ -271,6 +278,20 @@ def _layer_target(
             f"{REMEDY}."
         )
     return Target(site.output, examples, outputs, outputs)
+
+
+def _uses_parameters(traced: Traced, output: int, ends: Sequence[int]) -> bool:
+    """Whether parameters enter between an output and what the loss is a weighted sum of."""
+    program = traced.program
+    moving = _flow.reached_from(program, [output])
+    of_params = _flow.reached_from(program, program.inputs[: traced.n_leaves])
+    return any(
+        v in of_params and v not in moving
+        for end in ends
+        if end in moving
+        for e in program.slice([output], end)[0]
+        for v in e.inputs
+    )
 
 
 def is_separate(axis: _separable.Axis) -> bool:

@@ -48,15 +48,34 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page):
 
 
 @pytest.mark.standard_promotion
-def test_the_readmes_table_of_a_vision_transformer_is_what_is_printed():
+def test_the_table_of_a_vision_transformer_is_what_is_printed():
     with jax.numpy_rank_promotion("allow"), jax.enable_x64(False):
         vit = images(ViT(10, depth=1), 4, 28, 1)
         layers = locoprop_jax.find_layers(vit.loss_fn, vit.params, vit.batch)
-    assert str(layers) in README.read_text()
+    assert str(layers) in (DOCS / "using.md").read_text()
 
 
-def test_every_public_name_is_in_the_readme_and_has_a_docstring():
+def test_every_public_name_is_in_the_reference_and_has_a_docstring():
     public = [name for name in vars(locoprop_jax) if not name.startswith("_")] + ["TrainState"]
     names = [name for name in public if not isinstance(getattr(locoprop_jax, name), ModuleType)]
     assert [name for name in names if not getattr(locoprop_jax, name).__doc__] == []
-    assert [name for name in names if f"`{name}`" not in README.read_text()] == []
+    listed = re.findall(r"^::: locoprop_jax\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted({*names, "losses"})
+
+
+def test_the_tests_that_the_mathematics_names_exist():
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (DOCS / "mathematics.md").read_text())
+    assert len(named) > 30
+    for file, test in named:
+        assert f"def {test}(" in (DOCS.parent / "tests" / file).read_text(), test
+
+
+def test_links_between_files_of_the_repository_lead_somewhere():
+    pages = [README, *DOCS.glob("*.md")]
+    links = [
+        (page, link.partition("#")[0])
+        for page in pages
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+        if not link.startswith(("http", "#"))
+    ]
+    assert [(str(page), link) for page, link in links if not (page.parent / link).exists()] == []

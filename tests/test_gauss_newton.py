@@ -465,3 +465,33 @@ def test_hessian_free_trains_a_network():
     gradient = flat(jax.grad(NET.loss)(params, *batch))
     assert losses[-1] < 0.9 * losses[0]
     assert abs(gradient).max() < 0.05 * abs(flat(jax.grad(NET.loss)(NET.params(), *batch))).max()
+
+
+@pytest.mark.parametrize("is_marked", [False, True])
+def test_a_scale_after_the_last_layer_counts_or_is_refused_where_the_batch_is_closed_over(
+    is_marked,
+):
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+    params = {"kernel": jnp.eye(3) / 2, "scale": jnp.ones(3)}
+    error = lp.losses.squared_error if is_marked else optax.squared_error
+
+    def loss_fn(params, x):
+        outputs = jnp.tanh(x @ params["kernel"]) * params["scale"][None]
+        return error(outputs, x).sum(-1).mean()
+
+    def dense(v):
+        def outputs(params):
+            return jnp.tanh(x @ params["kernel"]) * params["scale"][None]
+
+        pushed, pull = jax.jvp(outputs, (params,), (v,))[1], jax.vjp(outputs, params)[1]
+        return pull(2 * pushed / len(x))[0]
+
+    v = jax.tree.map(jnp.ones_like, params)
+    product = lp.gauss_newton_vector_product(loss_fn, params, x)
+    np.testing.assert_allclose(flat(product(v)), flat(dense(v)), rtol=1e-12)
+    if is_marked:
+        product = lp.gauss_newton_vector_product(lambda p: loss_fn(p, x), params)
+        np.testing.assert_allclose(flat(product(v)), flat(dense(v)), rtol=1e-12)
+    else:
+        with pytest.raises(ValueError, match="between kernel, the last layer found, and the loss"):
+            lp.gauss_newton_vector_product(lambda p: loss_fn(p, x), params)

@@ -603,6 +603,8 @@ def test_unblock_is_the_inverse_of_block(front_end):
     found, expected = by_shape(leaves.values()), by_shape(jax.tree.leaves(params))
     assert len(found) == 4
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+    doubled = layers.replace(params, {name: 2 * layers.block(params, name) for name in layers})
+    jax.tree.map(np.testing.assert_array_equal, doubled, jax.tree.map(lambda p: 2 * p, params))
 
 
 def test_a_block_is_the_kernel_as_inputs_by_outputs_with_the_bias_as_last_row():
@@ -618,6 +620,22 @@ def test_a_block_is_the_kernel_as_inputs_by_outputs_with_the_bias_as_last_row():
     again = layers.unblock(layers.block(params, name), name)
     np.testing.assert_array_equal(again["kernel"], params["kernel"])
     np.testing.assert_array_equal(again["bias"], params["bias"])
+
+
+def test_new_blocks_replace_parts_of_arrays_and_leave_what_is_masked_or_in_no_layer():
+    params = {"both": normal(0, 2, 3, 3), "bias": normal(1, 3), "other": normal(2, 3)}
+
+    def loss(p, x):
+        hidden = jnp.tanh(x @ p["both"][0] + p["bias"][None])
+        return jnp.sum(hidden @ p["both"][1] * jnp.exp(p["other"])[None])
+
+    layers = lp.find_layers(loss, params, X, on_uncaptured="pass")
+    half = {**jax.tree.map(lambda p: p.astype(jnp.float32), params), "bias": optax.MaskedNode()}
+    new = layers.replace(half, {"both[0]": jnp.ones((4, 3))})
+    assert new["bias"] == optax.MaskedNode() and new["both"].dtype == jnp.float32
+    np.testing.assert_array_equal(new["both"][0], np.ones((3, 3)))
+    np.testing.assert_array_equal(new["both"][1], half["both"][1])
+    np.testing.assert_array_equal(new["other"], half["other"])
 
 
 # --- captured arrays of the right model ----------------------------------------------------------

@@ -46,7 +46,9 @@ def test_the_source_distribution_can_be_built_again(built):
 
 def test_the_version_is_that_of_the_metadata_and_has_its_changes_listed():
     assert lp.__version__ == version("locoprop_jax")
-    assert re.search(rf"^## \[{re.escape(lp.__version__)}\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert re.search(
+        rf"^## \[{re.escape(lp.__version__)}\]", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
 
 
 def imported(code: str) -> set[str]:
@@ -66,5 +68,7 @@ def test_importing_takes_little_more_than_jax_and_optax():
 def test_only_the_train_state_needs_flax():
     assert "flax" in imported("import locoprop_jax; locoprop_jax.TrainState")
     hidden = "import sys; sys.modules['flax'] = None; import locoprop_jax as lp; lp.TrainState"
-    result = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(
+        [sys.executable, "-c", hidden], capture_output=True, text=True, cwd=ROOT
+    )
     assert "pip install 'locoprop_jax[flax]'" in result.stderr
