@@ -9,9 +9,12 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from benchmarks.methods import METHODS
 from benchmarks.steps import WARMUP
@@ -193,6 +196,82 @@ def plot_heat(
         colour = "white" if value > 0.6 else TEXT
         axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+class Grid(NamedTuple):
+    """A panel of `plot_grids`.
+
+    Attributes:
+      label: above it.
+      names: of the numbers along its rows and its columns.
+      values: of both, from small to large.
+      losses: infinite where training diverged, not a number where there was none.
+      marked: the row and the column of the cell that is framed.
+    """
+
+    label: str
+    names: tuple[str, str]
+    values: tuple[Sequence[float], Sequence[float]]
+    losses: Float[np.ndarray, "rows columns"]
+    marked: tuple[int, int]
+
+
+def plot_grids(grids: Sequence[Grid], title: str, path: Path) -> None:
+    """Losses as colours, with their numbers, on one scale: the darker the lower.
+
+    The scale ends half above the lowest loss, because what is beyond is of no use to anybody.
+    """
+    columns = min(3, len(grids))
+    rows = -(-len(grids) // columns)
+    figure = Figure(figsize=(4.6 * columns + 0.8, 4.2 * rows + 0.7), layout="constrained")
+    figure.suptitle(_wrapped(title, 45 * columns), color=TEXT, fontsize=11, x=0.01, ha="left")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    finite = [grid.losses[np.isfinite(grid.losses)] for grid in grids]
+    low = min((losses.min() for losses in finite if losses.size), default=1.0)
+    colours = matplotlib.colormaps["Blues_r"].with_extremes(bad=FAINT)
+    norm = LogNorm(low, 1.5 * low)
+    for axes in panels[len(grids) :]:
+        axes.set_visible(False)
+    for axes, grid in zip(panels, grids, strict=False):
+        _draw_grid(axes, grid, norm, colours)
+    bar = figure.colorbar(
+        ScalarMappable(norm, colours),
+        ax=list(panels),
+        extend="max",
+        shrink=0.6,
+        label="training loss",
+    )
+    bar.ax.yaxis.set_major_locator(MaxNLocator(5))
+    bar.ax.yaxis.set_major_formatter("{x:.0f}")
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    figure.savefig(path, dpi=150)
+
+
+def _draw_grid(axes: Axes, grid: Grid, norm: LogNorm, colours: Colormap) -> None:
+    shown = np.where(np.isfinite(grid.losses), grid.losses, np.nan)
+    axes.imshow(shown, cmap=colours, norm=norm, aspect="auto", origin="lower")
+    for (i, j), loss in np.ndenumerate(grid.losses):
+        if np.isnan(loss):
+            continue
+        dark = np.isfinite(loss) and float(np.asarray(norm(loss))) < 0.5
+        axes.text(
+            j,
+            i,
+            f"{loss:.3g}" if np.isfinite(loss) else "×",
+            ha="center",
+            va="center",
+            color="white" if dark else TEXT,
+            fontsize=8,
+        )
+    row, column = grid.marked
+    frame = {"fill": False, "edgecolor": COLOURS[4], "linewidth": 2.5}
+    axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **frame))
+    axes.set_title(grid.label, color=TEXT, fontsize=11)
+    for axis, name, values in zip((axes.yaxis, axes.xaxis), grid.names, grid.values, strict=True):
+        axis.set_ticks(range(len(values)), [f"{float(f'{value:.3g}'):g}" for value in values])
+        axis.set_label_text(name, color=TEXT)
+    axes.tick_params(length=0, colors=TEXT, labelsize=8)
+    axes.spines[:].set_visible(False)
 
 
 def _styles(labels: Sequence[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,14 @@ class State(NamedTuple):
 
 
 Step = Callable[[State, Batch, Int[Any, " batch"]], tuple[State, Float[Array, ""]]]
+Numbers = Mapping[str, ArrayLike]  # hyperparameters that are arguments of a compiled step
+
+
+class Family(NamedTuple):
+    """A method's state and step, compiled once for all values of some numbers."""
+
+    start: Callable[[Numbers, Params, Array], State]
+    step: Callable[[Numbers, State, Batch, Int[Any, " batch"]], tuple[State, Float[Array, ""]]]
 
 
 def warmup_linear_decay(peak: float, steps: int) -> optax.Schedule:
@@ -106,9 +114,7 @@ def compile_step(
     seed: int = 0,
 ) -> tuple[State, Step]:
     """Build the optimizer and compile its step. `params` are donated with the state."""
-    layers = None
-    if method.needs_capture:
-        layers = lp.find_layers(loss_fn, params, slice_examples(examples, 0, batch_size))
+    layers = layers_for(loss_fn, method, params, examples, batch_size)
     tx = optax.with_extra_args_support(method.build(layers, schedule, **hyperparameters))
     # Under jit the state's arrays are fresh buffers of settled types: safe to donate, no retrace.
     start = jax.jit(lambda params, rng: State(params, tx.init(params), rng))
@@ -116,6 +122,49 @@ def compile_step(
     step = jax.jit(make_step(loss_fn, tx, method), donate_argnums=0)
     indices = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     return state, step.lower(state, examples, indices).compile()
+
+
+def compile_family(
+    loss_fn: LossFn,
+    method: Method,
+    build: Callable[[Any, Numbers], optax.GradientTransformation],
+    numbers: Numbers,
+    params: Params,
+    examples: Batch,
+    batch_size: int,
+) -> Family:
+    """Compile a step whose optimizer `build(layers, numbers)` is made anew where it is traced.
+
+    `numbers` give the names and types; a state is donated to its step, and so are the parameters
+    that it started from.
+    """
+    layers = layers_for(loss_fn, method, params, examples, batch_size)
+
+    def make(numbers: Numbers) -> optax.GradientTransformationExtraArgs:
+        return optax.with_extra_args_support(build(layers, numbers))
+
+    def begin(numbers: Numbers, params: Params, rng: Array) -> State:
+        return State(params, make(numbers).init(params), rng)
+
+    def step(
+        numbers: Numbers, state: State, examples: Batch, indices: Int[Any, " batch"]
+    ) -> tuple[State, Float[Array, ""]]:
+        return make_step(loss_fn, make(numbers), method)(state, examples, indices)
+
+    start = jax.jit(begin)
+    state = jax.eval_shape(start, numbers, params, jax.random.key(0))
+    indices = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    lowered = jax.jit(step, donate_argnums=1).lower(numbers, state, examples, indices)
+    return Family(start, lowered.compile())
+
+
+def layers_for(
+    loss_fn: LossFn, method: Method, params: Params, examples: Batch, batch_size: int
+) -> lp.Layers | None:
+    """What the method's `build` needs to know of the network."""
+    if not method.needs_capture:
+        return None
+    return lp.find_layers(loss_fn, params, slice_examples(examples, 0, batch_size))
 
 
 def split_learning_rate(hyperparameters: Hyperparameters) -> tuple[float, Hyperparameters]:
