@@ -6,12 +6,14 @@ python docs/picture.py            # writes docs/picture.svg
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 INK, SOFT, LINE = "#1f2933", "#616e7c", "#cbd2d9"
@@ -49,7 +51,7 @@ CARDS = (
 )
 
 
-def write(ax: Axes, x: float, y: float, text: str, size: float = 9, **options: str) -> None:
+def write(ax: Axes, x: float, y: float, text: str, size: float = 9, **options: Any) -> None:
     """Text, centred unless told otherwise."""
     options = {"ha": "center", "va": "center", "color": INK} | options
     ax.text(x, y, text, fontsize=size, **options)
@@ -171,7 +173,7 @@ def cards(ax: Axes) -> None:
         write(ax, middle, low + 2.2, caption[1], 7.4, color=SOFT)
 
 
-def draw() -> plt.Figure:
+def draw() -> Figure:
     """The whole picture, on a white card, so that dark pages can show it too."""
     plt.rcParams |= {
         "svg.fonttype": "path",
