@@ -283,7 +283,8 @@ def run_ablation(name: str, dataset: Dataset, args: argparse.Namespace) -> tuple
     """
     ablation, directory = ABLATIONS[name], args.output_dir / name
     directory.mkdir(parents=True, exist_ok=True)
-    settings = describe(name, dataset, args)
+    options = ("epochs", "batch_size", "shrink", "trials", "seed")
+    settings = report.settings(f"ablations/{name}", dataset, args, options)
     more: dict[str, dict[str, Any]] = {variant.name: {} for variant in ablation.variants}
     print(f"\n{name}: {ablation.title}", flush=True)
 
@@ -316,22 +317,6 @@ def run_ablation(name: str, dataset: Dataset, args: argparse.Namespace) -> tuple
             file=sys.stderr,
         )
     return runs, interrupted
-
-
-def describe(name: str, dataset: Dataset, args: argparse.Namespace) -> Mapping[str, Any]:
-    return {
-        "experiment": f"ablations/{name}",
-        "dataset": dataset.name,
-        "source": dataset.source,
-        "train_images": args.train_images,
-        "epochs": args.epochs,
-        "batch_size": args.batch_size,
-        "shrink": args.shrink,
-        "trials": args.trials,
-        "seed": args.seed,
-        "train_loss_on": report.evaluated_on(dataset.train),
-        "test_loss_on": report.evaluated_on(dataset.test),
-    }
 
 
 def parse_arguments(

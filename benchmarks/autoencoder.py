@@ -9,12 +9,11 @@ trains the four methods for a few minutes on two CPU cores. The paper's run (loc
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -22,7 +21,7 @@ from jaxtyping import Array, Float
 import locoprop_jax as lp
 from benchmarks import cli, plots, report
 from benchmarks.comparison import compare
-from benchmarks.data import DataError, Dataset
+from benchmarks.data import Dataset
 from benchmarks.methods import Hyperparameters
 from benchmarks.steps import Params
 from benchmarks.training import Problem, Run, Settings
@@ -131,16 +130,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
             for name in dict.fromkeys(args.methods)
         }
-        cli.make_output_dir(parser, args.output_dir)
-        dataset = cli.load_images(args)
-    except (DataError, TunedError) as error:
+    except TunedError as error:
         parser.error(str(error))
-
-    settings = describe(args, dataset)
-    print(
-        f"{dataset.name} ({dataset.source}): {len(dataset.train):,} training images, "
-        f"{args.epochs} epochs of batches of {args.batch_size}, on {jax.devices()[0].device_kind}."
-    )
+    dataset = cli.open_images(parser, args)
+    options = ("epochs", "batch_size", "iterations", "seed")
+    settings = report.settings(NAME, dataset, args, options)
 
     def keep(runs: Sequence[Run]) -> None:
         write_json(args.output_dir / "results.json", report.results(runs, settings))
@@ -159,21 +153,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     return 130 if interrupted else 0
-
-
-def describe(args: argparse.Namespace, dataset: Dataset) -> Mapping[str, Any]:
-    return {
-        "experiment": NAME,
-        "dataset": dataset.name,
-        "source": dataset.source,
-        "train_images": args.train_images,
-        "epochs": args.epochs,
-        "batch_size": args.batch_size,
-        "iterations": args.iterations,
-        "seed": args.seed,
-        "train_loss_on": report.evaluated_on(dataset.train),
-        "test_loss_on": report.evaluated_on(dataset.test),
-    }
 
 
 def show(runs: Sequence[Run], dataset: Dataset, directory: Path) -> None:

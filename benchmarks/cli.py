@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.data import DATASETS, Dataset, load_dataset, subset
+import jax
+
+from benchmarks.data import DATASETS, DataError, Dataset, load_dataset, subset
 from benchmarks.methods import METHODS
 from benchmarks.tuned import TUNED
 
@@ -210,6 +212,28 @@ def check_training_arguments(parser: argparse.ArgumentParser, args: argparse.Nam
 def load_images(args: argparse.Namespace, labels: bool = False) -> Dataset:
     dataset = load_dataset(args.dataset, args.data_dir, args.seed, labels=labels)
     return subset(dataset, args.train_images)
+
+
+def open_images(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, labels: bool = False
+) -> Dataset:
+    """The images, once there is a folder for the results; says what is trained on, and where.
+
+    Ends the program where that fails.
+    """
+    try:
+        dataset = load_images(args, labels)
+    except DataError as error:
+        parser.error(str(error))
+    make_output_dir(parser, args.output_dir)
+    how = ""
+    if hasattr(args, "batch_size"):
+        how = f"{args.epochs} epochs of batches of {args.batch_size}, "
+    print(
+        f"{dataset.name} ({dataset.source}): {len(dataset.train):,} training images, "
+        f"{how}on {jax.devices()[0].device_kind}."
+    )
+    return dataset
 
 
 def method_options(name: str, args: argparse.Namespace) -> dict[str, Any]:

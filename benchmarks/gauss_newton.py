@@ -17,11 +17,8 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 
-import jax
-
 from benchmarks import alignment, cli, natural, second_factor, untuned
 from benchmarks.candidates import Experiment
-from benchmarks.data import DataError
 
 QUICK = {
     "epochs": 2,
@@ -135,15 +132,7 @@ def parse_arguments(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 130 after Ctrl-C, as shells have it."""
     parser, args = parse_arguments(argv)
-    try:
-        dataset = cli.load_images(args, any(EXPERIMENTS[name].labels for name in args.names))
-    except DataError as error:
-        parser.error(str(error))
-    cli.make_output_dir(parser, args.output_dir)
-    print(
-        f"{dataset.name} ({dataset.source}): {len(dataset.train):,} training images, "
-        f"on {jax.devices()[0].device_kind}."
-    )
+    dataset = cli.open_images(parser, args, any(EXPERIMENTS[name].labels for name in args.names))
     for name in args.names:
         experiment, directory = EXPERIMENTS[name], args.output_dir / name
         directory.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from benchmarks import autoencoder, classifier, cli, images, plots, report
 from benchmarks.ablations import TRIAL_STEP
 from benchmarks.classifier import Classifier
 from benchmarks.comparison import Job, train_all
-from benchmarks.data import DataError, Dataset
+from benchmarks.data import Dataset
 from benchmarks.methods import Method
 from benchmarks.steps import Params, count_examples
 from benchmarks.training import Problem, Run, Settings
@@ -495,15 +495,7 @@ def parse_arguments(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 130 after Ctrl-C, as shells have it."""
     parser, args = parse_arguments(argv)
-    try:
-        dataset = cli.load_images(args, any(EXPERIMENTS[name].labels for name in args.names))
-    except DataError as error:
-        parser.error(str(error))
-    cli.make_output_dir(parser, args.output_dir)
-    print(
-        f"{dataset.name} ({dataset.source}): {len(dataset.train):,} training images, "
-        f"on {jax.devices()[0].device_kind}."
-    )
+    dataset = cli.open_images(parser, args, any(EXPERIMENTS[name].labels for name in args.names))
     for name in args.names:
         if run_experiment(name, dataset, args):
             return 130

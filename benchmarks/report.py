@@ -1,5 +1,6 @@
 """What a comparison prints and writes: the progress bar, the final table, the curves as JSON."""
 
+import argparse
 import contextlib
 import statistics
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from benchmarks.data import Dataset
 from benchmarks.steps import Batch, count_examples
 from benchmarks.training import EVALUATION_EXAMPLES, Run
 
@@ -50,6 +52,24 @@ def evaluated_on(examples: Batch) -> str:
     count = count_examples(examples)
     limited = count > EVALUATION_EXAMPLES
     return f"the first {EVALUATION_EXAMPLES:,} of {count:,}" if limited else f"all {count:,}"
+
+
+def settings(
+    experiment: str,
+    dataset: Dataset,
+    args: argparse.Namespace,
+    options: Sequence[str],
+    splits: Sequence[str] = ("train", "test"),
+) -> dict[str, Any]:
+    """What an experiment was run with, for the record: the data, these options, its losses."""
+    return {
+        "experiment": experiment,
+        "dataset": dataset.name,
+        "source": dataset.source,
+        "train_images": args.train_images,
+        **{option: getattr(args, option) for option in options},
+        **{f"{split}_loss_on": evaluated_on(getattr(dataset, split)) for split in splits},
+    }
 
 
 def table(runs: Sequence[Run], more: Mapping[str, Sequence[str]] | None = None) -> str:

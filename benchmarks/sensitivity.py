@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from benchmarks import autoencoder, cli, plots, report
 from benchmarks.candidates import rates
-from benchmarks.data import DataError, Dataset
+from benchmarks.data import Dataset
 from benchmarks.methods import METHODS, Hyperparameters, Method
 from benchmarks.steps import (
     Numbers,
@@ -358,16 +358,9 @@ def parse_arguments(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 130 after Ctrl-C, as shells have it."""
     parser, args = parse_arguments(argv)
-    try:
-        dataset = cli.load_images(args)
-    except DataError as error:
-        parser.error(str(error))
-    cli.make_output_dir(parser, args.output_dir)
-    print(
-        f"{dataset.name} ({dataset.source}): {len(dataset.train):,} training images, "
-        f"{args.epochs} epochs of batches of {args.batch_size}, on {jax.devices()[0].device_kind}."
-    )
-    described = describe(args, dataset)
+    dataset = cli.open_images(parser, args)
+    options = ("epochs", "batch_size", "shrink", "side", "seed")
+    described = report.settings(NAME, dataset, args, options, ["train"])
 
     def keep(surfaces: Sequence[Surface]) -> None:
         write_json(args.output_dir / "results.json", results(surfaces, described))
@@ -386,21 +379,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         done = sum(not np.isnan(surface.losses).any() for surface in surfaces)
         print(f"Interrupted; {done} of {len(args.names)} methods are complete.", file=sys.stderr)
     return 130 if interrupted else 0
-
-
-def describe(args: argparse.Namespace, dataset: Dataset) -> Mapping[str, Any]:
-    return {
-        "experiment": NAME,
-        "dataset": dataset.name,
-        "source": dataset.source,
-        "train_images": args.train_images,
-        "epochs": args.epochs,
-        "batch_size": args.batch_size,
-        "shrink": args.shrink,
-        "side": args.side,
-        "seed": args.seed,
-        "train_loss_on": report.evaluated_on(dataset.train),
-    }
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setitem(sensitivity.SETUPS, "adam", Setup(rates, fixed))
     row = np.array([1 / 3, 1, 1e33])
     monkeypatch.setattr(sensitivity, "rates", lambda middle, side: (row * middle).tolist())
-    monkeypatch.setattr(sensitivity.cli, "load_images", lambda args: DATASET)
+    monkeypatch.setattr(sensitivity.cli, "load_images", lambda args, labels: DATASET)
 
     def main(*arguments):
         sizes = "--train-images 40 --batch-size 10 --epochs 1 --shrink 100 --side 3"
