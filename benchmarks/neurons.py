@@ -283,8 +283,7 @@ def _second_order(problem: Problem) -> Mapping[str, Contestant]:
 def _on_images(
     title: str, make: Callable[[Dataset, int], Problem], rate: float = 1.26
 ) -> Experiment:
-    """A network of convolutions or attention; with smaller steps of FOOF and LNB than their default.
-    """
+    """Convolutions or attention, with smaller steps of FOOF and LNB than their default."""
     slower = {key: FEW[key]._replace(learning_rate=rate) for key in ("foof", "lnb")}
     contestants = {**FEW, **slower}
     return Experiment(
