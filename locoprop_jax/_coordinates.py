@@ -90,13 +90,7 @@ def coordinates(
 
 
 def _direct(problem: LocalProblem) -> Coordinates:
-    x, gain = problem.inputs, problem.gain
-
-    def gained(delta: Block) -> Block:
-        change = push(x, delta)
-        return pull(x, change if gain is None else gain(change), delta)
-
-    return Coordinates(problem.slope, gained, lambda delta: delta)
+    return Coordinates(problem.slope, problem.gained, lambda delta: delta)
 
 
 def _gram(problem: LocalProblem) -> Coordinates:
@@ -131,9 +125,4 @@ def _dual(problem: LocalProblem) -> Coordinates:
 
 def gradient(at: Coordinates, penalty: Penalty, delta: Any) -> Any:
     """The gradient of the local objective away from zero, in any coordinates."""
-    result = _linalg.add(at.slope, at.gain(delta))
-    if penalty.weight is not None:
-        return _linalg.add(result, _linalg.scale(delta, penalty.weight))
-    if penalty.gradient is not None:
-        return _linalg.add(result, penalty.gradient(delta))
-    return result
+    return penalty.add_gradient(_linalg.add(at.slope, at.gain(delta)), delta)

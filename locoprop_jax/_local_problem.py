@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from locoprop_jax import _linalg
 from locoprop_jax._blocks import curvature_rows, dtype_of
 from locoprop_jax._captured import Captured, LayerArrays
 from locoprop_jax._divergences import Divergence, Target
 from locoprop_jax._layers import Layer
 from locoprop_jax._regularizers import Layerwise, Penalty, Regularizer, penalty_of
-from locoprop_jax._rows import Block, Inputs, Rows, as_rows, join_rows, pull
+from locoprop_jax._rows import Block, Inputs, Rows, as_rows, join_rows, pull, push
 from locoprop_jax._transfer import identity
 
 
@@ -50,6 +51,20 @@ class LocalProblem(NamedTuple):
     weights: Block
     learning_rate: Float[Array, ""]
     ok: Bool[Array, ""]
+
+    def gradient(self, delta: Block) -> Block:
+        """The gradient of the local loss at W + delta, for any kind of layer.
+
+        Args:
+          delta: a displacement like `slope`: a kernel (d_in, d_out), a bias (d_out,), or one of
+            them.
+        """
+        return self.penalty.add_gradient(_linalg.add(self.slope, self.gained(delta)), delta)
+
+    def gained(self, delta: Block) -> Block:
+        """What the divergence's gradient gains on the way: X' gain(X delta)."""
+        moved = push(self.inputs, delta)
+        return pull(self.inputs, moved if self.gain is None else self.gain(moved), delta)
 
 
 class LayerData(NamedTuple):

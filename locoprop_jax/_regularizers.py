@@ -35,6 +35,14 @@ class Penalty(NamedTuple):
     shrink: Callable[[Block, Array], Block] | None = None
     factors: tuple[Array, Array, Array] | None = None
 
+    def add_gradient(self, total: Any, delta: Any) -> Any:
+        """The total with this regularizer's gradient at a displacement, if it has one."""
+        if self.weight is not None:
+            return _linalg.add(total, _linalg.scale(delta, self.weight))
+        if self.gradient is not None:
+            return _linalg.add(total, self.gradient(delta))
+        return total
+
 
 class Layerwise(NamedTuple):
     """What a regularizer may read of a layer: inputs, curvature rows, a block, and eta."""
