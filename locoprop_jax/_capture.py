@@ -118,6 +118,8 @@ def value_grad_and_capture(
         if curvature in _curvature.SAMPLED:
             rng = kwargs.pop("rng", None)
             _curvature.check_rng(curvature, rng)
+        elif curvature is not None and "rng" in kwargs:
+            _curvature.check_no_rng(curvature, loss_fn)
         traced = trace(loss_fn, params, args, kwargs, has_aux)
         program, sites, names = traced.program, traced.detection.sites, layer_names(traced)
         ends = sorted(_detect.output_sites(program, traced.detection))

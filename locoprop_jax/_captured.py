@@ -400,7 +400,7 @@ class Captured(Mapping[str, LayerArrays]):
 
     def __getitem__(self, name: str) -> LayerArrays:
         if name not in self._names:
-            raise KeyError(name)
+            raise KeyError(f"No layer {name!r} was captured; there are {', '.join(self._names)}.")
         arrays = self._arrays[self._names.index(name)]
         if self._deferred is None:
             return arrays

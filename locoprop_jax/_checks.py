@@ -17,10 +17,12 @@ def is_number(value: Any) -> bool:
 
 def check_layers(layers: Any, method: str) -> None:
     """Refuse what is not the layers of a model, or none at all."""
-    if not isinstance(layers, Mapping) or not layers:
+    is_mapping = isinstance(layers, Mapping)
+    if not is_mapping or not layers or not all(hasattr(own, "parts") for own in layers.values()):
+        got = f"a {type(layers).__name__}" if is_mapping and layers else repr(layers)
         raise ValueError(
             f"`{method}` needs the layers of the model: "
-            f"`layers = locoprop_jax.find_layers(loss_fn, params, batch)`; got {layers!r}."
+            f"`layers = locoprop_jax.find_layers(loss_fn, params, batch)`; got {got}."
         )
 
 

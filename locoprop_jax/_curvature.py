@@ -14,6 +14,7 @@ w is the weight of a term in the loss, 1/B in a mean. Where the loss is not one 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -58,6 +59,20 @@ def check_rng(curvature: str, rng: Any) -> None:
             f"`curvature={curvature!r}` draws random numbers: pass a key as the keyword `rng`, "
             f"`value_grad_and_capture(loss_fn, curvature={curvature!r})(params, batch, "
             f"rng=jax.random.key(0))`, another one at each step. The loss does not get it."
+        )
+
+
+def check_no_rng(curvature: str, loss_fn: Callable[..., Any]) -> None:
+    """Refuse a key that nobody takes.
+
+    Raises:
+      TypeError: the loss has no such keyword.
+    """
+    known = inspect.signature(loss_fn).parameters
+    if "rng" not in known and all(p.kind != p.VAR_KEYWORD for p in known.values()):
+        raise TypeError(
+            f"`curvature={curvature!r}` draws no random numbers, and the loss has no keyword "
+            f"`rng`: leave it out."
         )
 
 

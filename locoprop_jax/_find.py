@@ -135,8 +135,8 @@ def _check_found(layers: Layers, on_uncaptured: str) -> None:
         raise ValueError(
             f"`find_layers` found {len(layers)} layers, but these parameters are in none:\n"
             + "\n".join(f"  {o.path} {list(o.shape)}: {o.reason}. {o.remedy}" for o in missing)
-            + '\nPass `on_uncaptured="pass"` to leave their gradients as they are, and see '
-            "`with_fallback` for an optimizer of their own."
+            + '\nOr pass `on_uncaptured="pass"`, and give them an optimizer of their own by '
+            "`with_fallback`."
         )
 
 

@@ -332,7 +332,8 @@ def check_line(method: str, *, value_fn: ValueFn | None, **others: Any) -> Value
     if any(map(_is_masked, leaves)):
         raise ValueError(
             f"`{method}` needs all parameters, because it runs the whole network: use it outside "
-            f"of `optax.masked` and `optax.partition`, which may stand before it in a chain."
+            f"of `optax.masked`, `optax.partition` and `with_fallback`, which may stand before it "
+            f"in a chain. Parameters in no layer then follow their gradient."
         )
     return value_fn
 

@@ -259,8 +259,8 @@ def _layer_target(
     if traced.batch_axes is None and _uses_parameters(traced, site.output, ends):
         raise ValueError(
             f"{needs} parameters are used between {names[head]}, the last layer found, and the "
-            f"loss. Scales are layers only where the batch is known, which is closed over here. "
-            f"Pass it as an argument of the loss; or, which works for `value_fn` too: {REMEDY}."
+            f"loss, which closes over its batch. {REMEDY}. Or, where they scale the outputs, pass "
+            f"the batch as an argument of the loss: then they are a layer."
         )
     followed = [_separable.follow(program, end, detection.live)[0] for end in ends]
     found = [env[site.output] for env in followed if site.output in env]

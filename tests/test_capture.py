@@ -859,3 +859,19 @@ def test_the_second_trace_that_finds_the_batch_is_made_once_for_a_loss_and_shape
         calls.clear()
         lp.value_grad_and_capture(loss_fn)(w, batch, power)
         assert calls == traced
+
+
+def test_what_is_asked_for_in_vain_is_named():
+    w, x = {"kernel": jnp.ones((3, 2))}, jnp.ones((4, 3))
+
+    def loss_fn(w, x):
+        return jnp.mean((x @ w["kernel"]) ** 2)
+
+    captured = lp.value_grad_and_capture(loss_fn)(w, x)[2]
+    with pytest.raises(KeyError, match="No layer 'dense' was captured; there are kernel"):
+        captured["dense"]
+    with pytest.raises(TypeError, match=r"draws no random numbers.*leave it out"):
+        lp.value_grad_and_capture(loss_fn, curvature="ggn_exact")(w, x, rng=jax.random.key(0))
+    for method in (lp.foof, lp.lnb, lp.kfac):
+        with pytest.raises(ValueError, match=r"needs the layers of the model.*got a dict"):
+            method(w)
