@@ -29,8 +29,11 @@ def main() -> None:
     }
     layers = lp.find_layers(loss_fn, params, batch)
     print(layers)
-    for name in ("foof", "lnb", "locoprop_m"):
-        tx = getattr(lp, name)(layers)
+    for name, tx in (
+        ("foof", lp.foof(layers)),
+        ("lnb", lp.lnb(layers)),
+        ("locoprop_m", lp.locoprop_m(layers, 1e-3)),
+    ):
 
         @jax.jit
         def step(params: Any, state: Any, tx: Any = tx) -> Any:
