@@ -72,7 +72,8 @@ def environment(extra: str, oldest: bool = False) -> Path:
             )
         if call(sys.executable, "-m", "venv", "--clear", home):
             fail(f"could not make {home}, see above. Remove it and run this again.")
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # What is never imported need not be compiled.
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
     if oldest:
         pip += ["--constraint", OLDEST]
     if call(*pip, "--editable", f".[{extra}]"):
@@ -123,7 +124,7 @@ def package() -> int:
         python = Path(home) / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         return (
             call(sys.executable, "-m", "venv", home)
-            or call(python, "-m", "pip", "install", "--quiet", wheel)
+            or call(python, "-m", "pip", "install", "--quiet", "--no-compile", wheel)
             or call(python, ROOT / "tests" / "newcomer.py")
         )
 
