@@ -51,7 +51,8 @@ def accumulate(
             raise ValueError(
                 "`accumulate` needs arguments that all have the number of micro-batches as their "
                 f"first axis, got the first axes {sorted(sizes)}. Reshape a batch by "
-                "`x.reshape(micro_batches, -1, *x.shape[1:])`; close over what they share."
+                "`x.reshape(micro_batches, -1, *x.shape[1:])`, split a key by "
+                "`jax.random.split(key, micro_batches)`, close over what they share."
             )
         ((parts,),) = sizes
 

@@ -372,7 +372,7 @@ def _misused(sites: Sequence[Site]) -> dict[int, Reason]:
     """The parameters whose uses do not agree."""
     uses: dict[int, list[tuple[str, Part | None, tuple]]] = {}
     for site in sites:
-        for weight, role in ((site.weight, "kernel"), (site.added, "bias")):
+        for weight, role in ((site.weight, site.kind), (site.added, "bias")):
             if weight is not None:
                 uses.setdefault(weight.leaf, []).append((role, weight.part, site.key()))
     reasons = {}

@@ -51,7 +51,8 @@ def changed(how: str, primitive: str) -> Reason:
     return Reason(
         f"`{how}` changes it before it meets the data in `{primitive}`",
         "Let it meet the data as it is, rearranged, in parts or times a number, and change "
-        "the inputs or outputs instead.",
+        "the inputs or outputs instead. Running statistics are no parameters: pass them as an "
+        "argument.",
     )
 
 
@@ -138,5 +139,6 @@ def used_differently(roles: list[str]) -> Reason:
     return Reason(
         f"it is used {len(roles)} times ({', '.join(roles)}), not with the same shape, orientation "
         "and bias each time",
-        "Use it in the same way at each place, or a parameter of its own at each.",
+        "Use it in the same way at each place, or a parameter of its own at each: tied embeddings "
+        "need a table for the inputs and one for the outputs.",
     )

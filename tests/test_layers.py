@@ -125,7 +125,7 @@ NOT_UNDERSTOOD = {
     "tied kernels": (
         lambda p, h: jnp.tanh(h @ p["w"]) @ p["w"].T,
         SQUARE,
-        {"w": r"used 2 times \(kernel, kernel\)"},
+        {"w": r"used 2 times \(dense, dense\)"},
         "a parameter of its own at each",
     ),
     "slices that overlap": (
