@@ -41,6 +41,11 @@ def call(*command: object) -> int:
     return subprocess.run([str(word) for word in command], cwd=str(ROOT)).returncode
 
 
+def python_in(home: Path) -> Path:
+    """Where an environment has its Python."""
+    return home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
 def environment(extra: str, oldest: bool = False) -> Path:
     """Return the Python of an environment that holds the package and one of its extras.
 
@@ -48,7 +53,7 @@ def environment(extra: str, oldest: bool = False) -> Path:
     the environment is new, out of date or half made, and is made from scratch.
     """
     home = ROOT / ".venv" / (VERSION + ("-oldest" if oldest else ""))
-    python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    python = python_in(home)
     stamp = home / "installed"
     made_from = [sys.version, sys.base_prefix, str(ROOT)]
     made_from += [path.read_text() for path in (ROOT / "pyproject.toml", OLDEST)]
@@ -121,7 +126,7 @@ def package() -> int:
         return 1
     (wheel,) = dist.glob("*.whl")
     with tempfile.TemporaryDirectory() as home:
-        python = Path(home) / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        python = python_in(Path(home))
         return (
             call(sys.executable, "-m", "venv", home)
             or call(python, "-m", "pip", "install", "--quiet", "--no-compile", wheel)

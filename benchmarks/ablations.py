@@ -20,7 +20,7 @@ import jax
 from benchmarks import autoencoder, classifier, cli, plots, report
 from benchmarks.classifier import Classifier
 from benchmarks.comparison import Job, train_all, train_with_progress
-from benchmarks.data import DataError, Dataset
+from benchmarks.data import Dataset
 from benchmarks.methods import ALL_METHODS, METHODS, Hyperparameters
 from benchmarks.training import INTERRUPTED, Problem, Run, Settings
 from benchmarks.tuned import TUNED, TunedError, load_hyperparameters, write_json
@@ -372,18 +372,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.names:  # before hours of training, not within
             for variant in ABLATIONS[name].variants:
                 hyperparameters(ABLATIONS[name], variant, args.batch_size, args.hyperparameters)
-        dataset = cli.load_images(args, needs_labels)
     except TunedError as error:
         parser.error(str(error))
-    except DataError as error:
-        others = [name for name, at in ABLATIONS.items() if at.experiment != classifier.NAME]
-        hint = f" Those that need no labels: {' '.join(others)}." if needs_labels else ""
-        parser.error(f"{error}{hint}")
-    cli.make_output_dir(parser, args.output_dir)
-    print(
-        f"{dataset.name} ({dataset.source}): {len(dataset.train):,} training images, "
-        f"{args.epochs} epochs, on {jax.devices()[0].device_kind}."
-    )
+    others = [name for name, at in ABLATIONS.items() if at.experiment != classifier.NAME]
+    hint = f" Those that need no labels: {' '.join(others)}." if needs_labels else ""
+    dataset = cli.open_images(parser, args, needs_labels, f"{args.epochs} epochs, ", hint)
     for name in args.names:
         _, interrupted = run_ablation(name, dataset, args)
         if interrupted:

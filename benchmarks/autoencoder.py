@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
     except TunedError as error:
         parser.error(str(error))
-    dataset = cli.open_images(parser, args)
+    dataset = cli.open_images(parser, args, how=cli.in_batches(args))
     options = ("epochs", "batch_size", "iterations", "seed")
     settings = report.settings(NAME, dataset, args, options)
 

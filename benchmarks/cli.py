@@ -215,25 +215,31 @@ def load_images(args: argparse.Namespace, labels: bool = False) -> Dataset:
 
 
 def open_images(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, labels: bool = False
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    labels: bool = False,
+    how: str = "",
+    hint: str = "",
 ) -> Dataset:
-    """The images, once there is a folder for the results; says what is trained on, and where.
+    """The images, once there is a folder for the results; says what is trained on, how and where.
 
-    Ends the program where that fails.
+    Ends the program where that fails, with a hint if the images cannot be had.
     """
+    make_output_dir(parser, args.output_dir)
     try:
         dataset = load_images(args, labels)
     except DataError as error:
-        parser.error(str(error))
-    make_output_dir(parser, args.output_dir)
-    how = ""
-    if hasattr(args, "batch_size"):
-        how = f"{args.epochs} epochs of batches of {args.batch_size}, "
+        parser.error(f"{error}{hint}")
     print(
         f"{dataset.name} ({dataset.source}): {len(dataset.train):,} training images, "
         f"{how}on {jax.devices()[0].device_kind}."
     )
     return dataset
+
+
+def in_batches(args: argparse.Namespace) -> str:
+    """How long is trained, for `open_images`."""
+    return f"{args.epochs} epochs of batches of {args.batch_size}, "
 
 
 def method_options(name: str, args: argparse.Namespace) -> dict[str, Any]:

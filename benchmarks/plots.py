@@ -210,8 +210,8 @@ class Grid(NamedTuple):
     """
 
     label: str
-    names: tuple[str, str]
-    values: tuple[Sequence[float], Sequence[float]]
+    names: Sequence[str]
+    values: Sequence[Sequence[float]]
     losses: Float[np.ndarray, "rows columns"]
     marked: tuple[int, int]
 

@@ -305,8 +305,8 @@ def show(surfaces: Sequence[Surface], dataset: Dataset, args: argparse.Namespace
     grids = [
         plots.Grid(
             surface.label,
-            _two(surface.values),
-            _two(surface.values.values()),
+            tuple(surface.values),
+            tuple(surface.values.values()),
             surface.losses,
             (surface.middle, surface.middle),
         )
@@ -319,11 +319,6 @@ def show(surfaces: Sequence[Surface], dataset: Dataset, args: argparse.Namespace
     )
     plots.plot_grids(grids, title, args.output_dir / "sensitivity.png")
     print(f"Wrote results.json and sensitivity.png to {args.output_dir}.")
-
-
-def _two(pair: Any) -> Any:
-    first, second = pair
-    return first, second
 
 
 # --- command line --------------------------------------------------------------------------------
@@ -358,7 +353,7 @@ def parse_arguments(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 130 after Ctrl-C, as shells have it."""
     parser, args = parse_arguments(argv)
-    dataset = cli.open_images(parser, args)
+    dataset = cli.open_images(parser, args, how=cli.in_batches(args))
     options = ("epochs", "batch_size", "shrink", "side", "seed")
     described = report.settings(NAME, dataset, args, options, ["train"])
 

@@ -31,11 +31,7 @@ def cut(traced: Traced, source: int, end: int) -> Cut:
     value, what is computed from the arguments alone is computed again.
     """
     program = traced.program
-    moving = _flow.reached_from(program, [source])
-    of_params = _flow.reached_from(program, program.inputs[: traced.n_leaves])
-    equations, _ = program.slice([source], end)
-    fixed = {v for e in equations for v in e.inputs if v in of_params and v not in moving}
-    equations, free = program.slice([source, *fixed], end)
+    equations, free = program.slice([source, *other_params(traced, source, end)], end)
     free = [v for v in free if v != source]
 
     def function(value: Any, *values: Any) -> Any:
@@ -43,6 +39,20 @@ def cut(traced: Traced, source: int, end: int) -> Cut:
 
     avals = [program.avals[v] for v in (source, *free)]
     return Cut(jax.make_jaxpr(function)(*map(as_struct, avals)), free)
+
+
+def other_params(traced: Traced, source: int, end: int) -> set[int]:
+    """The values of parameters that enter on the way from a value to another, past the first.
+
+    None where there is no such way.
+    """
+    program = traced.program
+    moving = _flow.reached_from(program, [source])
+    if end not in moving:
+        return set()
+    of_params = _flow.reached_from(program, program.inputs[: traced.n_leaves])
+    equations, _ = program.slice([source], end)
+    return {v for e in equations for v in e.inputs if v in of_params and v not in moving}
 
 
 def as_struct(aval: Any) -> jax.ShapeDtypeStruct:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from locoprop_jax import _detect, _flow, _jaxpr, _separable, losses
+from locoprop_jax import _detect, _jaxpr, _separable, losses
 from locoprop_jax._chains import Chain, Shape
+from locoprop_jax._heads import other_params
 from locoprop_jax._jaxpr import Equation, Program
 from locoprop_jax._trace import Traced
 
@@ -256,7 +257,7 @@ def _layer_target(
             f"{needs} the loss also depends on a layer in a way that does not pass through "
             f"{names[head]}, its last. {REMEDY}."
         )
-    if traced.batch_axes is None and _uses_parameters(traced, site.output, ends):
+    if traced.batch_axes is None and any(other_params(traced, site.output, v) for v in ends):
         raise ValueError(
             f"{needs} parameters are used between {names[head]}, the last layer found, and the "
             f"loss, which closes over its batch. {REMEDY}. Or, where they scale the outputs, pass "
@@ -278,20 +279,6 @@ def _layer_target(
             f"{REMEDY}."
         )
     return Target(site.output, examples, outputs, outputs)
-
-
-def _uses_parameters(traced: Traced, output: int, ends: Sequence[int]) -> bool:
-    """Whether parameters enter between an output and what the loss is a weighted sum of."""
-    program = traced.program
-    moving = _flow.reached_from(program, [output])
-    of_params = _flow.reached_from(program, program.inputs[: traced.n_leaves])
-    return any(
-        v in of_params and v not in moving
-        for end in ends
-        if end in moving
-        for e in program.slice([output], end)[0]
-        for v in e.inputs
-    )
 
 
 def is_separate(axis: _separable.Axis) -> bool:
