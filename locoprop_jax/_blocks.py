@@ -6,7 +6,7 @@ of the two. `matrix` makes it the W of the papers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,8 +22,13 @@ from locoprop_jax._stacking import over_stack
 
 
 def blocks(layers: Layers, tree: Any) -> dict[str, Block]:
-    """The kernels and biases in a tree by layer, in float32 or float64, without masked ones."""
+    """The kernels and biases in a tree by layer, in float32 or float64, without masked ones.
+
+    Raises:
+      ValueError: the tree is of another model.
+    """
     leaves = leaves_by_path(tree)
+    _check_model(layers, leaves)
     found_blocks = {}
     for name, layer in layers.items():
         found = {
@@ -36,6 +41,23 @@ def blocks(layers: Layers, tree: Any) -> dict[str, Block]:
             dtype = jnp.float64 if wide else jnp.float32
             found_blocks[name] = {part: leaf.astype(dtype) for part, leaf in found.items()}
     return found_blocks
+
+
+def _check_model(layers: Layers, leaves: Mapping[str, Any]) -> None:
+    remedy = "Call `find_layers` with the loss function and the parameters that you train."
+    parameters = [parameter for layer in layers.values() for parameter in layer.parameters]
+    if leaves and not any(parameter.path in leaves for parameter in parameters):
+        raise ValueError(
+            f"None of the parameters is in a layer: the layers have {parameters[0].path!r} and so "
+            f"on, the parameters are {next(iter(leaves))!r} and so on. {remedy}"
+        )
+    for parameter in parameters:
+        shape = getattr(leaves.get(parameter.path), "shape", parameter.shape)
+        if shape != parameter.shape:
+            raise ValueError(
+                f"The parameter {parameter.path!r} has the shape {shape}, in the layers "
+                f"{parameter.shape}. {remedy}"
+            )
 
 
 def dtype_of(block: Block) -> Any:

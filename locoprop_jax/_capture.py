@@ -26,7 +26,7 @@ from locoprop_jax import (
     _sites,
     _targets,
 )
-from locoprop_jax._captured import Captured, Deferred, Head, LayerArrays, Layout, StaticJaxpr, Use
+from locoprop_jax._captured import Captured, Deferred, Head, LayerArrays, StaticJaxpr
 from locoprop_jax._chains import Shape
 from locoprop_jax._curvature import Point
 from locoprop_jax._flow import Piece
@@ -34,9 +34,12 @@ from locoprop_jax._heads import Cut, addresses, cut
 from locoprop_jax._jaxpr import Address, Path, Program
 from locoprop_jax._layouts import layout_of, piece_of, weights_of
 from locoprop_jax._output_hessian import OutputPlan
+from locoprop_jax._rows import Block
 from locoprop_jax._sites import Site
 from locoprop_jax._targets import Target
 from locoprop_jax._trace import Traced, layer_names, trace
+from locoprop_jax._transposed import Transposed
+from locoprop_jax._uses import Layout, Use
 
 
 def value_grad_and_capture(
@@ -224,9 +227,15 @@ def value_grad_and_capture(
             )
 
         uses = [use(i, *both) for i, both in enumerate(zip(sites, pieces, strict=True))]
+
+        def turned(i: int, group: Sequence[int]) -> Use | Transposed:
+            if i not in traced.detection.transposed:
+                return uses[i]
+            return Transposed(uses[i], _block_of(traced, group, given))
+
         arrays = tuple(
             LayerArrays(
-                uses=tuple(uses[i] for i in group),
+                uses=tuple(turned(i, group) for i in group),
                 head=of_heads.get(group[0]) if len(group) == 1 else None,
                 signature=tuple(weights_of(traced, group).values()),
                 has_transferred=transferred,
@@ -248,6 +257,17 @@ def _zeros(program: Program, value: int, lengths: Shape) -> jax.Array:
     aval = program.avals[value]
     # Like the value itself where that is possible, because its sharding counts too.
     return jnp.zeros_like(aval) if not lengths else jnp.zeros((*lengths, *aval.shape), aval.dtype)
+
+
+def _block_of(traced: Traced, group: Sequence[int], given: Sequence[Any]) -> Block:
+    """The weights of a layer, of the flat inputs."""
+    site, weights = traced.detection.sites[group[0]], weights_of(traced, group)
+    parts = {"kernel": site.leaf, "bias": site.bias}
+    return {
+        part: weights[part].read(jnp.asarray(given[leaf]))
+        for part, leaf in parts.items()
+        if leaf is not None
+    }
 
 
 def _pull_perturbations(pull: Callable, loss: jax.Array, at_targets: Any) -> Any:

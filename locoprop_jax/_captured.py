@@ -16,35 +16,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from locoprop_jax import _chains, _jaxpr
-from locoprop_jax._chains import Chain
 from locoprop_jax._jaxpr import Path
 from locoprop_jax._layers import Layers
-from locoprop_jax._operands import OneHotReader, Patches, Reader, Times
+from locoprop_jax._operands import OneHotReader
 from locoprop_jax._rows import Inputs, join_rows
 from locoprop_jax._structured import OneHot, Windows
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How raw arrays become (batch, shared, d), and outputs go back. Static."""
-
-    reader: Reader
-    loops: int  # how many axes are in front of what the reader takes
-    by_example: bool  # whether a convolution's examples are its batch, and it runs once
-    inputs: Chain  # of what the reader makes
-    ids: Chain  # of the places of ones that an embedding's reader makes
-    outputs: Chain
-    outputs_back: Chain
-    transferred: Chain | None  # of what the transfer function makes of the outputs
+from locoprop_jax._transposed import Transposed
+from locoprop_jax._uses import Layout, Use
 
 
 class StaticJaxpr:
@@ -131,114 +117,6 @@ class Deferred:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=[
-        "operands",
-        "outputs",
-        "cotangents",
-        "transferred_cotangents",
-        "curvature",
-        "transferred_curvature",
-    ],
-    meta_fields=["layout", "paths", "parts"],
-)
-@dataclasses.dataclass(frozen=True, eq=False)
-class Use:
-    """What one batch left where a layer is applied, as the model laid it out.
-
-    Attributes:
-      operands: what the layer's inputs are read from.
-      outputs: the layer's, with the bias.
-      cotangents: the derivative of the loss by the outputs.
-      transferred_cotangents: the derivative of the loss by what the transfer function makes of
-        them; None at an output layer, and where there is no transfer function.
-      layout: how to read these arrays.
-      paths: of both cotangents, among all that are captured.
-      curvature: the curvature cotangents, with a leading axis of samples; None if they were not
-        captured.
-      transferred_curvature: those after the transfer function; None where the cotangents are.
-      parts: how many batches these are, with their axis in front of all arrays; None for one.
-    """
-
-    operands: tuple[Array, ...]
-    outputs: Array
-    cotangents: Array
-    transferred_cotangents: Array | None
-    layout: Layout
-    paths: tuple[Path, Path | None]
-    curvature: Array | None = None
-    transferred_curvature: Array | None = None
-    parts: int | None = None
-
-    def with_curvature(self, cotangents: Mapping[Path, Array]) -> Use:
-        """With its own of the curvature cotangents."""
-        own, transferred = (None if p is None else cotangents.get(p) for p in self.paths)
-        return dataclasses.replace(self, curvature=own, transferred_curvature=transferred)
-
-    def joined(self, parts: int) -> Use:
-        """What was stacked, as of one batch whose loss is the mean."""
-        shares = {
-            "cotangents": 1 / parts,
-            "transferred_cotangents": 1 / parts,
-            "curvature": 1 / math.sqrt(parts),
-            "transferred_curvature": 1 / math.sqrt(parts),
-        }
-        scaled = {
-            name: None if getattr(self, name) is None else share * getattr(self, name)
-            for name, share in shares.items()
-        }
-        return dataclasses.replace(self, parts=parts, **scaled)
-
-    def read(self, chain: Chain | None, raw: Array | None) -> Array:
-        """Outputs, or what is like them, as (batch, shared, d_out), with the stack in front."""
-        assert chain is not None
-        return self._read(functools.partial(_chains.apply, chain), raw)
-
-    def read_samples(self, chain: Chain | None, raw: Array | None) -> Array:
-        """The same with samples: the fourth axis from the end, the first of the raw array."""
-        assert chain is not None
-        return self._read(jax.vmap(functools.partial(_chains.apply, chain), out_axes=-4), raw)
-
-    def read_ids(self) -> Int[Array, "batch shared 1"]:
-        """The places of the ones in one-hot inputs."""
-        reader = self.layout.reader
-        assert isinstance(reader, OneHotReader)
-
-        def of_part(*operands: Array) -> Array:
-            return _chains.apply(self.layout.ids, reader.ids(*operands))
-
-        return self._read(of_part, *self.operands)
-
-    def read_data(self) -> tuple[Patches, Array]:
-        """How a convolution's kernel is moved, and over what."""
-        reader, scaled = self.layout.reader, lambda data: data
-        if isinstance(reader, Times):
-            reader, scaled = reader.reader, reader.scaled
-        assert isinstance(reader, Patches)
-        back = reader.data_axes[0] - (self.operands[0].ndim - (self.parts is not None))
-        return reader, self._read(scaled, *self.operands, batch_axis=back)
-
-    def read_inputs(self) -> Array:
-        if not self.operands:
-            outputs = self.read(self.layout.outputs, self.outputs)
-            return jnp.zeros((*outputs.shape[:-1], 0), outputs.dtype)
-        read: Callable[..., Array] = self.layout.reader
-        for _ in range(self.layout.loops):
-            read = jax.vmap(read)
-        return self._read(
-            lambda *operands: _chains.apply(self.layout.inputs, read(*operands)), *self.operands
-        )
-
-    def _read(self, of_part: Callable[..., Array], *raw: Any, batch_axis: int = -3) -> Array:
-        """Of all batches one after the other along their axis, which is counted from the end."""
-        if self.parts is None:
-            return of_part(*raw)
-        x = jnp.moveaxis(jax.vmap(of_part)(*raw), 0, batch_axis - 1)
-        axis = x.ndim + batch_axis
-        return x.reshape(*x.shape[: axis - 1], -1, *x.shape[axis + 1 :])
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
     data_fields=["uses", "head", "output_hessian", "deferred"],
     meta_fields=["signature", "has_transferred"],
 )
@@ -249,7 +127,7 @@ class LayerArrays:
     A stack of layers has its axis in front of all others.
 
     Attributes:
-      uses: what was captured, at each place where the layer is applied.
+      uses: what was captured, at each place where the layer is applied, transposed uses last.
       head: the loss as a function of the outputs; None unless this is an output layer.
       signature: of the layer these arrays belong to.
       has_transferred: whether `transferred_cotangents` were captured.
@@ -259,7 +137,7 @@ class LayerArrays:
       deferred: what makes the curvature cotangents once they are read.
     """
 
-    uses: tuple[Use, ...]
+    uses: tuple[Use | Transposed, ...]
     head: Head | None
     signature: tuple
     has_transferred: bool = False
@@ -285,30 +163,70 @@ class LayerArrays:
     def inputs(self) -> Float[Array, "*stack batch shared d_in"]:
         return _joined([use.read_inputs() for use in self.uses])
 
+    @property
+    def outputs(self) -> Float[Array, "*stack batch shared d_out"]:
+        return _joined([use.read_outputs() for use in self.uses])
+
+    @property
+    def cotangents(self) -> Float[Array, "*stack batch shared d_out"]:
+        return _joined([use.read_cotangents() for use in self.uses])
+
+    # As methods read them: all rows of the batch on one axis, of transposed uses only those of the
+    # batch together.
+
     def rows(self, dtype: Any, examples: int | None = None) -> Inputs:
-        """The inputs as methods read them, of the first so many examples, None for all.
+        """The inputs, of the first so many examples, None for all.
 
         Those of an embedding and of a convolution are not written out. A stack of layers has its
         axis in front.
         """
-        layout = self.uses[0].layout
+        layout = self.first.layout
         reader = layout.reader
         if isinstance(reader, OneHotReader):
-            ids = _joined([use.read_ids() for use in self.uses])[..., :examples, :, :]
+            ids = _joined([use.read_ids() for use in self._straight])[..., :examples, :, :]
             return OneHot(ids.reshape(*ids.shape[:-3], -1), reader.size, dtype)
         if layout.by_example and len(self.uses) == 1:
-            patches, data = self.uses[0].read_data()
+            patches, data = self.first.read_data()
             start = (slice(None),) * patches.data_axes[0]
             return Windows(data[*start, :examples].astype(dtype), patches)
-        return join_rows(self.inputs[..., :examples, :, :]).astype(dtype)
+        own = [use.read_inputs()[..., :examples, :, :] for use in self._straight]
+        return self._merged(own, lambda use: use.merged_inputs(examples), dtype)
+
+    def output_rows(self, dtype: Any) -> Float[Array, "*stack rows d_out"]:
+        """The outputs of `rows`."""
+        own = [use.read_outputs() for use in self._straight]
+        return self._merged(own, Transposed.merged_outputs, dtype)
+
+    def cotangent_rows(self, dtype: Any) -> Float[Array, "*stack rows d_out"]:
+        """The cotangents of `rows`."""
+        own = [use.read_cotangents() for use in self._straight]
+        return self._merged(own, Transposed.merged_cotangents, dtype)
+
+    def transferred_rows(self, dtype: Any) -> Float[Array, "*stack rows d_out"]:
+        """The cotangents of `rows` after the transfer function.
+
+        Raises:
+          ValueError: they were not captured.
+        """
+        own = join_rows(self.transferred_cotangents).astype(dtype)
+        return self.cotangent_rows(dtype) if len(self.uses) > 1 else own
+
+    def _merged(
+        self, own: Sequence[Array], of: Callable[[Transposed], Array], dtype: Any
+    ) -> Float[Array, "*stack rows d"]:
+        more = [of(use) for use in self.uses if isinstance(use, Transposed)]
+        return jnp.concatenate([x.astype(dtype) for x in (join_rows(_joined(own)), *more)], -2)
 
     @property
-    def outputs(self) -> Float[Array, "*stack batch shared d_out"]:
-        return _joined([use.read(use.layout.outputs, use.outputs) for use in self.uses])
+    def first(self) -> Use:
+        """A layer is read as where it is first applied."""
+        use = self.uses[0]
+        assert isinstance(use, Use), "transposed uses come last"
+        return use
 
     @property
-    def cotangents(self) -> Float[Array, "*stack batch shared d_out"]:
-        return _joined([use.read(use.layout.outputs, use.cotangents) for use in self.uses])
+    def _straight(self) -> list[Use]:
+        return [use for use in self.uses if isinstance(use, Use)]
 
     @property
     def transferred_cotangents(self) -> Float[Array, "*stack batch shared d_out"]:
@@ -322,7 +240,7 @@ class LayerArrays:
                 "The cotangents after the transfer functions were not captured: ask for them by "
                 "`value_grad_and_capture(loss_fn, transferred=True)`."
             )
-        first = self.uses[0]
+        first = self.first
         if first.transferred_cotangents is None:
             return self.cotangents
         return first.read(first.layout.transferred, first.transferred_cotangents)
@@ -338,12 +256,12 @@ class LayerArrays:
         """
         if self.deferred is not None:
             return self.with_curvature(self.deferred.pull()).curvature
-        if self.uses[0].curvature is None:
+        if self.first.curvature is None:
             raise ValueError(
                 "The curvature cotangents were not captured: ask for them by "
                 '`value_grad_and_capture(loss_fn, curvature="ggn_mc")` (or another kind).'
             )
-        return _joined([use.read_samples(use.layout.outputs, use.curvature) for use in self.uses])
+        return _joined([use.read_curvature() for use in self.uses])
 
     @property
     def transferred_curvature(self) -> Float[Array, "*stack samples batch shared d_out"]:
@@ -354,7 +272,7 @@ class LayerArrays:
         """
         if self.deferred is not None:
             return self.with_curvature(self.deferred.pull()).transferred_curvature
-        first = self.uses[0]
+        first = self.first
         if first.curvature is None or not self.has_transferred:
             raise ValueError(
                 "The curvature cotangents after the transfer functions were not captured: ask for "
@@ -373,6 +291,7 @@ def _joined(arrays: Sequence[Array]) -> Array:
     """
     if len(arrays) == 1:
         return arrays[0]
+    arrays = [x.astype(arrays[0].dtype) for x in arrays]
     if len({x.shape[-3] for x in arrays}) == 1:
         return jnp.concatenate(arrays, -2)
     return jnp.concatenate([join_rows(x)[..., None, :] for x in arrays], -3)

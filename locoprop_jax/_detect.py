@@ -39,7 +39,8 @@ class Detection:
 
     Attributes:
       sites: in program order.
-      groups: the sites of each layer, in the order of the first.
+      groups: the sites of each layer, in the order of the first, transposed ones last.
+      transposed: the sites that apply their layer's weights transposed.
       reasons: why each other parameter is in no layer.
       without_gradient: the parameters that the loss does not depend on.
       live: by equation, whether a gradient flows through it.
@@ -48,6 +49,7 @@ class Detection:
 
     sites: tuple[Site, ...]
     groups: tuple[tuple[int, ...], ...]
+    transposed: frozenset[int]
     reasons: dict[int, Reason]
     without_gradient: frozenset[int]
     live: tuple[bool, ...]
@@ -69,18 +71,23 @@ def detect(program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None) 
     constants = set(range(len(program.avals))) - of_params - _flow.reached_from(program, data)
     terms = _flow.loss_terms(program, loss, constants, of_params)
     reasons: dict[int, Reason] = {}
+    unattached: set[int] = set()
     while True:
-        known = _Known(batch_axes, terms, frozenset(reasons), [], {}, {})
+        known = _Known(batch_axes, terms, frozenset(reasons), frozenset(unattached), [], {}, {})
         labels: dict[int, Label] = {
             v: DATA if v in data else CONSTANT for v in (*program.inputs, *program.constants)
         }
         for i, v in enumerate(program.inputs[:n_leaves]):
             labels[v] = Weight(i, program.shape(v), ())
         _Labels(known, program, labels, live).run()
-        found = known.reasons | _misused(known.sites)
-        if not found:
-            break
+        groups, transposed = _groups(known.sites, batch_axes)
+        found = known.reasons | _misused(known.sites, groups)
         reasons.update(found)
+        # The bias of a layer is added to its outputs, not to what its weights make transposed.
+        own = {known.sites[i].added for i in transposed} - {None}
+        unattached.update(weight.leaf for weight in own if weight is not None)
+        if not found and not own:
+            break
     sites = known.sites
     read = {v for i, eq in enumerate(program.equations) if live[i] for v in eq.inputs}
     layered = {leaf for site in sites for leaf in (site.leaf, site.bias)}
@@ -90,12 +97,7 @@ def detect(program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None) 
             reasons[leaf] = _reasons.NO_GRADIENT
         elif leaf not in layered and leaf not in reasons:
             reasons[leaf] = known.pending.get(leaf, _reasons.NEVER_MEETS_DATA)
-    groups: dict[tuple, list[int]] = {}
-    for i, site in enumerate(sites):
-        groups.setdefault(site.key(), []).append(i)
-    return Detection(
-        tuple(sites), tuple(map(tuple, groups.values())), reasons, without, live, terms
-    )
+    return Detection(tuple(sites), groups, transposed, reasons, without, live, terms)
 
 
 def _data(program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None) -> set[int]:
@@ -116,6 +118,7 @@ class _Known(NamedTuple):
       batch_axes: for each value, the axes that grow with the batch.
       terms: see `_flow.loss_terms`.
       excluded: the parameters that were not understood in an earlier pass.
+      unattached: biases that are layers of their own wherever they are added.
       sites: those found so far.
       reasons: those found so far.
       pending: why a parameter is in no layer if its product with data meets no more of it.
@@ -124,6 +127,7 @@ class _Known(NamedTuple):
     batch_axes: BatchAxes
     terms: Mapping[int, float]
     excluded: frozenset[int]
+    unattached: frozenset[int]
     sites: list[Site]
     reasons: dict[int, Reason]
     pending: dict[int, Reason]
@@ -223,7 +227,9 @@ class _Labels:
         if primitive in _jaxpr.MUL:
             return self._scale(position, kinds)
         if primitive in _jaxpr.ADD:
-            attached = _attach_bias(program, position, kinds, self.sites, self.consumers)
+            attached: Output | Reason = _reasons.ADDED_TO_NO_OUTPUT
+            if self.known.unattached.isdisjoint(frozenset().union(*map(leaves_of, kinds))):
+                attached = _attach_bias(program, position, kinds, self.sites, self.consumers)
             if isinstance(attached, Output):
                 return attached
             return self._bias(position, 0, kinds) or attached
@@ -368,18 +374,45 @@ class _Labels:
         return why or _reasons.no_layer(str(equation.primitive))
 
 
-def _misused(sites: Sequence[Site]) -> dict[int, Reason]:
+def _groups(
+    sites: Sequence[Site], batch_axes: BatchAxes
+) -> tuple[tuple[tuple[int, ...], ...], frozenset[int]]:
+    """The sites of each layer, and which of them apply its weights transposed.
+
+    A lookup of an output layer's kernel is the transposed one of the two; else the later is.
+    """
+    by_key: dict[tuple, list[int]] = {}
+    for i, site in enumerate(sites):
+        by_key.setdefault(site.key(), []).append(i)
+    groups, transposed = list(by_key.values()), set()
+    same: dict[int | None, list[list[int]]] = {}
+    for group in groups if batch_axes is not None else ():
+        same.setdefault(sites[group[0]].leaf, []).append(group)
+    for alike in same.values():
+        alike.sort(key=lambda group: sites[group[0]].kind == "embedding")
+        for group, other in itertools.combinations(alike, 2):
+            if _sites.is_transposed(sites[group[0]], sites[other[0]]) and other in groups:
+                transposed.update(other)
+                groups.remove(other)
+                group += other
+    return tuple(map(tuple, groups)), frozenset(transposed)
+
+
+def _misused(sites: Sequence[Site], groups: Sequence[Sequence[int]]) -> dict[int, Reason]:
     """The parameters whose uses do not agree."""
-    uses: dict[int, list[tuple[str, Part | None, tuple]]] = {}
-    for site in sites:
-        for weight, role in ((site.weight, site.kind), (site.added, "bias")):
+    uses: dict[int, set[tuple[Part | None, int, str]]] = {}
+    roles: dict[int, list[str]] = {}
+    for number, i in ((number, i) for number, group in enumerate(groups) for i in sorted(group)):
+        site = sites[i]
+        for weight, part in ((site.weight, "kernel"), (site.added, "bias")):
             if weight is not None:
-                uses.setdefault(weight.leaf, []).append((role, weight.part, site.key()))
+                uses.setdefault(weight.leaf, set()).add((weight.part, number, part))
+                roles.setdefault(weight.leaf, []).append(site.kind if part == "kernel" else part)
     reasons = {}
     for leaf, found in uses.items():
-        pairs = itertools.combinations(set(found), 2)
-        if any(a is None or b is None or a.overlaps(b) for (_, a, _), (_, b, _) in pairs):
-            reasons[leaf] = _reasons.used_differently([role for role, *_ in found])
+        pairs = itertools.combinations(found, 2)
+        if any(a is None or b is None or a.overlaps(b) for (a, *_), (b, *_) in pairs):
+            reasons[leaf] = _reasons.used_differently(roles[leaf])
     return reasons
 
 
@@ -443,12 +476,13 @@ def _positions(detection: Detection) -> set[int]:
 
 def output_sites(program: Program, detection: Detection) -> set[int]:
     """The sites whose outputs reach the loss without passing another site; none in a loop."""
-    positions = _positions(detection)
+    positions, feeding = _positions(detection), set[int]()  # the values that reach a site
+    for i in reversed(range(len(program.equations))):
+        equation = program.equations[i]
+        if detection.live[i] and (i in positions or not feeding.isdisjoint(equation.outputs)):
+            feeding.update(equation.inputs)
     return {
-        i
-        for i, site in enumerate(detection.sites)
-        if not site.loops
-        and not (_flow.downstream(program, detection.live, site.output) & positions)
+        i for i, site in enumerate(detection.sites) if not site.loops and site.output not in feeding
     }
 
 

@@ -147,7 +147,12 @@ def _rows_per_example(traced: Traced, group: Sequence[int]) -> int | None:
     if traced.batch_axes is None:
         return None
     program, total = traced.program, 0
-    for site in (traced.detection.sites[i] for i in group):
+    first = traced.detection.sites[group[0]]
+    for i in group:
+        site = traced.detection.sites[i]
+        if i in traced.detection.transposed:
+            total += 2 * first.d_in  # see `_transposed`
+            continue
         raw = _sites.raw_output(site)
         shared = set(site.row_axes) - set(traced.batch_axes[raw])
         pairs = zip(site.lengths, site.sliced, strict=True)

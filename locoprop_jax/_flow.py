@@ -149,16 +149,6 @@ def averaged_terms(program: Program, terms: Mapping[int, float], output: int) ->
     return ends.pop() if len(ends) == 1 else math.nan  # a NaN among others makes two
 
 
-def downstream(program: Program, live: Sequence[bool], value: int) -> set[int]:
-    """The positions of the live equations that a value reaches."""
-    reached, values = set(), {value}
-    for i, equation in enumerate(program.equations):
-        if live[i] and values.intersection(equation.inputs):
-            reached.add(i)
-            values.update(equation.outputs)
-    return reached
-
-
 def rearranged(program: Program, equation: Equation, chain: Chain) -> Chain | None:
     """The chain through one more equation, None if that does more than rearrange."""
     shape = program.shape(equation.inputs[0])

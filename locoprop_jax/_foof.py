@@ -17,7 +17,7 @@ from locoprop_jax._captured import Captured, LayerArrays
 from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._layers import Layers, replace
 from locoprop_jax._metric import average_gradients, descend, scale_by_metric_norm
-from locoprop_jax._rows import Block, Inputs, join_rows
+from locoprop_jax._rows import Block, Inputs
 from locoprop_jax._stacking import map_layers, over_stack
 from locoprop_jax._structured import OneHot, Windows
 
@@ -277,12 +277,12 @@ def foof(
 
 def _layer_rows(arrays: LayerArrays, slope: Block, shared: str) -> LayerRows:
     """Of one layer or of a stack."""
-    dtype, e = dtype_of(slope), arrays.cotangents.astype(dtype_of(slope))
-    x = arrays.rows(dtype)
+    dtype = dtype_of(slope)
+    x, e = arrays.rows(dtype), arrays.cotangent_rows(dtype)
     if shared == "reduce" and not isinstance(x, OneHot):
         x = arrays.inputs.astype(dtype).mean(-2)
         return LayerRows(x, jnp.zeros((*x.shape[:-1], e.shape[-1]), dtype), slope)
-    return LayerRows(x, join_rows(e), slope)
+    return LayerRows(x, e, slope)
 
 
 def _statistics(inputs: Inputs) -> Statistics:

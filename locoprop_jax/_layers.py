@@ -68,8 +68,9 @@ class Layer:
 
     Attributes:
       name: the path of its kernel's parent ("encoder/Dense_0").
-      kind: "dense", "conv", "scale" (a product entry by entry), "embedding" (rows of a table) or
-        "bias" (a parameter added to data).
+      kind: "dense", "conv", "scale" (a product entry by entry), "embedding" (rows of a table),
+        "bias" (a parameter added to data) or "tied" (a dense layer whose kernel is used transposed
+        elsewhere: as a table, or by another layer).
       d_in: inputs per row; of a convolution the entries of a patch, (channels, *window).
       d_out: outputs per row.
       kernel: where its kernel lies, None for a bias on its own.

@@ -10,7 +10,6 @@ from locoprop_jax import (
     _flow,
     _sites,
 )
-from locoprop_jax._captured import Layout
 from locoprop_jax._chains import Chain, Shape
 from locoprop_jax._flow import Piece
 from locoprop_jax._labels import Weight
@@ -18,6 +17,7 @@ from locoprop_jax._layers import Parameter
 from locoprop_jax._operands import OneHotReader
 from locoprop_jax._sites import Site
 from locoprop_jax._trace import Traced
+from locoprop_jax._uses import Layout
 
 
 def weights_of(traced: Traced, group: Sequence[int]) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def weights_of(traced: Traced, group: Sequence[int]) -> dict[str, Any]:
         return Parameter(traced.names[weight.leaf], shape, chain, weight.part)
 
     return {
-        "kind": site.kind,
+        "kind": "tied" if traced.detection.transposed.intersection(group) else site.kind,
         "stack": site.stack,
         "d_in": site.d_in,
         "d_out": site.d_out,

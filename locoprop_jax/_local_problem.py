@@ -22,7 +22,7 @@ from locoprop_jax._captured import Captured, LayerArrays
 from locoprop_jax._divergences import Divergence, Target
 from locoprop_jax._layers import Layer
 from locoprop_jax._regularizers import Layerwise, Penalty, Regularizer, penalty_of
-from locoprop_jax._rows import Block, Inputs, Rows, as_rows, join_rows, pull, push
+from locoprop_jax._rows import Block, Inputs, Rows, as_rows, pull, push
 from locoprop_jax._transfer import identity
 
 
@@ -117,14 +117,11 @@ def layer_data(
             return None
         return curvature_rows(captured, layer.name, source, dtype, is_after=is_after)
 
-    def rows(x: Array) -> Array:
-        return join_rows(x).astype(dtype)
-
     return LayerData(
         inputs=arrays.rows(dtype),
-        outputs=rows(arrays.outputs),
-        cotangents=rows(arrays.cotangents),
-        transferred=rows(arrays.transferred_cotangents) if is_after else None,
+        outputs=arrays.output_rows(dtype),
+        cotangents=arrays.cotangent_rows(dtype),
+        transferred=arrays.transferred_rows(dtype) if is_after else None,
         target_curvature=curvature(for_target, is_after),
         curvature=curvature(for_penalty, False),
         weights=blocks[0],

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_jax import _chains, _curvature, _detect, _separable, _targets, losses
-from locoprop_jax._captured import Layout
 from locoprop_jax._chains import Chain
 from locoprop_jax._curvature import Point
 from locoprop_jax._targets import Target
 from locoprop_jax._trace import Traced
+from locoprop_jax._uses import Layout
 
 REMEDY = (
     "Use `scale_by_kfac` with `value_grad_and_capture(loss_fn, curvature='ggn_exact')`, or with "

@@ -139,6 +139,5 @@ def used_differently(roles: list[str]) -> Reason:
     return Reason(
         f"it is used {len(roles)} times ({', '.join(roles)}), not with the same shape, orientation "
         "and bias each time",
-        "Use it in the same way at each place, or a parameter of its own at each: tied embeddings "
-        "need a table for the inputs and one for the outputs.",
+        "Use it in the same way at each place, or transposed, or a parameter of its own at each.",
     )

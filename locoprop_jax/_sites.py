@@ -150,6 +150,22 @@ class Site:
         return (*sizes, *weights, self.weight is None, self.kernel, self.bias_chain)
 
 
+def is_transposed(site: Site, other: Site) -> bool:
+    """Whether the other applies the same kernel transposed."""
+    pair = (site, other)
+    if any(s.kind not in ("dense", "embedding") or s.stack is not None for s in pair):
+        return False
+    weight = site.weight
+    if site.kind == "embedding" or weight is None or other.weight is None:
+        return False
+    same = (weight.leaf, weight.part) == (other.weight.leaf, other.weight.part)
+    if not same or (site.d_in, site.d_out) != (other.d_out, other.d_in):
+        return False
+    numbers = _numbers(weight.own)
+    kernels = (_chains.apply(s.kernel, numbers) for s in pair)
+    return np.array_equal(next(kernels), next(kernels).T)
+
+
 def raw_output(site: Site) -> int:
     """The value that the weights make, before a bias is added."""
     if site.kind == "bias":

@@ -54,12 +54,23 @@ def check_arrays(loss, params, batch):
         if layer.kind != "bias":  # whose outputs hold the data it is added to
             close(jnp.einsum("...bsi,...io->...bso", x, weights), arrays.outputs)
         close(block_gradient(arrays, layer.bias is not None), layers.block(grads, name))
-        check_rows(arrays.rows(weights.dtype), arrays.inputs)
+        (check_merged_rows if layer.kind == "tied" else check_rows)(arrays, weights)
     return layers
 
 
-def check_rows(rows, inputs):
+def check_merged_rows(arrays, weights):
+    """Rows of the batch together, of the same products as those of its examples."""
+    x, a, e = (rows(float) for rows in (arrays.rows, arrays.output_rows, arrays.cotangent_rows))
+    close(x.T @ x, jnp.einsum("bsi,bsj->ij", arrays.inputs, arrays.inputs))
+    close(x.sum(0), arrays.inputs.sum((0, 1)))
+    close(x.T @ e, jnp.einsum("bsi,bso->io", arrays.inputs, arrays.cotangents))
+    close(e.sum(0), arrays.cotangents.sum((0, 1)))
+    close(a, x @ weights[: x.shape[1]] + weights[x.shape[1] :].sum(0, keepdims=True))
+
+
+def check_rows(arrays, weights):
     """Rows that are not written out have the products of those that are."""
+    rows, inputs = arrays.rows(weights.dtype), arrays.inputs
     x = _rows.write_out(rows)
     assert x.shape == rows.shape
     close(x, inputs.reshape(x.shape))
@@ -240,6 +251,19 @@ def positions_by_lookup(p, x):
     return jnp.tanh(x + p["table"][jnp.arange(5)][None])
 
 
+def tied_embedding(p, words):
+    out = jnp.tanh(p["table"][words] @ p["w"]) @ p["table"].T
+    return out + spread(p["bias"], out) if "bias" in p else out
+
+
+def tied_one_hot_embedding(p, words):
+    return jnp.tanh(jax.nn.one_hot(words, 7, dtype=float) @ p["table"]) @ p["table"].T
+
+
+def tied_autoencoder(p, x):
+    return jnp.tanh(x @ p["w"] + spread(p["bias"], x)) @ p["w"].T
+
+
 def queries_and_keys(p, x):
     """One array, split before it is used."""
     (q, k), (a, b) = jnp.split(p["w"], 2, axis=1), jnp.split(p["b"], 2)
@@ -323,6 +347,19 @@ CASES = {
     "positions": Case(
         lambda p, x: jnp.tanh(x + p["pos"][None]), {"pos": (5, 3)}, TOKENS, {"pos": "bias"}
     ),
+    "tied embedding": Case(
+        tied_embedding, {"table": (7, 3), **LINEAR}, WORDS, {"w": "dense", "table": "tied"}
+    ),
+    "tied embedding, a bias of the outputs": Case(
+        tied_embedding,
+        {"table": (7, 3), **LINEAR, "bias": (7,)},
+        WORDS,
+        {"w": "dense", "table": "tied"},
+    ),
+    "tied embedding, one-hot": Case(
+        tied_one_hot_embedding, {"table": (7, 3)}, WORDS, {"table": "tied"}
+    ),
+    "tied autoencoder": Case(tied_autoencoder, {"w": (3, 2), "bias": (2,)}, TOKENS, {"w": "tied"}),
     "positions of a layer's outputs": Case(
         lambda p, x: jnp.tanh(x @ p["w"] + p["pos"][None]),
         LINEAR | {"pos": (5, 3)},
@@ -485,6 +522,7 @@ FORMS = [
     "experts of their own rows",  # a stack
     "slices of a stack",  # parts of a parameter
     "applied to different rows",  # rows of several uses
+    "tied embedding, a bias of the outputs",  # rows that stand for those of a transposed use
     "recurrence",  # rows of a loop
     "convolution with a bias",  # windows
 ]

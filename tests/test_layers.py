@@ -1,6 +1,7 @@
 """What `find_layers` says of a model: layers, and the parameters in none with the reason."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -122,16 +123,10 @@ NOT_UNDERSTOOD = {
         {"a": "`dot_general` changes it", "b": "`dot_general` changes it"},
         "change the inputs or outputs",
     ),
-    "tied kernels": (
-        lambda p, h: jnp.tanh(h @ p["w"]) @ p["w"].T,
-        SQUARE,
-        {"w": r"used 2 times \(dense, dense\)"},
-        "a parameter of its own at each",
-    ),
     "slices that overlap": (
         lambda p, h: jnp.tanh(h @ p["w"][:4]) @ p["w"][1:],
         {"w": (5, 4)},
-        {"w": "it is used 2 times"},
+        {"w": r"it is used 2 times \(dense, dense\)"},
         "a parameter of its own at each",
     ),
     "concatenated kernels": (
@@ -672,6 +667,26 @@ def test_captured_of_another_model_is_an_error_that_names_the_layers(other, diff
     ]
     with pytest.raises(ValueError, match=f"does not belong to the layers .*{different}"):
         update_with(Network(), captured)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lp.foof, lp.lnb, functools.partial(lp.locoprop_s, learning_rate=0.1)],
+    ids=["foof", "lnb", "locoprop_s"],
+)
+@pytest.mark.parametrize(
+    "other, different",
+    [
+        (Network(widths=(3, 5, 2)), r"'layer0/[a-z]+' has the shape \(.*5.*\), in the layers"),
+        (Network(front_end="linen"), "None of the parameters is in a layer: the layers have"),
+    ],
+    ids=["shape", "paths"],
+)
+def test_parameters_of_another_model_are_refused_at_the_start(make, other, different):
+    network = Network()
+    layers = lp.find_layers(network.loss, network.params(), *network.data())
+    with pytest.raises(ValueError, match=different + "(.|\n)*Call `find_layers`"):
+        make(layers).init(other.params())
 
 
 def test_captured_of_another_batch_size_belongs_to_the_same_model():

@@ -224,7 +224,7 @@ def gpt() -> tuple:
     return linen(language_model(attention_block), words(), words(), next_word)
 
 
-@entry("gpt, tied embedding", Embed_0__embedding="it is used 2 times")
+@entry("gpt, tied embedding")
 def gpt_tied() -> tuple:
     return linen(language_model(attention_block, tied=True), words(), words(), next_word)
 
