@@ -6,6 +6,7 @@ elementwise function goes that the model applies to a layer's output.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -190,30 +191,35 @@ class Piece(NamedTuple):
 def transfer_piece(program: Program, live: Sequence[bool], output: int) -> Piece:
     """The largest elementwise piece from a layer's output to its first other use."""
     chain: Chain = ()
-    consumers = live_consumers(program, live)
-    while len(uses := consumers.get(output, [])) == 1 and uses != [_jaxpr.END]:
+
+    def uses_of(value: int) -> list[int]:
+        return [i for i in program.consumers.get(value, ()) if i == _jaxpr.END or live[i]]
+
+    while len(uses := uses_of(output)) == 1 and uses != [_jaxpr.END]:
         after = program.equations[uses[0]]
         if after.primitive not in _jaxpr.TRANSPOSE | _jaxpr.RESHAPE:
             break
         chain = rearranged(program, after, chain) or ()
         output = after.outputs[0]
     shape = program.shape(output)
-    uniform = {
-        v
-        for v, known in program.constants.items()
-        if not isinstance(known, Tracer) and np.size(known) == 1
-    }
+    uniform = program.uniform
     inside: dict[int, int] = {}  # value -> position of its equation
-    for i, equation in enumerate(program.equations):
-        if all(v in uniform for v in equation.inputs):
-            spreads = equation.primitive in _jaxpr.BROADCAST | _jaxpr.RESHAPE
-            if spreads or _jaxpr.is_elementwise(equation.eqn):
-                uniform.update(equation.outputs)
-        elif all(v in uniform or v in inside or v == output for v in equation.inputs):
-            result = equation.outputs[0]
-            counts = live[i] or not program.is_inexact(result)  # comparisons carry no gradient
-            if counts and program.shape(result) == shape and _jaxpr.is_elementwise(equation.eqn):
-                inside.update(dict.fromkeys(equation.outputs, i))
+    pending = sorted(set(program.consumers.get(output, ())) - {_jaxpr.END})  # a heap
+    while pending:
+        i = heapq.heappop(pending)
+        while pending and pending[0] == i:
+            heapq.heappop(pending)
+        equation = program.equations[i]
+        if not all(v in uniform or v in inside or v == output for v in equation.inputs):
+            continue
+        result = equation.outputs[0]
+        counts = live[i] or not program.is_inexact(result)  # comparisons carry no gradient
+        if counts and program.shape(result) == shape and _jaxpr.is_elementwise(equation.eqn):
+            inside.update(dict.fromkeys(equation.outputs, i))
+            for v in equation.outputs:
+                for after in program.consumers.get(v, ()):
+                    if after != _jaxpr.END:
+                        heapq.heappush(pending, after)
 
     def ancestors(value: int) -> set[int]:
         found, pending = {output}, [value]
@@ -227,11 +233,11 @@ def transfer_piece(program: Program, live: Sequence[bool], output: int) -> Piece
     for end in sorted(inside, key=lambda v: inside[v], reverse=True):
         piece = ancestors(end)
         positions = {inside[v] for v in piece if v in inside}
-        uses = {i for v in piece - {end} for i in consumers.get(v, ())}
+        uses = {i for v in piece - {end} for i in uses_of(v)}
         is_first = program.equations[inside[end]].outputs[0] == end  # the result that is tapped
         if is_first and uses <= positions and program.is_inexact(end):
             return Piece(output, chain, program.slice([output], end)[0], end)
-    after = consumers.get(output, [])
+    after = uses_of(output)
     if len(after) > 1:
         return Piece(output, chain, [], output, f"used by {len(after)} operations")
     following = [program.equations[i].primitive for i in after if i != _jaxpr.END]

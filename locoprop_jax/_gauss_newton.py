@@ -180,8 +180,7 @@ def scale_by_gauss_newton_step(
         step = _combined(best.directions, best.steps)
 
         def adapted() -> tuple[Array, Array]:
-            eta = jnp.asarray(l2, dtype)
-            ratio = reduction_ratio(value_fn, value, params, step, eta, best.change)
+            ratio = reduction_ratio(value_fn, value, params, step, l2, best.change)
             factor = jnp.asarray(decay, dtype) ** damping_period
             return levenberg_marquardt(best.damping, ratio, factor), ratio
 
@@ -290,17 +289,18 @@ def with_l2(gradient: Tree, params: Tree, l2: Any) -> Tree:
 
 
 def reduction_ratio(
-    value_fn: ValueFn, value: Any, params: Tree, update: Tree, l2: Scalar, change: Scalar
+    value_fn: ValueFn, value: Any, params: Tree, update: Tree, l2: Any, change: Scalar
 ) -> Scalar:
     """rho: how much the loss falls when the update is subtracted, over the model's fall (eq. 42).
 
     The loss includes its l2 term.
     """
-    new = jax.tree.map(jnp.subtract, params, update)
-    growth = _squares(new) - _squares(params)
-    fall = value_fn(new).astype(l2.dtype) - jnp.asarray(value, l2.dtype)
-    fall = fall + l2 / 2 * growth.astype(l2.dtype)
-    return fall / jnp.where(change < 0, change.astype(l2.dtype), -jnp.inf)
+    new, dtype = jax.tree.map(jnp.subtract, params, update), change.dtype
+    fall = value_fn(new).astype(dtype) - jnp.asarray(value, dtype)
+    if not is_number(l2) or l2 > 0:
+        growth = _squares(new) - _squares(params)
+        fall = fall + jnp.asarray(l2, dtype) / 2 * growth.astype(dtype)
+    return fall / jnp.where(change < 0, change, -jnp.inf)
 
 
 def levenberg_marquardt(damping: Scalar, ratio: Scalar, factor: Scalar) -> Scalar:

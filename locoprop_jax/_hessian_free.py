@@ -131,7 +131,7 @@ def scale_by_hessian_free(
             damped, slope, iterations, tolerance, start=state.previous
         )
         change = -(_linalg.dot(solution, slope) + _linalg.dot(solution, residual)) / 2
-        ratio = reduction_ratio(value_fn, value, params, like(solution, params), eta, change)
+        ratio = reduction_ratio(value_fn, value, params, like(solution, params), l2, change)
         factor = jnp.asarray(damping_decay, dtype)
         new = HessianFreeState(
             state.count + 1,

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import primitives
 
 Path = tuple[int, ...]
@@ -277,6 +278,21 @@ class Program:
     def producers(self) -> dict[int, int]:
         """For each computed value, the position of the equation that writes it."""
         return {v: i for i, eq in enumerate(self.equations) for v in eq.outputs}
+
+    @functools.cached_property
+    def uniform(self) -> set[int]:
+        """The values that are a number known when tracing, or arrays with that in all places."""
+        known = {
+            v
+            for v, value in self.constants.items()
+            if not isinstance(value, Tracer) and np.size(value) == 1
+        }
+        for equation in self.equations:
+            if all(v in known for v in equation.inputs):
+                spreads = equation.primitive in BROADCAST | RESHAPE
+                if spreads or is_elementwise(equation.eqn):
+                    known.update(equation.outputs)
+        return known
 
     def slice(self, sources: Iterable[int], target: int) -> tuple[list[Equation], list[int]]:
         """The equations that compute `target`, cut at `sources`, and the values they start from.

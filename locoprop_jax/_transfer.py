@@ -293,21 +293,34 @@ def _known_values(dtype: Any) -> dict[str, np.ndarray]:
 
 
 def recognise(function: Elementwise, dtype: Any, note: str = "") -> Transfer:
-    """Name a function by its values, to the precision of `dtype`, the one it was traced in.
+    """Name a function by its program or its values, to the precision it was traced in.
 
     A known function replaces the piece it was recognised from: it takes any shape and computes in
     its argument's dtype, where the piece of a bfloat16 model would round to bfloat16.
     """
+    widest = jnp.result_type(float)
+    name = _known_pieces(dtype).get(function) or _name_by_values(function, dtype, widest)
+    return Transfer(name, _KNOWN.get(name, function), note)
+
+
+@functools.cache
+def _known_pieces(dtype: Any) -> dict[Elementwise, str]:
+    """The names of known functions, as they are traced: nothing has to be compiled for these."""
+    scalar = jax.ShapeDtypeStruct((), dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        traced = {name: jax.make_jaxpr(function)(scalar) for name, function in _KNOWN.items()}
+    return {TracedPiece(closed, (), dtype): name for name, closed in traced.items()}
+
+
+@functools.lru_cache(maxsize=1024)  # the layers of a network apply few functions
+def _name_by_values(function: Elementwise, dtype: Any, widest: Any) -> str:
     values = _evaluate(function, _GRID)
-    tolerance = 8 * float(jnp.finfo(dtype).eps)
     errors = {
         name: float(np.max(np.abs(values - expected) / np.maximum(1.0, np.abs(expected))))
-        for name, expected in _known_values(jnp.result_type(float)).items()
+        for name, expected in _known_values(widest).items()
     }
     best = min(errors, key=lambda name: errors[name])
-    if errors[best] <= tolerance:
-        return Transfer(best, _KNOWN[best], note)
-    return Transfer("custom", function, note)
+    return best if errors[best] <= 8 * float(jnp.finfo(dtype).eps) else "custom"
 
 
 def _is_convex_gradient(function: Elementwise) -> bool:
