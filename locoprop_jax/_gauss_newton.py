@@ -177,7 +177,10 @@ def scale_by_gauss_newton_step(
             due = ok & (state.count % inner_damping_period == 0) & (state.count > 0)
             gamma = jax.lax.cond(due, best_of_three, lambda: state.inner_damping)
         best = candidate(gamma)
-        step = _combined(best.directions, best.steps)
+        step, last = _combined(best.directions, best.steps), state.previous
+        if last is not None:  # one array is the state and what the update is made of
+            last = _linalg.where(ok, _linalg.wide(step), last)
+            step = like(last, params)
 
         def adapted() -> tuple[Array, Array]:
             ratio = reduction_ratio(value_fn, value, params, step, l2, best.change)
@@ -195,12 +198,12 @@ def scale_by_gauss_newton_step(
             inner_damping=gamma,
             step_size=best.steps[0],
             reduction_ratio=ratio,
-            previous=None if state.previous is None else _linalg.wide(step),
+            previous=None,
             inner=None,
         )
-        kept = _linalg.where(ok, new, state._replace(inner=None))
+        kept = _linalg.where(ok, new, state._replace(previous=None, inner=None))
         step = _linalg.where(ok, step, _linalg.zeros_like(step))
-        return step, kept._replace(inner=best.inner)
+        return step, kept._replace(previous=last, inner=best.inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
