@@ -75,8 +75,8 @@ def scale_by_gauss_newton_step(
       direction: what makes d of the incoming updates: a function of gamma such as
         `lambda gamma: scale_by_kfac(layers, damping=gamma)`, a transformation, or None for updates
         that are a direction already (`optax.chain(scale_by_foof(layers),
-        scale_by_gauss_newton_step())`). For a batch that is not finite it gets updates that are
-        not, which a direction of this library refuses.
+        scale_by_gauss_newton_step())`). Whether it takes a batch that is not finite is up to it:
+        a direction of this library refuses updates that are not.
       damping: the first tau, in units of the curvature d'Gd / d'd of the first direction.
       inner_damping: the first gamma.
       damping_period: the steps from one adaptation of tau to the next.
@@ -93,7 +93,8 @@ def scale_by_gauss_newton_step(
       `value`, `grad` and `value_fn`: the loss, its gradient and the loss as a function of the
       parameters, all for one batch: `tx.update(grads, state, params, captured=captured,
       value=loss, grad=grads, value_fn=lambda p: loss_fn(p, batch))`. It costs one forward-mode
-      pass. A batch that is not finite leaves its state as it was, and updates nothing.
+      pass. A batch whose gradient or loss is not finite leaves its state as it was, and updates
+      nothing.
 
     Raises:
       ValueError: at construction, for negative numbers or periods below one; at update, for a loss
@@ -146,8 +147,6 @@ def scale_by_gauss_newton_step(
         slope = with_l2(grad, params, l2)
         incoming = updates if direction is None else with_l2(updates, params, l2)
         ok = _linalg.all_finite((updates, jnp.asarray(value)))
-        # A direction of this library keeps its state then, which costs less than doing so here.
-        incoming = jax.tree.map(lambda u: jnp.where(ok, u, jnp.nan), incoming)
         network = linearise(value_fn, params, (), {}, False, name)
         previous = [] if state.previous is None else [like(state.previous, params)]
 
