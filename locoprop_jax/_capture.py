@@ -243,7 +243,7 @@ def value_grad_and_capture(
             ).with_curvature(curved)
             for group in traced.detection.groups
         )
-        joint = curvature == "ggn_exact" and _targets.joins_positions(traced, targets)
+        joint = any(target.joins_positions for target in targets)
         own_names = tuple(names[group[0]] for group in traced.detection.groups)
         captured = Captured(own_names, arrays, joint, deferred)
         captured = captured if defer_curvature else captured.pulled()

@@ -88,7 +88,7 @@ def plan(traced: Traced, names: Sequence[str], to_rows: Sequence[Chain]) -> Outp
 
 
 def _is_separate(target: Target, axis: _separable.Axis) -> bool:
-    return all(factor.label in target.examples for factor in axis)
+    return all(factor.axis in target.examples for factor in axis)
 
 
 def total(

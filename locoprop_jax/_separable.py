@@ -20,17 +20,39 @@ from locoprop_jax._jaxpr import Equation, Program
 UNKNOWN = -1  # an axis behind an equation that is not understood
 
 
+class Part(NamedTuple):
+    """A part of an axis of the target, which a reshape there merged from others.
+
+    Attributes:
+      axis: of the target.
+      whole: how long that is.
+      stride: how far apart along it two neighbours are.
+      size: how many there are.
+    """
+
+    axis: int
+    whole: int
+    stride: int
+    size: int
+
+
 class Factor(NamedTuple):
     """A part of an axis: an axis that a reshape merged from others has several.
 
     Attributes:
       size: how long it is, never one.
-      label: the axis of the target it runs along; None if its entries reach several or all
-        entries along every axis, `UNKNOWN` if that cannot be told.
+      label: the axis of the target that it runs along, or the part of one; None if its entries
+        reach several or all entries along every axis, `UNKNOWN` if that cannot be told.
     """
 
     size: int
-    label: int | None
+    label: int | Part | None
+
+    @property
+    def axis(self) -> int | None:
+        """That of the target."""
+        label = self.label.axis if isinstance(self.label, Part) else self.label
+        return None if label == UNKNOWN else label
 
 
 Axis = tuple[Factor, ...]  # none for an axis of length one
@@ -38,9 +60,18 @@ Axes = tuple[Axis, ...]
 
 
 def labels(axes: Axes) -> set[int]:
-    """The axes of the target that some axis runs along."""
-    found = (factor.label for axis in axes for factor in axis)
-    return {label for label in found if label is not None and label != UNKNOWN}
+    """The axes of the target that some axis runs along, or several with their parts."""
+    parts: dict[int, set[Part]] = {}
+    found = set()
+    for factor in (factor for axis in axes for factor in axis):
+        if isinstance(factor.label, Part):
+            parts.setdefault(factor.label.axis, set()).add(factor.label)
+        elif factor.axis is not None:
+            found.add(factor.axis)
+    for axis, own in parts.items():
+        if math.prod(part.size for part in own) == next(iter(own)).whole:
+            found.add(axis)
+    return found
 
 
 def is_unknown(axes: Axes) -> bool:
@@ -106,7 +137,7 @@ def _all(shape: Shape, label: int | None) -> Axes:
 def _merge(a: Axes, b: Axes) -> Axes:
     """The axes of a value with two uses."""
 
-    def both(x: int | None, y: int | None) -> int | None:
+    def both(x: int | Part | None, y: int | Part | None) -> int | Part | None:
         if x == y:
             return x
         return None if x is None or y is None or UNKNOWN not in (x, y) else UNKNOWN
@@ -193,16 +224,39 @@ def _regroup(factors: Sequence[Factor], shape: Shape) -> Axes:
         while size > 1:
             factor = left.pop(0)
             common = math.gcd(size, factor.size)
-            if common == factor.size:
-                axis.append(factor)
-            elif common == size:
-                axis.append(Factor(size, None))
-                left.insert(0, Factor(factor.size // size, None))
-            else:
+            if common == size < factor.size:
+                factor, rest = _split(factor, size)
+                left.insert(0, rest)
+            elif common != factor.size:
                 return _all(shape, None)
-            size //= axis[-1].size
-        axes.append(tuple(axis))
+            axis.append(factor)
+            size //= factor.size
+        axes.append(_joined(axis))
     return tuple(axes)
+
+
+def _split(factor: Factor, outer: int) -> tuple[Factor, Factor]:
+    """An axis as two, of which the first is so long."""
+    inner, label = factor.size // outer, factor.label
+    if label is None or label == UNKNOWN:
+        return Factor(outer, None), Factor(inner, None)
+    own = label if isinstance(label, Part) else Part(label, factor.size, 1, factor.size)
+    first = own._replace(stride=own.stride * inner, size=outer)
+    return Factor(outer, first), Factor(inner, own._replace(size=inner))
+
+
+def _joined(factors: Sequence[Factor]) -> Axis:
+    """The same axis, neighbouring parts of an axis of the target put together again."""
+    axis: list[Factor] = []
+    for factor in factors:
+        before, own = axis[-1].label if axis else None, factor.label
+        if isinstance(before, Part) and isinstance(own, Part):
+            if before.axis == own.axis and before.stride == own.stride * own.size:
+                axis.pop()
+                own = own._replace(size=before.size * own.size)
+                factor = Factor(own.size, own.axis if own.size == own.whole else own)
+        axis.append(factor)
+    return tuple(axis)
 
 
 def _of_dot(shapes: Sequence[Shape], numbers: Any, after: Axes) -> list[Axes | None]:

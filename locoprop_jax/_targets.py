@@ -34,6 +34,7 @@ class Target(NamedTuple):
       outputs: the other axes: those of one block.
       alone: the axes along which exact columns differ: those of one block, and those whose entries
         meet in the network.
+      joins_positions: whether an exact column has entries at several positions of one example.
       call: of the marked loss; None for the output of a layer.
       loss: the marked loss; None for the output of a layer.
       mass_axes: of the labels, the axes in the order of `examples` (None where it has no such
@@ -44,6 +45,7 @@ class Target(NamedTuple):
     examples: Shape
     outputs: Shape
     alone: Shape
+    joins_positions: bool = False
     call: Equation | None = None
     loss: losses.OutputLoss | None = None
     mass_axes: tuple[tuple[int | None, ...], Shape] | None = None
@@ -208,7 +210,7 @@ def _marked_target(
         mass_axes = _axes_of(followed.get(labels), program.shape(labels), of_terms)
         if mass_axes is None:
             raise ValueError(f"Capture cannot tell the examples of the labels of {loss!r} apart.")
-    return Target(value, examples, outputs, outputs, call, loss, mass_axes)
+    return Target(value, examples, outputs, outputs, call=call, loss=loss, mass_axes=mass_axes)
 
 
 def _axes_of(
@@ -282,7 +284,7 @@ def _layer_target(
 
 
 def is_separate(axis: _separable.Axis) -> bool:
-    return all(f.label is not None and f.label != _separable.UNKNOWN for f in axis)
+    return all(factor.axis is not None for factor in axis)
 
 
 def reached_past(traced: Traced, output: int) -> set[int]:
@@ -303,18 +305,6 @@ def _batch(traced: Traced, value: int) -> set[int]:
     return {i for i in traced.batch_axes[value] if traced.program.shape(value)[i] > 1}
 
 
-def joins_positions(traced: Traced, targets: Sequence[Target]) -> bool:
-    """Whether an exact column has entries at several positions of one example."""
-    if traced.batch_axes is None:
-        return False
-    return any(
-        traced.program.shape(target.value)[i] > 1
-        for target in targets
-        for i in target.examples
-        if i not in target.alone and i not in traced.batch_axes[target.value]
-    )
-
-
 def _with_columns(
     traced: Traced, target: Target, names: Sequence[str], to_rows: Sequence[Chain]
 ) -> Target:
@@ -325,10 +315,12 @@ def _with_columns(
     program, sites = traced.program, traced.detection.sites
     followed, lost = _separable.follow(program, target.value, traced.detection.live)
     meeting: dict[int, str] = {}
+    of_positions: set[int | None] = set()
     for site, name, chain in zip(sites, names, to_rows, strict=True):
         if site.output in followed:
             *_, batch, shared, _ = _separable.rearranged(chain, followed[site.output])
             labels = _separable.labels((batch, shared))
+            of_positions.update(factor.axis for factor in shared)
             for axis in target.examples:
                 if program.shape(target.value)[axis] > 1 and axis not in labels:
                     meeting.setdefault(axis, name)
@@ -342,8 +334,10 @@ def _with_columns(
         raise ValueError(
             f"`curvature='ggn_exact'` needs examples that do not meet in the network, but the "
             f"outputs of {meeting[axis]} reach the losses of other examples{by}: batch "
-            f"normalisation in training mode does this. Use `curvature='ggn_mc'`, which stays "
-            f"unbiased."
+            f"normalisation in training mode does this, and so do positions that meet, if they "
+            f"are joined with the examples before the loss. Use `curvature='ggn_mc'`, which stays "
+            f"unbiased, or keep them on an axis of their own."
         )
     alone = tuple(sorted({*target.outputs, *meeting}))
-    return target._replace(alone=alone)
+    joins = not of_positions.isdisjoint(set(target.examples).difference(alone))
+    return target._replace(alone=alone, joins_positions=joins)

@@ -260,6 +260,34 @@ def test_positions_that_meet_in_the_network_have_columns_of_their_own():
     assert [a.uses[0].curvature.shape[0] for a in captured.values()] == [4 * 2] * 2
 
 
+def words(p, x, y, is_mixed):
+    """Each word's loss by itself, words joined with the examples as language models have it."""
+    h = jnp.tanh(x @ p["kernel"])
+    h = jnp.cumsum(h, 1) if is_mixed else h
+    return MARKED["softmax"](rows(h @ p["out"]), jax.nn.softmax(rows(y))).mean()
+
+
+WORDS = {"kernel": normal(0, 3, 4), "out": normal(1, 4, 2)}
+
+
+def test_positions_joined_with_the_examples_share_columns_where_they_do_not_meet():
+    loss = functools.partial(words, is_mixed=False)
+    capture = lp.value_grad_and_capture(loss, curvature="ggn_exact")
+    captured = jax.eval_shape(capture, WORDS, *TOKENS)[2]
+    assert [a.uses[0].curvature.shape[0] for a in captured.values()] == [2, 2]
+    assert captured.has_joint_columns
+    params = [(kernel, jnp.zeros(kernel.shape[1])) for kernel in WORDS.values()]
+    y = jax.nn.softmax(rows(TOKENS[1]))
+    dense = Dense(params, TOKENS[0], lambda z: MARKED["softmax"](rows(z), y).mean())
+    assert_close(captured_blocks(loss, WORDS, *TOKENS), dense.gauss_newton())
+
+
+def test_positions_joined_with_the_examples_that_meet_are_an_error_with_the_remedy():
+    loss = functools.partial(words, is_mixed=True)
+    with pytest.raises(ValueError, match="positions that meet, if they are joined with the exam"):
+        lp.value_grad_and_capture(loss, curvature="ggn_exact")(WORDS, *TOKENS)
+
+
 def two_heads(p, x, y, labels):
     h = jnp.tanh(x @ p["trunk"])
     policy = lp.losses.softmax_cross_entropy(h @ p["policy"], jax.nn.softmax(y)).mean()
@@ -363,6 +391,12 @@ own = lp.losses.output_loss()(lambda z, y: jnp.sum(jnp.logaddexp(z, 0) ** 2 - y 
             1,
         ),
         (X, lambda z: jnp.cos(z).prod(-1).sum(), True),
+        (
+            TOKENS[0],
+            lambda z: optax.softmax_cross_entropy(rows(z), rows(TOKEN_LABELS)).mean(),
+            True,
+        ),
+        (TOKENS[0], lambda z: MARKED["softmax"](rows(z), rows(TOKEN_LABELS)).mean(), True),
         (TOKENS[0], lambda z: optax.softmax_cross_entropy(z, TOKEN_LABELS).mean(), True),
     ],
 )
@@ -823,6 +857,11 @@ def test_a_marked_loss_inside_value_and_grad_is_still_the_loss():
         (lambda x: jnp.take_along_axis(x, jnp.zeros((2, 3, 1), int), 2), {0, 1, 2}),
         (lambda x: jax.lax.scan(lambda c, x: (c + x, c), jnp.zeros((3, 4)), x)[1], set()),
         (lambda x: x.reshape(4, 6), set()),
+        (lambda x: x.reshape(6, 4), {0, 1}),
+        (lambda x: x.reshape(2, 12).reshape(6, 4), {0, 1}),
+        (lambda x: jnp.cumsum(x, 1).reshape(6, 4), {1}),
+        (lambda x: x.transpose(1, 0, 2).reshape(6, 4), {0, 1}),
+        (lambda x: x.transpose(1, 0, 2).reshape(2, 12), set()),
         (lambda x: jnp.broadcast_to(x[:, None], (2, 5, 3, 4)), {0, 2, 3}),
         (lambda x: jax.lax.conv_general_dilated(x, jnp.ones((3, 3, 1)), (1,), "VALID"), {0}),
     ],

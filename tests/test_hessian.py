@@ -1,6 +1,7 @@
 """Blocks of the Hessian by recursion against `jax.hessian` (oracle 8)."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.flatten_util
@@ -126,6 +127,21 @@ def test_a_loss_that_is_not_convex_is_taken_as_it_is():
     assert_close(found, as_blocks(net, params, whole))
     values = np.linalg.eigvalsh(np.asarray(found["layer1"]).reshape(10, 10))
     assert values[0] < -1e-3 < 1e-3 < values[-1]
+
+
+def test_positions_may_be_joined_with_the_examples_before_the_loss():
+    net = dataclasses.replace(DEEP, tokens=3)
+    params, batch = net.params(), net.data()
+
+    def loss(params, x, y, *, is_joined):
+        a, y = net.outputs(params, x), jax.nn.softmax(y)
+        join = (lambda z: z.reshape(-1, z.shape[-1])) if is_joined else lambda z: z
+        return optax.softmax_cross_entropy(join(a), join(y)).mean()
+
+    apart, joined = (functools.partial(loss, is_joined=is_joined) for is_joined in (False, True))
+    layers = lp.find_layers(joined, params, *batch)
+    found = found_blocks(joined, layers, params, batch)
+    assert_close(found, found_blocks(apart, layers, params, batch))
 
 
 def test_weight_decay_is_not_in_the_blocks():

@@ -146,8 +146,9 @@ def test_with_all_columns_it_is_the_gauss_newton_matrix(net, seed):
     assert_equal_to_rounding(actual, np.asarray(expected), 1e-9)
 
 
+@pytest.mark.parametrize("is_joined", [False, True])
 @pytest.mark.parametrize("is_mixed", [False, True])
-def test_with_positions_it_is_the_gauss_newton_matrix_or_an_error(is_mixed):
+def test_with_positions_it_is_the_gauss_newton_matrix_or_an_error(is_mixed, is_joined):
     """Exact columns hold one position each where these meet; else several, which must not add."""
 
     def outputs(params, x):
@@ -156,7 +157,8 @@ def test_with_positions_it_is_the_gauss_newton_matrix_or_an_error(is_mixed):
         return hidden @ params["b"]["kernel"]
 
     def loss_fn(params, x):
-        return optax.l2_loss(outputs(params, x)).sum(-1).mean()
+        a = outputs(params, x)
+        return optax.l2_loss(a.reshape(-1, 2) if is_joined else a).sum(-1).mean()
 
     rng = np.random.default_rng(0)
     params = {"a": {"kernel": rng.normal(size=(2, 3))}, "b": {"kernel": rng.normal(size=(3, 2))}}
