@@ -306,7 +306,7 @@ def _metric(
         moment = lambda v: pull(inputs, push(inputs, v), like)  # noqa: E731
 
     def apply(v: Block) -> Block:
-        image = _linalg.scale(moment(v), 1 / rows)
+        image = _linalg.scale(moment(v), 1 / _rows.count(inputs))
         return {**image, "kernel": image["kernel"] + ridge * v["kernel"]}
 
     return apply

@@ -34,7 +34,6 @@ from locoprop_jax._heads import Cut, addresses, cut
 from locoprop_jax._jaxpr import Address, Path, Program
 from locoprop_jax._layouts import layout_of, piece_of, weights_of
 from locoprop_jax._output_hessian import OutputPlan
-from locoprop_jax._rows import Block
 from locoprop_jax._sites import Site
 from locoprop_jax._targets import Target
 from locoprop_jax._trace import Traced, layer_names, trace
@@ -231,7 +230,9 @@ def value_grad_and_capture(
         def turned(i: int, group: Sequence[int]) -> Use | Transposed:
             if i not in traced.detection.transposed:
                 return uses[i]
-            return Transposed(uses[i], _block_of(traced, group, given))
+            kernel, leaf = weights_of(traced, group)["kernel"], sites[group[0]].leaf
+            assert leaf is not None
+            return Transposed(uses[i], kernel.read(jnp.asarray(given[leaf])))
 
         arrays = tuple(
             LayerArrays(
@@ -245,7 +246,10 @@ def value_grad_and_capture(
         )
         joint = any(target.joins_positions for target in targets)
         own_names = tuple(names[group[0]] for group in traced.detection.groups)
-        captured = Captured(own_names, arrays, joint, deferred)
+        counts = {head.terms for head in of_heads.values()}
+        captured = Captured(
+            own_names, arrays, joint, deferred, counts.pop() if len(counts) == 1 else None
+        )
         captured = captured if defer_curvature else captured.pulled()
         return traced.rebuild_output([loss, *rest]), grads, captured
 
@@ -257,17 +261,6 @@ def _zeros(program: Program, value: int, lengths: Shape) -> jax.Array:
     aval = program.avals[value]
     # Like the value itself where that is possible, because its sharding counts too.
     return jnp.zeros_like(aval) if not lengths else jnp.zeros((*lengths, *aval.shape), aval.dtype)
-
-
-def _block_of(traced: Traced, group: Sequence[int], given: Sequence[Any]) -> Block:
-    """The weights of a layer, of the flat inputs."""
-    site, weights = traced.detection.sites[group[0]], weights_of(traced, group)
-    parts = {"kernel": site.leaf, "bias": site.bias}
-    return {
-        part: weights[part].read(jnp.asarray(given[leaf]))
-        for part, leaf in parts.items()
-        if leaf is not None
-    }
 
 
 def _pull_perturbations(pull: Callable, loss: jax.Array, at_targets: Any) -> Any:

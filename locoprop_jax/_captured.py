@@ -29,7 +29,7 @@ from locoprop_jax._layers import Layers
 from locoprop_jax._operands import OneHotReader
 from locoprop_jax._rows import Inputs, join_rows
 from locoprop_jax._structured import OneHot, Windows
-from locoprop_jax._transposed import Transposed
+from locoprop_jax._transposed import Extended, Transposed
 from locoprop_jax._uses import Layout, Use
 
 
@@ -190,17 +190,26 @@ class LayerArrays:
             start = (slice(None),) * patches.data_axes[0]
             return Windows(data[*start, :examples].astype(dtype), patches)
         own = [use.read_inputs()[..., :examples, :, :] for use in self._straight]
-        return self._merged(own, lambda use: use.merged_inputs(examples), dtype)
+        rows = join_rows(_joined(own)).astype(dtype)
+        if not (turned := self._turned):
+            return rows
+        count = len(rows) + sum(use.count(examples) for use in turned)
+        return Extended(rows, self._unit(examples).astype(dtype), count)
 
     def output_rows(self, dtype: Any) -> Float[Array, "*stack rows d_out"]:
         """The outputs of `rows`."""
-        own = [use.read_outputs() for use in self._straight]
-        return self._merged(own, Transposed.merged_outputs, dtype)
+        rows = join_rows(_joined([use.read_outputs() for use in self._straight])).astype(dtype)
+        if not (turned := self._turned):
+            return rows
+        return jnp.concatenate([rows, (self._unit() * turned[0].kernel).astype(dtype)])
 
     def cotangent_rows(self, dtype: Any) -> Float[Array, "*stack rows d_out"]:
         """The cotangents of `rows`."""
-        own = [use.read_cotangents() for use in self._straight]
-        return self._merged(own, Transposed.merged_cotangents, dtype)
+        rows = join_rows(_joined([use.read_cotangents() for use in self._straight])).astype(dtype)
+        if not (turned := self._turned):
+            return rows
+        gradient = functools.reduce(jnp.add, [use.gradient() for use in turned])
+        return jnp.concatenate([rows, (gradient / self._unit()).astype(dtype)])
 
     def transferred_rows(self, dtype: Any) -> Float[Array, "*stack rows d_out"]:
         """The cotangents of `rows` after the transfer function.
@@ -211,11 +220,10 @@ class LayerArrays:
         own = join_rows(self.transferred_cotangents).astype(dtype)
         return self.cotangent_rows(dtype) if len(self.uses) > 1 else own
 
-    def _merged(
-        self, own: Sequence[Array], of: Callable[[Transposed], Array], dtype: Any
-    ) -> Float[Array, "*stack rows d"]:
-        more = [of(use) for use in self.uses if isinstance(use, Transposed)]
-        return jnp.concatenate([x.astype(dtype) for x in (join_rows(_joined(own)), *more)], -2)
+    def _unit(self, examples: int | None = None) -> Float[Array, ""]:
+        """That of all transposed uses together."""
+        squares = [jnp.square(use.unit(examples)) for use in self._turned]
+        return jnp.sqrt(functools.reduce(jnp.add, squares))
 
     @property
     def first(self) -> Use:
@@ -227,6 +235,10 @@ class LayerArrays:
     @property
     def _straight(self) -> list[Use]:
         return [use for use in self.uses if isinstance(use, Use)]
+
+    @property
+    def _turned(self) -> list[Transposed]:
+        return [use for use in self.uses if isinstance(use, Transposed)]
 
     @property
     def transferred_cotangents(self) -> Float[Array, "*stack batch shared d_out"]:
@@ -291,7 +303,9 @@ def _joined(arrays: Sequence[Array]) -> Array:
     """
     if len(arrays) == 1:
         return arrays[0]
-    arrays = [x.astype(arrays[0].dtype) for x in arrays]
+    if len({x.dtype for x in arrays}) > 1:
+        is_double = any(x.dtype == jnp.float64 for x in arrays)
+        arrays = [x.astype(jnp.float64 if is_double else jnp.float32) for x in arrays]
     if len({x.shape[-3] for x in arrays}) == 1:
         return jnp.concatenate(arrays, -2)
     return jnp.concatenate([join_rows(x)[..., None, :] for x in arrays], -3)
@@ -300,7 +314,7 @@ def _joined(arrays: Sequence[Array]) -> Array:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["_arrays", "_deferred"],
-    meta_fields=["_names", "has_joint_columns"],
+    meta_fields=["_names", "has_joint_columns", "_terms"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Captured(Mapping[str, LayerArrays]):
@@ -316,6 +330,7 @@ class Captured(Mapping[str, LayerArrays]):
     _arrays: tuple[LayerArrays, ...]
     has_joint_columns: bool = False
     _deferred: Deferred | None = None
+    _terms: float | None = None  # None where output layers disagree on it
 
     def __getitem__(self, name: str) -> LayerArrays:
         if name not in self._names:
@@ -345,13 +360,13 @@ class Captured(Mapping[str, LayerArrays]):
     def joined(self, parts: int) -> Captured:
         """Those of so many batches, stacked by a loop, as of one batch whose loss is the mean."""
         arrays = tuple(own.joined(parts) for own in self._arrays)
-        return dataclasses.replace(self, _arrays=arrays)
+        terms = None if self._terms is None else parts * self._terms
+        return dataclasses.replace(self, _arrays=arrays, _terms=terms)
 
     @property
     def terms(self) -> float:
         """How many terms the loss averages over; the batch where output layers disagree on it."""
-        counts = {arrays.head.terms for arrays in self._arrays if arrays.head is not None}
-        return counts.pop() if len(counts) == 1 else float(self._arrays[0].outputs.shape[-3])
+        return float(self._arrays[0].outputs.shape[-3]) if self._terms is None else self._terms
 
 
 def check_captured(layers: Layers, captured: Any, method: str) -> Captured:

@@ -105,9 +105,10 @@ def _dual(problem: LocalProblem) -> Coordinates:
     """
     x, gain, slope = problem.inputs, problem.gain, problem.slope
     moved = push(x, slope)
-    by_matrix = gain is None and len(x) < moved.shape[1]
-    start = jnp.eye(len(x), dtype=x.dtype) if by_matrix else moved
-    products = between_rows(x) if "kernel" in slope else jnp.zeros((len(x), len(x)), x.dtype)
+    rows, d_out = moved.shape
+    by_matrix = gain is None and rows < d_out
+    start = jnp.eye(rows, dtype=x.dtype) if by_matrix else moved
+    products = between_rows(x) if "kernel" in slope else jnp.zeros((rows, rows), x.dtype)
     if "bias" in slope:
         products += 1
     one, zero = jnp.ones((), x.dtype), jnp.zeros((), x.dtype)

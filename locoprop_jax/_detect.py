@@ -80,12 +80,13 @@ def detect(program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None) 
         for i, v in enumerate(program.inputs[:n_leaves]):
             labels[v] = Weight(i, program.shape(v), ())
         _Labels(known, program, labels, live).run()
-        groups, transposed = _groups(known.sites, batch_axes)
+        groups, transposed = _groups(known.sites)
         found = known.reasons | _misused(known.sites, groups)
         reasons.update(found)
-        # The bias of a layer is added to its outputs, not to what its weights make transposed.
-        own = {known.sites[i].added for i in transposed} - {None}
-        unattached.update(weight.leaf for weight in own if weight is not None)
+        # No bias belongs to weights that are used both ways.
+        tied = [i for group in groups if not transposed.isdisjoint(group) for i in group]
+        own = {leaf for i in tied if (leaf := known.sites[i].bias) is not None}
+        unattached.update(own)
         if not found and not own:
             break
     sites = known.sites
@@ -374,24 +375,23 @@ class _Labels:
         return why or _reasons.no_layer(str(equation.primitive))
 
 
-def _groups(
-    sites: Sequence[Site], batch_axes: BatchAxes
-) -> tuple[tuple[tuple[int, ...], ...], frozenset[int]]:
+def _groups(sites: Sequence[Site]) -> tuple[tuple[tuple[int, ...], ...], frozenset[int]]:
     """The sites of each layer, and which of them apply its weights transposed.
 
-    A lookup of an output layer's kernel is the transposed one of the two; else the later is.
+    Those with fewer inputs are the layer's own, and a lookup is none of them.
     """
     by_key: dict[tuple, list[int]] = {}
     for i, site in enumerate(sites):
         by_key.setdefault(site.key(), []).append(i)
     groups, transposed = list(by_key.values()), set()
     same: dict[int | None, list[list[int]]] = {}
-    for group in groups if batch_axes is not None else ():
+    for group in groups:
         same.setdefault(sites[group[0]].leaf, []).append(group)
     for alike in same.values():
-        alike.sort(key=lambda group: sites[group[0]].kind == "embedding")
+        alike.sort(key=lambda group: (sites[group[0]].kind == "embedding", sites[group[0]].d_in))
         for group, other in itertools.combinations(alike, 2):
-            if _sites.is_transposed(sites[group[0]], sites[other[0]]) and other in groups:
+            both = group in groups and other in groups
+            if both and _sites.is_transposed(sites[group[0]], sites[other[0]]):
                 transposed.update(other)
                 groups.remove(other)
                 group += other

@@ -151,7 +151,7 @@ def _rows_per_example(traced: Traced, group: Sequence[int]) -> int | None:
     for i in group:
         site = traced.detection.sites[i]
         if i in traced.detection.transposed:
-            total += 2 * first.d_in  # see `_transposed`
+            total += first.d_in  # see `_transposed`
             continue
         raw = _sites.raw_output(site)
         shared = set(site.row_axes) - set(traced.batch_axes[raw])

@@ -19,7 +19,7 @@ from locoprop_jax._layers import Layers, replace
 from locoprop_jax._metric import average_gradients, descend, scale_by_metric_norm
 from locoprop_jax._rows import Block, Inputs
 from locoprop_jax._stacking import map_layers, over_stack
-from locoprop_jax._structured import OneHot, Windows
+from locoprop_jax._structured import OneHot, Structured, Windows
 
 
 class Statistics(NamedTuple):
@@ -111,7 +111,8 @@ def scale_by_foof(
       statistics_steps: how many steps up to each inversion gather statistics, its own included;
         with `decay=0` its own alone count.
       shared: of weights that an example uses at several positions; "expand" takes each position
-        for a row, "reduce" averages an example's inputs first.
+        for a row, "reduce" averages an example's inputs first, which is refused where weights are
+        used transposed too.
 
     Returns:
       A transformation whose `update` needs `captured`. A batch that is not finite leaves its state
@@ -286,7 +287,7 @@ def _layer_rows(arrays: LayerArrays, slope: Block, shared: str) -> LayerRows:
 
 
 def _statistics(inputs: Inputs) -> Statistics:
-    return Statistics(_rows.second_moment(inputs) / len(inputs), _rows.mean(inputs))
+    return Statistics(_rows.second_moment(inputs) / _rows.count(inputs), _rows.mean(inputs))
 
 
 # --- solving -------------------------------------------------------------------------------------
@@ -352,7 +353,7 @@ def _solve_batch(own: LayerRows, damping: Damping) -> Block:
     """
     rows, d_in = own.inputs.shape
     by_rows = _linalg.solves_by_rows(rows, d_in, own.slope["kernel"].shape[1])
-    if isinstance(own.inputs, OneHot) or (isinstance(own.inputs, Windows) and not by_rows):
+    if isinstance(own.inputs, Structured) and not (isinstance(own.inputs, Windows) and by_rows):
         return _solve_average(_statistics(own.inputs), own.slope, damping)
     x, e = _rows.write_out(own.inputs), own.cotangents
     mean = x.mean(0)
@@ -388,3 +389,9 @@ def _check(layers: Any, damping: Any, amortisation: Amortisation, shared: str) -
     amortisation.check()
     if shared not in ("expand", "reduce"):
         raise ValueError(f'`shared` is "expand" or "reduce", got {shared!r}.')
+    tied = [layer.name for layer in layers.values() if layer.kind == "tied"]
+    if shared == "reduce" and tied:
+        raise ValueError(
+            f'`shared="reduce"` averages the inputs of an example, but the weights of {tied[0]} '
+            f'are used transposed as well: use `shared="expand"`.'
+        )

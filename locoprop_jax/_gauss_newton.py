@@ -93,8 +93,8 @@ def scale_by_gauss_newton_step(
       `value`, `grad` and `value_fn`: the loss, its gradient and the loss as a function of the
       parameters, all for one batch: `tx.update(grads, state, params, captured=captured,
       value=loss, grad=grads, value_fn=lambda p: loss_fn(p, batch))`. It costs one forward-mode
-      pass. A batch whose gradient or loss is not finite leaves its state as it was, and updates
-      nothing.
+      pass. A batch whose gradient or loss is not finite leaves its state as it was, but for that
+      of the direction if only the loss is not finite, and updates nothing.
 
     Raises:
       ValueError: at construction, for negative numbers or periods below one; at update, for a loss

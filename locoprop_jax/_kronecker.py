@@ -248,7 +248,7 @@ def scale_by_kronecker(
 
 
 def _factors(inputs: Inputs, like: Block, outputs: Float[Array, "d_out d_out"]) -> Factors:
-    moment = _rows.extended_moment(inputs, like) / len(inputs)
+    moment = _rows.extended_moment(inputs, like) / _rows.count(inputs)
     return Factors(moment, outputs.astype(dtype_of(like)))
 
 

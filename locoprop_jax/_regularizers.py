@@ -158,7 +158,7 @@ def mahalanobis(
     def penalty(layer: Layerwise) -> Penalty:
         by = _weight(weight, layer)
         assert layer.curvature is not None
-        of_inputs = _rows.extended_moment(layer.inputs, layer.block) / len(layer.inputs)
+        of_inputs = _rows.extended_moment(layer.inputs, layer.block) / _rows.count(layer.inputs)
         moments = of_inputs, _linalg.second_moment(layer.curvature)
         left, right = (_linalg.damped(m, damping, relative=relative) for m in moments)
 

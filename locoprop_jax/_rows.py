@@ -22,6 +22,11 @@ Rows = Float[Array, "rows d_out"]
 Inputs = Float[Array, "rows d_in"] | Structured
 
 
+def count(inputs: Inputs) -> int:
+    """N, over which means are taken."""
+    return inputs.count if isinstance(inputs, Structured) else len(inputs)
+
+
 def as_rows(x: Float[Array, "... d"], dtype: Any) -> Float[Array, "rows d"]:
     """All axes but the last joined, in the dtype of a block."""
     return x.reshape(-1, x.shape[-1]).astype(dtype)
@@ -42,7 +47,7 @@ def push(inputs: Inputs, delta: Block) -> Rows:
     bias = delta.get("bias")
     if "kernel" not in delta:
         assert bias is not None
-        return jnp.broadcast_to(bias[None], (len(inputs), *bias.shape))
+        return jnp.broadcast_to(bias[None], (inputs.shape[0], *bias.shape))
     kernel = delta["kernel"]
     change = inputs.push(kernel) if isinstance(inputs, Structured) else inputs @ kernel
     return change if bias is None else change + bias[None]
@@ -60,7 +65,8 @@ def pull(inputs: Inputs, rows: Rows, like: Block) -> Block:
 
 def gram(inputs: Inputs) -> Callable[[Block], Block]:
     """The map delta -> X'X delta, with X'X computed once."""
-    products, total, rows = second_moment(inputs), mean(inputs) * len(inputs), len(inputs)
+    products, rows = second_moment(inputs), count(inputs)
+    total = mean(inputs) * rows
 
     def apply(delta: Block) -> Block:
         kernel, bias = delta.get("kernel"), delta.get("bias")
@@ -89,7 +95,7 @@ def extended_moment(inputs: Inputs, like: Block) -> Float[Array, "d d"] | Float[
     """The second moment of `extend`ed rows, or its diagonal where there is nothing else."""
     if not isinstance(inputs, Structured):
         return _linalg.second_moment(extend(inputs, like))
-    rows = jnp.full((1,), len(inputs), inputs.dtype)
+    rows = jnp.full((1,), inputs.count, inputs.dtype)
     if "kernel" not in like:
         return rows[None]
     products = inputs.second_moment()
@@ -105,12 +111,12 @@ def between_rows(inputs: Inputs) -> Float[Array, "rows rows"]:
 
 
 def mean(inputs: Inputs) -> Float[Array, " d_in"]:
-    return inputs.total() / len(inputs) if isinstance(inputs, Structured) else inputs.mean(0)
+    return inputs.total() / inputs.count if isinstance(inputs, Structured) else inputs.mean(0)
 
 
 def mean_square(inputs: Inputs) -> Float[Array, " d_in"]:
     if isinstance(inputs, Structured):
-        return inputs.total_squares() / len(inputs)
+        return inputs.total_squares() / inputs.count
     return jnp.square(inputs).mean(0)
 
 

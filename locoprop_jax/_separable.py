@@ -239,7 +239,7 @@ def _split(factor: Factor, outer: int) -> tuple[Factor, Factor]:
     """An axis as two, of which the first is so long."""
     inner, label = factor.size // outer, factor.label
     if label is None or label == UNKNOWN:
-        return Factor(outer, None), Factor(inner, None)
+        return Factor(outer, label), Factor(inner, label)
     own = label if isinstance(label, Part) else Part(label, factor.size, 1, factor.size)
     first = own._replace(stride=own.stride * inner, size=outer)
     return Factor(outer, first), Factor(inner, own._replace(size=inner))

@@ -161,6 +161,9 @@ def is_transposed(site: Site, other: Site) -> bool:
     same = (weight.leaf, weight.part) == (other.weight.leaf, other.weight.part)
     if not same or (site.d_in, site.d_out) != (other.d_out, other.d_in):
         return False
+    sizes = (site.d_in, site.d_out)
+    if _chains.extend(site.kernel, sizes, "transpose", (1, 0)) == other.kernel:
+        return True
     numbers = _numbers(weight.own)
     kernels = (_chains.apply(s.kernel, numbers) for s in pair)
     return np.array_equal(next(kernels), next(kernels).T)

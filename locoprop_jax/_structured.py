@@ -39,6 +39,11 @@ class Structured(abc.ABC):
     def __len__(self) -> int:
         return self.shape[0]
 
+    @property
+    def count(self) -> int:
+        """Over how many rows a mean is taken."""
+        return self.shape[0]
+
     @abc.abstractmethod
     def write_out(self) -> Float[Array, "rows d_in"]:
         """The array itself."""

@@ -316,15 +316,20 @@ def _with_columns(
     followed, lost = _separable.follow(program, target.value, traced.detection.live)
     meeting: dict[int, str] = {}
     of_positions: set[int | None] = set()
-    for site, name, chain in zip(sites, names, to_rows, strict=True):
+    growing = _batch(traced, target.value)
+    for i, (site, name, chain) in enumerate(zip(sites, names, to_rows, strict=True)):
+        if site.loops:  # which are not looked into: positions may meet there
+            meeting.update((axis, name) for axis in target.examples if axis not in growing)
         if site.output in followed:
             *_, batch, shared, _ = _separable.rearranged(chain, followed[site.output])
-            labels = _separable.labels((batch, shared))
+            # What a transposed use makes of a column is a sum over positions.
+            is_turned = i in traced.detection.transposed
+            labels = _separable.labels((batch,) if is_turned else (batch, shared))
             of_positions.update(factor.axis for factor in shared)
             for axis in target.examples:
                 if program.shape(target.value)[axis] > 1 and axis not in labels:
                     meeting.setdefault(axis, name)
-    mixed = sorted(_batch(traced, target.value) & set(meeting))
+    mixed = sorted(growing & set(meeting))
     if mixed:
         axis = mixed[0]
         outputs = [v for site in sites for v in site.outside]

@@ -299,7 +299,10 @@ def recognise(function: Elementwise, dtype: Any, note: str = "") -> Transfer:
     its argument's dtype, where the piece of a bfloat16 model would round to bfloat16.
     """
     widest = jnp.result_type(float)
-    name = _known_pieces(dtype).get(function) or _name_by_values(function, dtype, widest)
+    if isinstance(function, TracedPiece):  # the layers of a network apply few functions
+        name = _known_pieces(dtype).get(function) or _name_once(function, dtype, widest)
+    else:
+        name = _name_by_values(function, dtype, widest)
     return Transfer(name, _KNOWN.get(name, function), note)
 
 
@@ -312,7 +315,6 @@ def _known_pieces(dtype: Any) -> dict[Elementwise, str]:
     return {TracedPiece(closed, (), dtype): name for name, closed in traced.items()}
 
 
-@functools.lru_cache(maxsize=1024)  # the layers of a network apply few functions
 def _name_by_values(function: Elementwise, dtype: Any, widest: Any) -> str:
     values = _evaluate(function, _GRID)
     errors = {
@@ -321,6 +323,9 @@ def _name_by_values(function: Elementwise, dtype: Any, widest: Any) -> str:
     }
     best = min(errors, key=lambda name: errors[name])
     return best if errors[best] <= 8 * float(jnp.finfo(dtype).eps) else "custom"
+
+
+_name_once = functools.lru_cache(maxsize=256)(_name_by_values)
 
 
 def _is_convex_gradient(function: Elementwise) -> bool:

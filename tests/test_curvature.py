@@ -260,6 +260,24 @@ def test_positions_that_meet_in_the_network_have_columns_of_their_own():
     assert [a.uses[0].curvature.shape[0] for a in captured.values()] == [4 * 2] * 2
 
 
+def test_positions_may_meet_in_a_loop_and_have_columns_of_their_own():
+    """A recurrent network that is read in its cell: no later turn is in an earlier one's column."""
+
+    def loss(p, x, y):
+        def cell(h, x):
+            h = jnp.tanh(x @ p["in"] + h @ p["state"])
+            return h, h @ p["out"]
+
+        outputs = jax.lax.scan(cell, jnp.zeros((len(x), 2)), jnp.moveaxis(x, 1, 0))[1]
+        return MARKED["softmax"](jnp.moveaxis(outputs, 0, 1), jax.nn.softmax(y)).mean()
+
+    params = {"in": normal(0, 3, 2), "state": normal(1, 2, 2), "out": normal(2, 2, 2)}
+    capture = lp.value_grad_and_capture(loss, curvature="ggn_exact")
+    captured = jax.eval_shape(capture, params, *TOKENS)[2]
+    assert {a.uses[0].curvature.shape[0] for a in captured.values()} == {4 * 2}
+    assert not captured.has_joint_columns
+
+
 def words(p, x, y, is_mixed):
     """Each word's loss by itself, words joined with the examples as language models have it."""
     h = jnp.tanh(x @ p["kernel"])

@@ -60,12 +60,11 @@ def check_arrays(loss, params, batch):
 
 def check_merged_rows(arrays, weights):
     """Rows of the batch together, of the same products as those of its examples."""
-    x, a, e = (rows(float) for rows in (arrays.rows, arrays.output_rows, arrays.cotangent_rows))
-    close(x.T @ x, jnp.einsum("bsi,bsj->ij", arrays.inputs, arrays.inputs))
-    close(x.sum(0), arrays.inputs.sum((0, 1)))
-    close(x.T @ e, jnp.einsum("bsi,bso->io", arrays.inputs, arrays.cotangents))
-    close(e.sum(0), arrays.cotangents.sum((0, 1)))
-    close(a, x @ weights[: x.shape[1]] + weights[x.shape[1] :].sum(0, keepdims=True))
+    rows, a, e = (of(float) for of in (arrays.rows, arrays.output_rows, arrays.cotangent_rows))
+    check_products(rows, _rows.write_out(rows))
+    close(rows.second_moment(), jnp.einsum("bsi,bsj->ij", arrays.inputs, arrays.inputs))
+    close(rows.pull(e), jnp.einsum("bsi,bso->io", arrays.inputs, arrays.cotangents))
+    close(a, rows.push(weights))
 
 
 def check_rows(arrays, weights):
@@ -74,14 +73,18 @@ def check_rows(arrays, weights):
     x = _rows.write_out(rows)
     assert x.shape == rows.shape
     close(x, inputs.reshape(x.shape))
-    if isinstance(rows, jax.Array) or rows.shape[0] != len(rows):  # or a stack of them
-        return
+    if not isinstance(rows, jax.Array) and rows.shape[0] == len(rows):  # no stack of them
+        check_products(rows, x)
+
+
+def check_products(rows, x):
     block = {"kernel": normal(0, x.shape[1], 3), "bias": normal(1, 3)}
     e = normal(2, len(x), 3)
     close(_rows.push(rows, block), _rows.push(x, block))
     jax.tree.map(close, _rows.pull(rows, e, block), _rows.pull(x, e, block))
-    for of in (_rows.mean, _rows.mean_square, _rows.between_rows):
-        close(of(rows), of(x))
+    close(_rows.between_rows(rows), _rows.between_rows(x))
+    for of in (_rows.mean, _rows.mean_square):
+        close(rows.count * of(rows), len(x) * of(x))
     close(_linalg.multiply(_rows.second_moment(rows), block["kernel"]), x.T @ x @ block["kernel"])
 
 
@@ -354,12 +357,14 @@ CASES = {
         tied_embedding,
         {"table": (7, 3), **LINEAR, "bias": (7,)},
         WORDS,
-        {"w": "dense", "table": "tied"},
+        {"w": "dense", "table": "tied", "bias": "bias"},
     ),
     "tied embedding, one-hot": Case(
         tied_one_hot_embedding, {"table": (7, 3)}, WORDS, {"table": "tied"}
     ),
-    "tied autoencoder": Case(tied_autoencoder, {"w": (3, 2), "bias": (2,)}, TOKENS, {"w": "tied"}),
+    "tied autoencoder": Case(
+        tied_autoencoder, {"w": (3, 2), "bias": (2,)}, TOKENS, {"w": "tied", "bias": "bias"}
+    ),
     "positions of a layer's outputs": Case(
         lambda p, x: jnp.tanh(x @ p["w"] + p["pos"][None]),
         LINEAR | {"pos": (5, 3)},

@@ -48,14 +48,14 @@ def test_a_table_looked_up_and_the_output_layer_is_one_layer(layers):
     assert not layers.uncaptured
     layer = layers["table"]
     assert (layer.kind, layer.d_in, layer.d_out, layer.uses) == ("tied", WIDTH, WORDS, 2)
-    assert layer.rows == LENGTH + 2 * WIDTH and layer.is_output
+    assert layer.rows == LENGTH + WIDTH and layer.is_output
 
 
 def table_metric():
-    """The metric's matrix over N: H + (looked up / words) I, for H of the output layer's inputs."""
+    """(H + (looked up / words) I) / N, with H of the output layer's inputs, N of both uses."""
     h = hidden(PARAMS, BATCH[0]).reshape(-1, WIDTH)
-    rows = len(h) + 2 * WIDTH
-    return (h.T @ h + EXAMPLES * LENGTH / WORDS * jnp.eye(WIDTH)) / rows
+    looked_up = EXAMPLES * LENGTH
+    return (h.T @ h + looked_up / WORDS * jnp.eye(WIDTH)) / (len(h) + looked_up)
 
 
 def test_foof_divides_by_the_metric_of_both_uses(layers):
@@ -84,7 +84,7 @@ def test_with_all_words_alike_the_metric_is_that_of_all_changes_of_outputs(layer
     change = normal(3, WORDS, WIDTH)
     moved = hidden(PARAMS, words) @ change.T
     expected = jnp.sum(jnp.square(moved)) + jnp.sum(jnp.square(change[words]))
-    image = captured["table"].rows(float) @ change.T
+    image = captured["table"].rows(float).push(change.T)
     close(jnp.sum(jnp.square(image)), expected)
 
 
@@ -113,17 +113,18 @@ def test_micro_batches_are_captured_as_the_batch_that_they_make(layers):
     for name in ("inputs", "outputs", "cotangents", "curvature"):
         one, other = getattr(arrays, name), getattr(whole, name)
         close(one, other)
-    for name in ("rows", "output_rows", "cotangent_rows"):
+    for name in ("output_rows", "cotangent_rows"):
         one, other = getattr(arrays, name)(float), getattr(whole, name)(float)
         close(one, other)
+    jax.tree.map(close, arrays.rows(float), whole.rows(float))
+    assert arrays.rows(float).count == whole.rows(float).count == 2 * EXAMPLES * LENGTH
 
 
 def test_a_share_of_the_examples_has_a_share_of_the_look_ups():
     arrays = captured_of()[1]["table"]
     whole, half = (arrays.rows(float, examples) for examples in (None, EXAMPLES // 2))
-    turned = 2 * WIDTH
-    ones = [jnp.sum(jnp.square(rows[-turned:])) for rows in (whole, half)]
-    close(ones[0], 2 * ones[1])
+    assert whole.count == 2 * half.count
+    close(jnp.square(whole.unit), 2 * jnp.square(half.unit))
 
 
 @pytest.mark.parametrize("name", ["locoprop_s", "locoprop_m", "foof", "lnb", "kfac"])
@@ -156,7 +157,44 @@ def test_steps_lower_the_loss(name, layers):
     assert losses[-1] < 0.9 * losses[0], losses
 
 
-def test_a_bias_of_the_transposed_use_is_a_layer_of_its_own():
+def test_of_several_uses_the_ones_with_fewer_inputs_are_the_layers_own():
+    """A lookup, a mean of looked up rows and the output layer, in this order."""
+
+    def loss_fn(params, words, labels):
+        share = jax.nn.softmax(labels @ jnp.ones((LENGTH, WORDS)))
+        h = params["table"][words].mean(1) + share @ params["table"]
+        return jnp.mean(jnp.square(jnp.tanh(h) @ params["table"].T))
+
+    params, batch = {"table": PARAMS["table"]}, (BATCH[0], BATCH[1].astype(float))
+    layers = lp.find_layers(loss_fn, params, *batch)
+    assert (layers["table"].d_in, layers["table"].uses) == (WIDTH, 3)
+    _, grads, captured = lp.value_grad_and_capture(loss_fn)(params, *batch)
+    arrays = captured["table"]
+    close(block_gradient(arrays, False), grads["table"].T)
+    close(arrays.rows(float).pull(arrays.cotangent_rows(float)), grads["table"].T)
+
+
+def test_exact_columns_of_words_stand_alone():
+    """K-FAC's factor adds up words, not what several of them make of one column."""
+    arrays = captured_of(curvature="ggn_exact")[1]["table"]
+    assert arrays.curvature.shape[0] == LENGTH * WORDS
+
+
+def test_the_number_of_terms_is_that_of_the_words():
+    assert captured_of()[1].terms == EXAMPLES * LENGTH
+
+
+def test_averaged_inputs_are_refused(layers):
+    with pytest.raises(ValueError, match="weights of table are used transposed"):
+        lp.scale_by_foof(layers, shared="reduce")
+
+
+def test_tables_are_tied_where_the_batch_is_not_known_too():
+    layers = lp.find_layers(lambda params: loss_fn(params, *BATCH), PARAMS)
+    assert layers["table"].kind == "tied" and layers["table"].rows is None
+
+
+def test_biases_of_both_uses_are_layers_of_their_own():
     """As in an autoencoder whose decoder is its encoder transposed."""
 
     def loss_fn(params, x):
@@ -165,11 +203,8 @@ def test_a_bias_of_the_transposed_use_is_a_layer_of_its_own():
 
     params = {"kernel": normal(0, 4, 2), "code": normal(1, 2), "bias": normal(2, 4)}
     layers = lp.find_layers(loss_fn, params, normal(3, 5, 4))
-    assert {name: layer.kind for name, layer in layers.items()} == {
-        "kernel": "tied",
-        "bias": "bias",
-    }
-    assert layers["kernel"].bias.path == "code"
+    kinds = {name: layer.kind for name, layer in layers.items()}
+    assert kinds == {"code": "bias", "kernel": "tied", "bias": "bias"}
     _, grads, captured = lp.value_grad_and_capture(loss_fn)(params, normal(3, 5, 4))
     for name, layer in layers.items():
         gradient = block_gradient(captured[name], layer.bias is not None)
