@@ -213,14 +213,19 @@ def linearise(
 
 def _hessian(target: Target, point: Point) -> Callable[[Array], Array]:
     """The product with the Hessian of the loss as written by a target's outputs."""
-    if target.loss is not None and target.loss.root is None:  # it may be indefinite
+    if target.loss is None:
+        assert point.head is not None
+        # Reverse over reverse: a loss may have a derivative of its own that has no forward mode.
+        product = jax.vjp(jax.grad(point.head), point.value)[1]
+        return lambda vector: product(vector)[0]
+    if target.loss.root is None:  # it may be indefinite
         loss = functools.partial(_curvature.weighted, target, point)
         root = losses.dense_root(loss, point.value, target.outputs)
         return lambda vector: root(root(vector)).astype(vector.dtype)
-    loss = point.head or functools.partial(_curvature.weighted, target, point)
-    # Reverse over reverse: a loss may have a derivative of its own that has no forward mode.
-    product = jax.vjp(jax.grad(loss), point.value)[1]
-    return lambda vector: product(vector)[0]
+    # By the root in closed form, which takes fewer operations than a derivative of a gradient.
+    root, dtype = _curvature.root_of(target, point), losses.working_dtype(point.value.dtype)
+    turned = jax.linear_transpose(root, jax.ShapeDtypeStruct(point.value.shape, dtype))
+    return lambda vector: root(turned(vector.astype(dtype))[0]).astype(vector.dtype)
 
 
 def _by_layer(product: Product, layers: Layers) -> Product:
