@@ -189,8 +189,7 @@ class LayerArrays:
             patches, data = self.first.read_data()
             start = (slice(None),) * patches.data_axes[0]
             return Windows(data[*start, :examples].astype(dtype), patches)
-        own = [use.read_inputs()[..., :examples, :, :] for use in self._straight]
-        rows = join_rows(_joined(own)).astype(dtype)
+        rows = self._straight_rows(lambda use: use.read_inputs()[..., :examples, :, :], dtype)
         if not (turned := self._turned):
             return rows
         count = len(rows) + sum(use.count(examples) for use in turned)
@@ -198,14 +197,14 @@ class LayerArrays:
 
     def output_rows(self, dtype: Any) -> Float[Array, "*stack rows d_out"]:
         """The outputs of `rows`."""
-        rows = join_rows(_joined([use.read_outputs() for use in self._straight])).astype(dtype)
+        rows = self._straight_rows(Use.read_outputs, dtype)
         if not (turned := self._turned):
             return rows
         return jnp.concatenate([rows, (self._unit() * turned[0].kernel).astype(dtype)])
 
     def cotangent_rows(self, dtype: Any) -> Float[Array, "*stack rows d_out"]:
         """The cotangents of `rows`."""
-        rows = join_rows(_joined([use.read_cotangents() for use in self._straight])).astype(dtype)
+        rows = self._straight_rows(Use.read_cotangents, dtype)
         if not (turned := self._turned):
             return rows
         gradient = functools.reduce(jnp.add, [use.gradient() for use in turned])
@@ -219,6 +218,11 @@ class LayerArrays:
         """
         own = join_rows(self.transferred_cotangents).astype(dtype)
         return self.cotangent_rows(dtype) if len(self.uses) > 1 else own
+
+    def _straight_rows(
+        self, read: Callable[[Use], Array], dtype: Any
+    ) -> Float[Array, "*stack rows d"]:
+        return join_rows(_joined([read(use) for use in self._straight])).astype(dtype)
 
     def _unit(self, examples: int | None = None) -> Float[Array, ""]:
         """That of all transposed uses together."""

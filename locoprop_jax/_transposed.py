@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from locoprop_jax import _linalg
+from locoprop_jax import _linalg, losses
 from locoprop_jax._jaxpr import Path
 from locoprop_jax._operands import OneHotReader
 from locoprop_jax._rows import Inputs, join_rows, pull
@@ -76,14 +76,10 @@ class Transposed:
     def unit(self, examples: int | None = None) -> Float[Array, ""]:
         """The number u of so many examples, None for all."""
         rows, dtype = self._rows, self._dtype
-        if isinstance(rows, OneHot):
-            batch, shared = rows.ids.shape
-            square = jnp.asarray(shared, dtype)
-        else:
-            batch = len(rows)
-            square = jnp.square(rows).sum() / batch
-        count = batch if examples is None else min(examples, batch)
-        return jnp.sqrt(jnp.maximum(square * count / self.kernel.shape[1], jnp.finfo(dtype).tiny))
+        # The mean over rows of |z|^2, which is one for rows with a single one.
+        mean = 1.0 if isinstance(rows, OneHot) else jnp.square(rows).sum(-1).mean()
+        square = jnp.asarray(mean * self.count(examples) / self.kernel.shape[1], dtype)
+        return jnp.sqrt(jnp.maximum(square, jnp.finfo(dtype).tiny))
 
     def count(self, examples: int | None = None) -> int:
         """How many rows Z has, of so many examples."""
@@ -94,7 +90,7 @@ class Transposed:
 
     @property
     def _dtype(self) -> Any:
-        return jnp.float64 if self.kernel.dtype == jnp.float64 else jnp.float32
+        return losses.working_dtype(self.kernel.dtype)
 
     @property
     def _rows(self) -> OneHot | Array:
@@ -121,7 +117,7 @@ class Transposed:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["rows", "unit"], meta_fields=["count"]
+    jax.tree_util.register_dataclass, data_fields=["rows", "unit"], meta_fields=["counted"]
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Extended(Structured):
@@ -130,12 +126,16 @@ class Extended(Structured):
     Attributes:
       rows: of its own uses.
       unit: the number whose multiple of the identity follows them.
-      count: how many rows all uses together have.
+      counted: how many rows all uses together have.
     """
 
     rows: Float[Array, "rows d_in"]
     unit: Float[Array, ""]
-    count: int = 0
+    counted: int
+
+    @property
+    def count(self) -> int:
+        return self.counted
 
     @property
     def dtype(self) -> Any:
