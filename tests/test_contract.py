@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import locoprop_jax as lp
-from locoprop_jax._metric import descend
+from locoprop_jax._neurons.metric import descend
 
 # --- the table -----------------------------------------------------------------------------------
 

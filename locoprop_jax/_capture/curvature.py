@@ -1,0 +1,218 @@
+"""Curvature cotangents: what Fisher and Gauss-Newton methods pull back beside the gradient.
+
+At the *target*, the network's outputs as the loss takes them, cotangents C are injected whose
+products C'C sum, in expectation, to the Hessian H of the loss as written (mathematics: Curvature):
+
+    fisher_mc         sqrt(w) e       e the gradient of one term for a label that the model predicts
+    ggn_mc            H^(1/2) xi      xi = +-1
+    ggn_exact         the columns of H^(1/2)
+
+w is the weight of a term in the loss, 1/B in a mean. Where the loss is not one of
+`locoprop_jax.losses`, H is taken by Hessian-vector products of the head.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from locoprop_jax import losses
+from locoprop_jax._capture.targets import KINDS, Target
+from locoprop_jax._tracing import jaxpr
+
+SAMPLED = ("fisher_mc", "ggn_mc")
+PULLED = ("fisher_mc", "ggn_mc", "ggn_exact")  # by passes of their own
+
+
+def check_arguments(curvature: str | None, samples: int) -> None:
+    """Refuse an unknown kind of curvature, and samples of what is not sampled.
+
+    Raises:
+      ValueError: as it says.
+    """
+    if curvature is not None and curvature not in KINDS:
+        known = ", ".join(repr(kind) for kind in KINDS)
+        raise ValueError(f"`curvature` is None or one of {known}, got {curvature!r}.")
+    if samples < 1:
+        raise ValueError(f"`samples` is at least 1, got {samples}.")
+    if samples != 1 and curvature not in SAMPLED:
+        raise ValueError(
+            f"`samples={samples}` needs a `curvature` that is sampled, 'fisher_mc' or 'ggn_mc', "
+            f"got {curvature!r}."
+        )
+
+
+def check_rng(curvature: str, rng: Any) -> None:
+    """Refuse a missing key.
+
+    Raises:
+      TypeError: there is none.
+    """
+    if rng is None:
+        raise TypeError(
+            f"`curvature={curvature!r}` draws random numbers: pass a key as the keyword `rng`, "
+            f"`value_grad_and_capture(loss_fn, curvature={curvature!r})(params, batch, "
+            f"rng=jax.random.key(0))`, another one at each step. The loss does not get it."
+        )
+
+
+def check_no_rng(curvature: str, loss_fn: Callable[..., Any]) -> None:
+    """Refuse a key that nobody takes.
+
+    Raises:
+      TypeError: the loss has no such keyword.
+    """
+    known = inspect.signature(loss_fn).parameters
+    if "rng" not in known and all(p.kind != p.VAR_KEYWORD for p in known.values()):
+        raise TypeError(
+            f"`curvature={curvature!r}` draws no random numbers, and the loss has no keyword "
+            f"`rng`: leave it out."
+        )
+
+
+class Point(NamedTuple):
+    """A target's arrays.
+
+    Attributes:
+      value: the outputs of the network.
+      operands: of the marked loss's call; none for the output of a layer.
+      weights: the derivative of the loss by the marked loss's terms; None for a layer.
+      head: the loss as a function of the outputs; None for a marked loss.
+    """
+
+    value: Array
+    operands: tuple[Any, ...] = ()
+    weights: Array | None = None
+    head: Callable[[Array], Array] | None = None
+
+
+def cotangents(
+    targets: Sequence[Target],
+    points: Sequence[Point],
+    curvature: str,
+    samples: int,
+    rng: Array | None,
+) -> list[Array]:
+    """What to inject at each target, of shape (samples, *outputs) each.
+
+    Args:
+      targets: from `_targets.plan`.
+      points: the arrays of each.
+      curvature: one of `PULLED`.
+      samples: how many for a sampled one.
+      rng: a key for a sampled one.
+    """
+    if curvature == "ggn_exact":
+        columns = [_columns(target, point) for target, point in zip(targets, points, strict=True)]
+        return _apart(columns)
+    assert rng is not None
+    draw = _labels_sampled if curvature == "fisher_mc" else _noise
+    drawn = []
+    for i, (target, point) in enumerate(zip(targets, points, strict=True)):
+        keys = jax.random.split(jax.random.fold_in(rng, i), samples)
+        each = jax.vmap(draw(target, point))(keys) / math.sqrt(samples)
+        drawn.append(each.astype(point.value.dtype))
+    return drawn
+
+
+def _columns(target: Target, point: Point) -> Array:
+    root = root_of(target, point)
+    dtype = losses.working_dtype(point.value.dtype)
+    vectors = losses.unit_vectors(point.value.shape, target.alone, dtype)
+    return jax.vmap(root)(vectors).astype(point.value.dtype)
+
+
+def _apart(columns: Sequence[Array]) -> list[Array]:
+    """The columns of several targets one after the other, zeros at the other targets."""
+    total, start, result = sum(len(c) for c in columns), 0, []
+    for each in columns:
+        ends = (start, total - start - len(each))
+        result.append(jnp.pad(each, [ends] + [(0, 0)] * (each.ndim - 1)))
+        start += len(each)
+    return result
+
+
+def _noise(target: Target, point: Point) -> Callable[[Array], Array]:
+    root = root_of(target, point)
+    dtype = losses.working_dtype(point.value.dtype)
+    return lambda key: root(jax.random.rademacher(key, point.value.shape, dtype))
+
+
+def _labels_sampled(target: Target, point: Point) -> Callable[[Array], Array]:
+    """sqrt(w) times the gradient of each term, for labels that the model predicts."""
+    assert target.loss is not None
+    loss, outputs = target.loss, losses.at_least_float32(by_example(target, point.value))
+    if loss.sampler is None:
+        loss.sample(jnp.zeros(()), outputs)  # says so
+    scale = scale_of(target, point)
+
+    def draw(key: Array) -> Array:
+        labels = jax.lax.stop_gradient(loss.sample(key, outputs))
+        gradient = jax.grad(lambda z: jnp.sum(loss.function(z, labels)))(outputs)
+        return _as_given(
+            target, losses.spread(scale, outputs.ndim).astype(gradient.dtype) * gradient
+        )
+
+    return draw
+
+
+def root_of(target: Target, point: Point) -> Callable[[Array], Array]:
+    """The product of vectors with the square root of the Hessian of the loss as written."""
+    if target.loss is None:
+        assert point.head is not None
+        return losses.dense_root(point.head, point.value, target.outputs)
+    if target.loss.root is None:
+        return losses.dense_root(
+            functools.partial(weighted, target, point), point.value, target.outputs
+        )
+    of_examples, outputs = (
+        target.loss.root,
+        losses.at_least_float32(by_example(target, point.value)),
+    )
+    scale = losses.spread(scale_of(target, point), outputs.ndim).astype(outputs.dtype)
+
+    def root(v: Array) -> Array:
+        v = by_example(target, v).astype(outputs.dtype)
+        return _as_given(target, scale * of_examples(outputs, v))
+
+    return root
+
+
+def weighted(target: Target, point: Point, outputs: Array) -> Array:
+    """The marked terms of the loss, weighted as it weighs them, by the traced function itself."""
+    assert target.call is not None and point.weights is not None
+    operands = (outputs, *point.operands[1:])
+    terms = jaxpr.run_equation(target.call.jaxpr, target.call.eqn, operands)[0]
+    return jnp.sum(jnp.maximum(point.weights, 0) * terms)
+
+
+def scale_of(target: Target, point: Point) -> Array:
+    """The square root of each term's weight, of the shape of the terms."""
+    assert point.weights is not None
+    scale = jnp.sqrt(jnp.maximum(losses.at_least_float32(point.weights), 0))
+    if target.mass_axes is None:
+        return scale
+    assert target.loss is not None and target.loss.mass is not None
+    examples, others = target.mass_axes
+    labels = jnp.asarray(point.operands[1])
+    labels = labels.transpose([*(i for i in examples if i is not None), *others])
+    sizes = iter(labels.shape)
+    present = [1 if i is None else next(sizes) for i in examples]
+    mass = target.loss.mass(labels.reshape(*present, *sizes)).astype(scale.dtype)
+    return scale * jnp.sqrt(jnp.maximum(mass, 0))
+
+
+def by_example(target: Target, x: Array) -> Array:
+    return x.transpose((*target.examples, *target.outputs))
+
+
+def _as_given(target: Target, x: Array) -> Array:
+    order = (*target.examples, *target.outputs)
+    return x.transpose([order.index(i) for i in range(len(order))])

@@ -1,0 +1,210 @@
+"""`find_layers`: the layers of a model, static, from a trace of its loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from locoprop_jax._capture.layouts import piece_of, transferred_of, weights_of
+from locoprop_jax._layers.layers import Layer, Layers, Uncaptured
+from locoprop_jax._layers.transfer import TracedPiece, Transfer, given, identity, recognise
+from locoprop_jax._tracing import chains, detect
+from locoprop_jax._tracing.chains import Chain, Shape
+from locoprop_jax._tracing.flow import Piece
+from locoprop_jax._tracing.heads import as_struct
+from locoprop_jax._tracing.operands import AsItIs
+from locoprop_jax._tracing.sites import grouped_axes, raw_output
+from locoprop_jax._tracing.trace import Traced, layer_names, trace
+
+
+def find_layers(
+    loss_fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    has_aux: bool = False,
+    transfer: Mapping[str, Callable] | None = None,
+    on_uncaptured: str = "error",
+    **kwargs: Any,
+) -> Layers:
+    """Find the layers of a model from its loss function.
+
+    Nothing is computed: the loss is traced, as by `jax.jit`. `print(layers)` shows what was
+    understood: each layer with its shape, bias, rows per example and transfer function, then
+    each parameter in no layer with the reason.
+
+    Args:
+      loss_fn: `loss_fn(params, *args, **kwargs)`, as for `jax.value_and_grad`.
+      params: the parameters, arrays or `jax.ShapeDtypeStruct`s.
+      *args: a batch and whatever else the loss takes; its arrays may be abstract too.
+      has_aux: whether the loss function returns a pair (loss, aux).
+      transfer: transfer functions by layer name, elementwise, that replace the ones found.
+      on_uncaptured: "error" refuses a model with a parameter that has a gradient but is in no
+        layer; "pass" lists it in the result, and methods leave its gradient as it is.
+      **kwargs: keyword arguments of the loss.
+
+    Returns:
+      The layers by name: static, hashable, independent of the batch size.
+
+    Raises:
+      ValueError: no layer was found, a parameter with a gradient is in none, `transfer` names no
+        layer, or `on_uncaptured` is unknown.
+      TypeError: the loss is not a scalar, or a parameter is not an array.
+
+    Example:
+      >>> import jax.numpy as jnp, locoprop_jax as lp
+      >>> params = {"code": jnp.ones((3, 2)), "bias": jnp.zeros(2), "out": jnp.ones((2, 3))}
+      >>> def loss_fn(params, x):
+      ...     code = jnp.tanh(x @ params["code"] + params["bias"])
+      ...     return jnp.mean((code @ params["out"] - x) ** 2)
+      >>> print(lp.find_layers(loss_fn, params, jnp.ones((4, 3))))
+      layer  kind   shape   bias  rows  transfer  parameters
+      ------------------------------------------------------
+      code   dense  3 -> 2  yes      1  tanh               8
+      out    dense  2 -> 3  no       1  (loss)             6
+      2 layers, 14 parameters
+    """
+    if on_uncaptured not in ("error", "pass"):
+        raise ValueError(f"`on_uncaptured` is 'error' or 'pass', got {on_uncaptured!r}.")
+    traced = trace(loss_fn, params, args, kwargs, has_aux)
+    names = layer_names(traced)
+    overrides = dict(transfer or {})
+    if unknown := set(overrides) - set(names):
+        raise ValueError(
+            f"`transfer` names {', '.join(sorted(unknown))}, but the layers found are "
+            f"{', '.join(names) or 'none'}."
+        )
+    ends = detect.output_sites(traced.program, traced.detection)
+    pieces = [piece_of(traced, site) for site in traced.detection.sites]
+    sources = _sources(traced, names, pieces)
+
+    def layer(group: tuple[int, ...]) -> Layer:
+        first = group[0]
+        if (name := names[first]) in overrides:
+            transfer_function = given(overrides[name])
+        elif len(group) > 1:
+            transfer_function = identity(f"it is used {len(group)} times")
+        else:
+            transfer_function = _transfer_of(traced, pieces[first])
+        return Layer(
+            name=name,
+            **weights_of(traced, group),
+            rows=_rows_per_example(traced, group),
+            transfer=transfer_function,
+            is_output=not ends.isdisjoint(group),
+            source=sources[first],
+            bypasses=any(detect.bypasses(traced.program, traced.detection, i) for i in group),
+            window=traced.detection.sites[first].window,
+        )
+
+    layers = [layer(group) for group in traced.detection.groups]
+    result = Layers(layers, _uncaptured(traced))
+    _check_found(result, on_uncaptured)
+    return result
+
+
+def _uncaptured(traced: Traced) -> list[Uncaptured]:
+    return [
+        Uncaptured(
+            traced.names[leaf],
+            traced.program.shape(traced.program.inputs[leaf]),
+            reason,
+            leaf not in traced.detection.without_gradient,
+        )
+        for leaf, reason in sorted(traced.detection.reasons.items())
+    ]
+
+
+def _check_found(layers: Layers, on_uncaptured: str) -> None:
+    missing = [other for other in layers.uncaptured if other.has_gradient]
+    lines = "\n".join(f"  {o.path} {list(o.shape)}: {o.reason}" for o in layers.uncaptured)
+    if not layers:
+        raise ValueError(
+            "`find_layers` found no layer in this loss function. Its parameters:\n"
+            + (lines or "  (none)")
+        )
+    if missing and on_uncaptured == "error":
+        raise ValueError(
+            f"`find_layers` found {len(layers)} layers, but these parameters are in none:\n"
+            + "\n".join(f"  {o.path} {list(o.shape)}: {o.reason}. {o.remedy}" for o in missing)
+            + '\nOr pass `on_uncaptured="pass"`, and give them an optimizer of their own by '
+            "`with_fallback`."
+        )
+
+
+# --- one layer -----------------------------------------------------------------------------------
+
+
+def _rows_per_example(traced: Traced, group: Sequence[int]) -> int | None:
+    if traced.batch_axes is None:
+        return None
+    program, total = traced.program, 0
+    first = traced.detection.sites[group[0]]
+    for i in group:
+        site = traced.detection.sites[i]
+        if i in traced.detection.transposed:
+            total += first.d_in  # see `_transposed`
+            continue
+        raw = raw_output(site)
+        shared = set(site.row_axes) - set(traced.batch_axes[raw])
+        pairs = zip(site.lengths, site.sliced, strict=True)
+        times = math.prod(length for length, is_sliced in pairs if not is_sliced)
+        total += times * math.prod(program.shape(raw)[i] for i in shared)
+    return total
+
+
+def _is_plain(traced: Traced, group: Sequence[int]) -> bool:
+    """Whether a layer is one dense layer, applied once."""
+    site = traced.detection.sites[group[0]]
+    is_one = len(group) == 1 and site.stack is None and not site.loops
+    return is_one and site.kind == "dense" and site.reader == AsItIs()
+
+
+def _sources(traced: Traced, names: Sequence[str], pieces: Sequence[Piece]) -> list[str | None]:
+    """For each site the layer that feeds it, with nothing but the transfer function in between.
+
+    Both have to see the same rows and features in the same order.
+    """
+    program, sites = traced.program, traced.detection.sites
+    plain = {g[0] for g in traced.detection.groups if _is_plain(traced, g)}
+    ends = {
+        pieces[i].end: (names[i], transferred_of(traced, sites[i], pieces[i]))
+        for i in sorted(plain)
+    }
+    result: list[str | None] = [None] * len(sites)
+    for i in sorted(plain):
+        (operand,) = sites[i].operands
+        value = program.equations[operand.position].inputs[operand.index]
+        if value in ends:
+            name, chain = ends[value]
+            shape = program.shape(value)
+            data, _ = grouped_axes(sites[i], traced.batch_axes)
+            if _same_order(chains.group((), shape, data), chain, shape):
+                result[i] = name
+    return result
+
+
+def _same_order(one: Chain, other: Chain, shape: Shape) -> bool:
+    """Whether two chains do the same to an array of this shape."""
+    if one == other:
+        return True
+    order = np.arange(math.prod(shape)).reshape(shape)
+    return np.array_equal(chains.apply(one, order), chains.apply(other, order))
+
+
+def _transfer_of(traced: Traced, piece: Piece) -> Transfer:
+    """Find what the network applies to a layer's outputs."""
+    program = traced.program
+    if not piece.equations:
+        return identity(piece.note)
+
+    def function(a: Any) -> Any:
+        return program.call(piece.equations, {piece.begin: a}, piece.end)
+
+    aval = program.avals[piece.begin]
+    closed = jax.make_jaxpr(function)(as_struct(aval))
+    traced_piece = TracedPiece(closed, tuple(aval.shape), aval.dtype)
+    return recognise(traced_piece, aval.dtype, piece.note)

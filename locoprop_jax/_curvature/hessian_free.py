@@ -1,0 +1,183 @@
+"""Hessian-free optimization: conjugate gradient on the damped Gauss-Newton matrix."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from locoprop_jax import _linalg
+from locoprop_jax._checks import check_not_negative, check_positive, check_whole
+from locoprop_jax._curvature.gauss_newton import (
+    ValueFn,
+    check_line,
+    descend,
+    dtype_of_model,
+    levenberg_marquardt,
+    like,
+    quadratic_model,
+    reduction_ratio,
+    with_l2,
+)
+from locoprop_jax._curvature.products import linearise
+
+
+class HessianFreeState(NamedTuple):
+    """State of `scale_by_hessian_free`.
+
+    Attributes:
+      count: finite batches so far. shape=(), dtype=int32
+      damping: lambda. shape=()
+      reduction_ratio: rho, how much the loss fell over how much the model fell. shape=()
+      iterations: of conjugate gradient in the last step. shape=(), dtype=int32
+      previous: the last solution, where the next iterations start.
+    """
+
+    count: Int[Array, ""]
+    damping: Float[Array, ""]
+    reduction_ratio: Float[Array, ""]
+    iterations: Int[Array, ""]
+    previous: Any
+
+
+def scale_by_hessian_free(
+    *,
+    damping: float = 0.1,
+    iterations: int = 50,
+    tolerance: float = 5e-4,
+    damping_decay: float = 2 / 3,
+    l2: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """(GGN + lambda I)^-1 g by conjugate gradient (Martens; practical GN, section 4).
+
+    The iterations start from the best multiple of the last solution and end when they make little
+    progress. lambda follows Levenberg and Marquardt: the loss is evaluated after each step, and
+    where it fell by less than a quarter of what the quadratic model says, lambda grows; where by
+    more than three quarters, it shrinks. It starts at `damping` times the curvature per squared
+    length of the first gradient. The network's layers need not be found beforehand; parameters in
+    none are solved for like all others.
+
+    Args:
+      damping: the first lambda, in units of g'Gg / g'g.
+      iterations: at most so many, each one pass forward and one backward.
+      tolerance: the iterations end where an average one of the last k = max(10, i / 10) lowers the
+        quadratic by less than this share (Martens, section 4.4); 0 for all of them.
+      damping_decay: by what lambda shrinks, or is divided to grow; 1 to keep it.
+      l2: eta, where the loss is to be understood as `loss + eta / 2 |params|^2`, and the incoming
+        updates are the gradient of the loss alone.
+
+    Returns:
+      A transformation whose `update` needs the parameters, `value` and `value_fn`, as for
+      `scale_by_gauss_newton_step`, all for one batch. Negated, its update is meant to be taken as
+      it is. A batch that is not finite leaves its state as it was, and updates nothing.
+
+    Raises:
+      ValueError: at construction, for numbers out of range; at update, for a loss whose outputs
+        cannot be told.
+      TypeError: at update, `params`, `value` or `value_fn` are missing.
+
+    References:
+      J. Martens, `Deep learning via Hessian-free optimization
+      <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`_, 2010; Botev et al.,
+      `Practical Gauss-Newton Optimisation for Deep Learning <https://arxiv.org/abs/1706.03662>`_,
+      2017, appendices B and F.2.
+    """
+    name = "scale_by_hessian_free"
+    check_not_negative(damping=damping, tolerance=tolerance, l2=l2)
+    check_positive(damping_decay=damping_decay)
+    check_whole(iterations=iterations)
+
+    def init(params: Any) -> HessianFreeState:
+        def number(value: Any) -> Array:
+            return jnp.asarray(value, dtype_of_model(params))
+
+        def count() -> Array:
+            return jnp.zeros([], jnp.int32)
+
+        previous = _linalg.zeros_like(_linalg.wide(params))
+        return HessianFreeState(count(), number(damping), number(1), count(), previous)
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        value: Any = None,
+        value_fn: ValueFn | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, HessianFreeState]:
+        del extra_args
+        value_fn = check_line(name, params=params, value=value, value_fn=value_fn)
+        network = linearise(value_fn, params, (), {}, False, name)
+        dtype = dtype_of_model(params)
+        eta = jnp.asarray(l2, dtype)
+        slope = with_l2(_linalg.wide(updates), _linalg.wide(params), l2)
+        ok = _linalg.all_finite((updates, jnp.asarray(value)))
+
+        def product(vector: Any) -> Any:
+            pushed = network.push(like(vector, params))
+            return _linalg.wide(network.pull(network.hessian(pushed)))
+
+        unit = quadratic_model(network, slope, [like(slope, params)]).rayleigh
+        first = jnp.asarray(damping, dtype) * unit.astype(dtype)
+        amount = jnp.where(state.count == 0, first, state.damping)
+
+        def damped(vector: Any) -> Any:
+            return _linalg.add(product(vector), _linalg.scale(vector, amount + eta))
+
+        solution, residual, made = _linalg.truncated_conjugate_gradient(
+            damped, slope, iterations, tolerance, start=state.previous
+        )
+        change = -(_linalg.dot(solution, slope) + _linalg.dot(solution, residual)) / 2
+        ratio = reduction_ratio(value_fn, value, params, like(solution, params), l2, change)
+        factor = jnp.asarray(damping_decay, dtype)
+        new = HessianFreeState(
+            state.count + 1,
+            levenberg_marquardt(amount, ratio, factor),
+            ratio,
+            made,
+            solution,
+        )
+        step = like(solution, updates)
+        return _linalg.where(ok, step, _linalg.zeros_like(step)), _linalg.where(ok, new, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def hessian_free(
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    *,
+    damping: float = 0.1,
+    iterations: int = 50,
+    tolerance: float = 5e-4,
+    damping_decay: float = 2 / 3,
+    l2: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Hessian-free optimization: `scale_by_hessian_free` and a learning rate, best left at one.
+
+    Its `update` needs the parameters, `value` and `value_fn`: no `captured`.
+
+    Args:
+      learning_rate: a number or a schedule.
+      damping: the first lambda, in units of the curvature along the first gradient.
+      iterations: of conjugate gradient, at most.
+      tolerance: of its progress.
+      damping_decay: by what lambda shrinks, or is divided to grow.
+      l2: eta of `eta / 2 |params|^2`, added to the loss.
+
+    Returns:
+      A complete optimizer.
+
+    Raises:
+      ValueError, TypeError: as `scale_by_hessian_free`.
+    """
+    direction = scale_by_hessian_free(
+        damping=damping,
+        iterations=iterations,
+        tolerance=tolerance,
+        damping_decay=damping_decay,
+        l2=l2,
+    )
+    return optax.chain(direction, descend(learning_rate))

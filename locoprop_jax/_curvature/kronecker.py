@@ -1,0 +1,268 @@
+"""Curvature of each layer as the Kronecker product of an input and an output factor.
+
+K-FAC and KFRA share the input factor, the damping and the amortisation; they differ in where the
+output factors come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from locoprop_jax import _linalg
+from locoprop_jax._checks import check_layers, check_not_negative
+from locoprop_jax._layers import rows
+from locoprop_jax._layers.blocks import blocks, dtype_of, matrix, matrix_shapes, unmatrix
+from locoprop_jax._layers.captured import Captured, check_captured
+from locoprop_jax._layers.layers import Layers, replace
+from locoprop_jax._layers.rows import Block, Inputs
+from locoprop_jax._layers.stacking import map_layers, over_stack
+from locoprop_jax._neurons.amortised import Amortisation, AmortisedState
+
+
+class Factors(NamedTuple):
+    """Of a layer whose block W is a matrix (d, d_out), its bias the last row.
+
+    Attributes:
+      inputs: S = X'X / N, X with its column of ones; of an embedding its diagonal.
+      outputs: Gamma, for K-FAC C'C summed over samples and rows.
+    """
+
+    inputs: Float[Array, "d d"] | Float[Array, " d"]
+    outputs: Float[Array, "d_out d_out"]
+
+
+class InputFactor(NamedTuple):
+    """The inverse of the damped input factor, and a number in place of the other's."""
+
+    inputs: Float[Array, "d d"] | Float[Array, " d"]
+    scale: Float[Array, ""]
+
+
+class EigenFactors(NamedTuple):
+    """The eigenvectors of both factors, and the damped inverse in their basis.
+
+    Attributes:
+      bases: of the inputs' and the outputs' factor, in columns; ones for a diagonal factor.
+      scale: 1 / (a_i b_j + damping) for the eigenvalues a and b.
+    """
+
+    bases: Factors
+    scale: Float[Array, "d d_out"]
+
+
+class KroneckerState(AmortisedState):
+    """State of `scale_by_kfac` and `scale_by_kfra`.
+
+    Attributes:
+      count: finite batches so far. shape=(), dtype=int32
+      gathered: `count` after the last batch whose factors were gathered. shape=(), dtype=int32
+      failures: factorisations that did not succeed; their layers kept the inverse they had.
+        shape=(), dtype=int32
+      statistics: `Factors` by layer, their running sums. Empty for the current batch's alone.
+      inverse: by layer, the inverses of the damped `Factors`, of the input factor alone with a
+        number for the other, or `EigenFactors`.
+    """
+
+
+class Damping(NamedTuple):
+    """How damped factors are inverted and what becomes of the output factor.
+
+    Attributes:
+      amount: k, in units of the mean eigenvalue of S (x) Gamma, or absolute.
+      relative: which of the two.
+      exact: whether k is added in the eigenvectors of both factors.
+      output_factor: "keep", "constant" or "norm".
+    """
+
+    amount: Any
+    relative: bool
+    exact: bool
+    output_factor: str
+
+    def check(self) -> None:
+        """Refuse what is out of range.
+
+        Raises:
+          ValueError: it is.
+        """
+        check_not_negative(damping=self.amount)
+        if self.output_factor not in ("keep", "constant", "norm"):
+            raise ValueError(
+                f"`output_factor` is 'keep', 'constant' or 'norm', got {self.output_factor!r}."
+            )
+        if self.exact and self.output_factor != "keep":
+            raise ValueError(
+                f"`output_factor={self.output_factor!r}` leaves out one of two factors, which "
+                f"exact damping does not have apart. Use `exact_damping=False`."
+            )
+
+    def zeros(self, factors: Factors) -> Factors | InputFactor | EigenFactors:
+        """What `invert` returns, before the first inversion, for factors of zeros."""
+        inputs, outputs = factors
+        *stack, d_out, _ = outputs.shape
+        if self.output_factor == "constant":
+            return InputFactor(inputs, jnp.zeros(stack, inputs.dtype))
+        shape = (*inputs.shape[: len(stack) + 1], d_out)
+        return EigenFactors(factors, jnp.zeros(shape, inputs.dtype)) if self.exact else factors
+
+    def invert(self, factors: Factors) -> Factors | InputFactor | EigenFactors:
+        """The inverse of the damped product of two factors."""
+        if self.exact:
+            return self._invert_exactly(factors)
+        inputs, outputs = _mean_eigenvalues(factors)
+        pi, root = jnp.sqrt(inputs / outputs), jnp.sqrt(self._amount(factors))
+        inverse = _linalg.inverse(_linalg.damped(factors.inputs, root * pi))
+        if self.output_factor == "constant":
+            smallest = jnp.finfo(root.dtype).tiny
+            return InputFactor(inverse, 1 / jnp.maximum(root / pi, smallest))
+        return Factors(inverse, _linalg.inverse(_linalg.damped(factors.outputs, root / pi)))
+
+    def divide(
+        self, gradient: Float[Array, "d d_out"], by: Factors | InputFactor | EigenFactors
+    ) -> Float[Array, "d d_out"]:
+        """The gradient by what `invert` returned."""
+        if isinstance(by, InputFactor):
+            return by.scale * _linalg.multiply(by.inputs, gradient)
+        if isinstance(by, EigenFactors):
+            left, right = by.bases
+            inside = by.scale * (_linalg.multiply(left.T, gradient) @ right)
+            return _linalg.multiply(left, inside) @ right.T
+        alone = _linalg.multiply(by.inputs, gradient)
+        both = alone @ by.outputs
+        return _as_long_as(both, alone) if self.output_factor == "norm" else both
+
+    def _amount(self, factors: Factors) -> Float[Array, ""]:
+        inputs, outputs = _mean_eigenvalues(factors)
+        amount = jnp.asarray(self.amount, inputs.dtype)
+        return amount * inputs * outputs if self.relative else amount
+
+    def _invert_exactly(self, factors: Factors) -> EigenFactors:
+        values, bases = zip(*map(_eigenvalues, factors), strict=True)
+        inputs, outputs = (jnp.maximum(value, 0) for value in values)
+        products = inputs[:, None] * outputs[None] + self._amount(factors)
+        smallest = jnp.finfo(products.dtype).tiny
+        return EigenFactors(Factors(*bases), 1 / jnp.maximum(products, smallest))
+
+
+def _eigenvalues(factor: Array) -> tuple[Array, Array]:
+    """And the eigenvectors, in columns; of a diagonal factor, ones."""
+    if factor.ndim == 1:
+        return factor, jnp.ones_like(factor)
+    values, basis = jnp.linalg.eigh((factor + factor.T) / 2)
+    return values, basis
+
+
+# Gamma of each of the layers of the incoming blocks, from (captured, params, blocks).
+OutputFactors = Callable[[Captured, Any, dict[str, Block]], dict[str, Float[Array, "d_out d_out"]]]
+
+
+def scale_by_kronecker(
+    method: str,
+    layers: Layers,
+    output_factors: OutputFactors,
+    damping: Damping,
+    amortisation: Amortisation,
+) -> optax.GradientTransformationExtraArgs:
+    """Divide each layer's gradient by its damped Kronecker product.
+
+    Args:
+      method: for errors.
+      layers: from `find_layers`.
+      output_factors: where they come from; called where statistics are gathered.
+      damping: of the product.
+      amortisation: of its factors.
+
+    Raises:
+      ValueError: at construction, for no layers, and options out of range.
+    """
+    check_layers(layers, method)
+    damping.check()
+    amortisation.check()
+
+    def init(params: Any) -> KroneckerState:
+        statistics, inverse = {}, {}
+        for name, block in matrix_shapes(layers, params).items():
+            *stack, d, d_out = block.shape
+            square = (d,) if layers[name].is_lookup else (d, d)
+
+            def factors(
+                inputs: Any = (*stack, *square),
+                outputs: Any = (*stack, d_out, d_out),
+                dtype: Any = block.dtype,
+            ) -> Factors:
+                return Factors(jnp.zeros(inputs, dtype), jnp.zeros(outputs, dtype))
+
+            if amortisation.is_averaged:
+                statistics[name] = factors()
+            inverse[name] = damping.zeros(factors())
+
+        def zero() -> Array:  # one for each: a buffer cannot be donated twice
+            return jnp.zeros([], jnp.int32)
+
+        return KroneckerState(zero(), zero(), zero(), statistics, inverse)
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        captured: Captured | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, KroneckerState]:
+        del extra_args
+        captured = check_captured(layers, captured, method)
+        slopes = blocks(layers, updates)
+        ok = _linalg.all_finite(updates)
+
+        def gather() -> dict[str, Factors]:
+            outputs = output_factors(captured, params, slopes)
+            return {
+                name: over_stack(layers[name], _factors)(
+                    captured[name].rows(dtype_of(slope)), slope, outputs[name]
+                )
+                for name, slope in slopes.items()
+            }
+
+        def invert(averages: dict[str, Factors]) -> dict[str, Any]:
+            return map_layers(layers, lambda _, factors: damping.invert(factors), averages)
+
+        def apply(_: str, arrays: tuple[Block, Any]) -> Block:
+            slope, inverse = arrays
+            return unmatrix(damping.divide(matrix(slope), inverse), slope)
+
+        state = amortisation.advance(state, ok, gather, invert)
+        sources = {name: (slopes[name], state.inverse[name]) for name in slopes}
+        new = map_layers(layers, apply, sources)
+        directions = replace(layers, updates, new)
+        state = state._replace(count=state.count + ok.astype(jnp.int32))
+        return _linalg.where(ok, directions, _linalg.zeros_like(directions)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# --- one layer -----------------------------------------------------------------------------------
+
+
+def _factors(inputs: Inputs, like: Block, outputs: Float[Array, "d_out d_out"]) -> Factors:
+    moment = rows.extended_moment(inputs, like) / rows.count(inputs)
+    return Factors(moment, outputs.astype(dtype_of(like)))
+
+
+def _mean_eigenvalues(factors: Factors) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """One for a factor of zeros: a gradient that never met data is not made long."""
+    means = map(_linalg.mean_eigenvalue, factors)
+    inputs, outputs = (jnp.where(mean > 0, mean, 1) for mean in means)
+    return inputs, outputs
+
+
+def _as_long_as(
+    model: Float[Array, "d d_out"], direction: Float[Array, "d d_out"]
+) -> Float[Array, "d d_out"]:
+    """The direction with the other's norm; zero if it is."""
+    length = jnp.linalg.norm(direction)
+    return direction * (jnp.linalg.norm(model) / jnp.where(length > 0, length, 1))

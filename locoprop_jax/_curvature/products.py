@@ -1,0 +1,255 @@
+"""Products of the Gauss-Newton matrix and of the Fisher with a vector, matrix-free."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from locoprop_jax import _linalg, losses
+from locoprop_jax._capture import curvature
+from locoprop_jax._capture.curvature import Point
+from locoprop_jax._capture.targets import Target, plan
+from locoprop_jax._layers.layers import Layers, path_name
+from locoprop_jax._tracing import jaxpr
+from locoprop_jax._tracing.heads import Cut, addresses, cut
+from locoprop_jax._tracing.trace import layer_names, trace
+
+Tree = Any
+Outputs = list[Array]  # one array for each target
+Product = Callable[[Tree], Tree]
+
+
+class Linearised(NamedTuple):
+    """A network at some parameters, up to the outputs that its loss takes.
+
+    Attributes:
+      push: J v for the Jacobian J of the outputs by the parameters; linear.
+      pull: J' u; linear.
+      hessian: H u for the Hessian H of the loss by the outputs; linear.
+      targets: where the outputs are.
+      points: the outputs, and what the loss makes of them.
+    """
+
+    push: Callable[[Tree], Outputs]
+    pull: Callable[[Outputs], Tree]
+    hessian: Callable[[Outputs], Outputs]
+    targets: tuple[Target, ...]
+    points: list[Point]
+
+
+def gauss_newton_vector_product(
+    loss_fn: Callable[..., Any],
+    params: Tree,
+    *args: Any,
+    has_aux: bool = False,
+    layers: Layers | None = None,
+    **kwargs: Any,
+) -> Product:
+    """Products of vectors with the generalised Gauss-Newton matrix (practical GN, eqs. 12, 13).
+
+    The matrix is J'HJ, with J the Jacobian of the network's outputs by all parameters and H the
+    Hessian of the loss, as written, by these outputs: what a mean over the batch divides by stays
+    in it. Any loss will do whose head is convex and which one layer feeds; the losses of
+    `locoprop_jax.losses` may be several, and where the Hessian of one is not positive
+    semi-definite its positive part counts. What an unmarked loss does with parameters after its
+    last layer, or past every layer (weight decay), does not enter.
+
+    The network runs forward when this is called, a product is one pass forward and one backward.
+
+    Args:
+      loss_fn: `loss_fn(params, *args, **kwargs)` with a scalar loss, or a pair (loss, aux).
+      params: where to take the matrix.
+      *args: a batch and whatever else the loss takes.
+      has_aux: whether the loss function returns a pair.
+      layers: from `find_layers`, for the block-diagonal matrix: one block for each layer, and one
+        for all other parameters. A product then costs as many passes as there are blocks, one
+        after the other.
+      **kwargs: keyword arguments of the loss.
+
+    Returns:
+      A linear function of a tree like `params`, with a tree like it for a result.
+
+    Raises:
+      TypeError: the loss is not a scalar, or a parameter is not an array.
+      ValueError: no layer was found, or several unmarked output layers were.
+
+    References:
+      N. Schraudolph, `Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent
+      <https://doi.org/10.1162/08997660260028683>`_, 2002.
+
+    Example:
+      >>> import jax.numpy as jnp, locoprop_jax as lp
+      >>> def loss_fn(w, x):
+      ...     return jnp.mean((x @ w["kernel"]) ** 2)
+      >>> w, x = {"kernel": jnp.ones((3, 1))}, jnp.eye(3)
+      >>> lp.gauss_newton_vector_product(loss_fn, w, x)(w)["kernel"].round(2).tolist()
+      [[0.67], [0.67], [0.67]]
+    """
+    name = "gauss_newton_vector_product"
+    network = linearise(loss_fn, params, args, kwargs, has_aux, name)
+
+    def product(vector: Tree) -> Tree:
+        return network.pull(network.hessian(network.push(vector)))
+
+    return product if layers is None else _by_layer(product, layers)
+
+
+def fisher_vector_product(
+    loss_fn: Callable[..., Any],
+    params: Tree,
+    *args: Any,
+    rng: Array | None = None,
+    samples: int = 1,
+    has_aux: bool = False,
+    layers: Layers | None = None,
+    **kwargs: Any,
+) -> Product:
+    """Products of vectors with the Fisher, for labels sampled from the model (practical GN, C.1).
+
+    The matrix is the sum over loss terms of w e e', with e the gradient of one term for a label
+    that the model predicts, averaged over some labels, and w the term's weight in the loss: for
+    exponential families in their natural parameters its expectation is the Gauss-Newton matrix.
+
+    Args:
+      loss_fn: `loss_fn(params, *args, **kwargs)`, written with `locoprop_jax.losses`.
+      params: where to take the matrix.
+      *args: a batch and whatever else the loss takes.
+      rng: a key, for the labels. The loss does not get it.
+      samples: how many labels for each term.
+      has_aux: whether the loss function returns a pair (loss, aux).
+      layers: from `find_layers`, for the block-diagonal matrix, as for
+        `gauss_newton_vector_product`.
+      **kwargs: keyword arguments of the loss.
+
+    Returns:
+      A linear function of a tree like `params`, with a tree like it for a result.
+
+    Raises:
+      TypeError: the loss is not a scalar, a parameter is not an array, or `rng` is missing.
+      ValueError: the loss is not marked, or `samples` is not positive.
+    """
+    curvature.check_arguments("fisher_mc", samples)
+    if rng is None:
+        raise TypeError(
+            "`fisher_vector_product` samples labels: pass a key as the keyword `rng`, such as "
+            "`rng=jax.random.key(0)`."
+        )
+    network = linearise(loss_fn, params, args, kwargs, has_aux, "fisher_mc")
+    drawn = curvature.cotangents(network.targets, network.points, "fisher_mc", samples, rng)
+
+    def outer(target: Target, columns: Array, vector: Array) -> Array:
+        along = jnp.sum(columns * vector[None], [i + 1 for i in target.outputs], keepdims=True)
+        return jnp.sum(columns * along, 0)
+
+    def product(vector: Tree) -> Tree:
+        pushed = network.push(vector)
+        return network.pull([*map(outer, network.targets, drawn, pushed)])
+
+    return product if layers is None else _by_layer(product, layers)
+
+
+def linearise(
+    loss_fn: Callable[..., Any],
+    params: Tree,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    has_aux: bool,
+    asked: str,
+) -> Linearised:
+    """Run the network forward, up to the outputs that its loss takes.
+
+    Args:
+      loss_fn: the loss function.
+      params: where.
+      args: the loss's other arguments.
+      kwargs: its keyword arguments.
+      has_aux: whether it returns a pair.
+      asked: a kind of curvature, or the name of the method that asks, for errors.
+
+    Raises:
+      ValueError: the outputs cannot be told.
+    """
+    traced = trace(loss_fn, params, tuple(args), kwargs, has_aux)
+    program = traced.program
+    targets = plan(traced, asked, layer_names(traced), ())
+    starts = [target.value if target.call is None else target.terms for target in targets]
+    heads = [cut(traced, start, program.outputs[0]) for start in starts]
+    free = [v for head in heads for v in head.free]
+    operands = [v for target in targets for v in target.operands]
+    wanted = addresses(program, [*(t.value for t in targets), *starts, *operands, *free])
+
+    def forward(params: Tree) -> tuple[Outputs, dict]:
+        flat = [*jax.tree.leaves(params), *traced.arguments]
+        _, recorded = jaxpr.evaluate(traced.closed, flat, frozenset(wanted.values()), {})
+        return [recorded[wanted[target.value]] for target in targets], recorded
+
+    # By the transpose of the pass backward, which also exists where only that one is defined.
+    outputs, pull, recorded = jax.vjp(forward, params, has_aux=True)
+    push = jax.linear_transpose(lambda u: pull(u)[0], outputs)
+    given = [*jax.tree.leaves(params), *traced.arguments]
+    known: dict[int, Any] = dict(zip(program.inputs, given, strict=True))
+    known |= program.constants
+    known |= {value: recorded[address] for value, address in wanted.items()}
+
+    def point(target: Target, head: Cut) -> Point:
+        rest = head.function(known)
+        if target.call is None:
+            return Point(known[target.value], head=rest)
+        weights = jax.grad(rest)(known[target.terms])
+        return Point(known[target.value], tuple(known[v] for v in target.operands), weights)
+
+    points = [point(target, head) for target, head in zip(targets, heads, strict=True)]
+    # Once: it may take a factorisation, which a loop over products would repeat.
+    products = [_hessian(target, point) for target, point in zip(targets, points, strict=True)]
+
+    def hessian(vectors: Outputs) -> Outputs:
+        return [product(vector) for product, vector in zip(products, vectors, strict=True)]
+
+    return Linearised(lambda v: push(v)[0], lambda u: pull(u)[0], hessian, targets, points)
+
+
+def _hessian(target: Target, point: Point) -> Callable[[Array], Array]:
+    """The product with the Hessian of the loss as written by a target's outputs."""
+    if target.loss is None:
+        assert point.head is not None
+        # Reverse over reverse: a loss may have a derivative of its own that has no forward mode.
+        product = jax.vjp(jax.grad(point.head), point.value)[1]
+        return lambda vector: product(vector)[0]
+    if target.loss.root is None:  # it may be indefinite
+        loss = functools.partial(curvature.weighted, target, point)
+        root = losses.dense_root(loss, point.value, target.outputs)
+        return lambda vector: root(root(vector)).astype(vector.dtype)
+    # By the root in closed form, which takes fewer operations than a derivative of a gradient.
+    root, dtype = curvature.root_of(target, point), losses.working_dtype(point.value.dtype)
+    turned = jax.linear_transpose(root, jax.ShapeDtypeStruct(point.value.shape, dtype))
+    return lambda vector: root(turned(vector.astype(dtype))[0]).astype(vector.dtype)
+
+
+def _by_layer(product: Product, layers: Layers) -> Product:
+    """The product with the diagonal blocks: each layer's, and that of the other parameters."""
+    numbers = {
+        parameter.path: i
+        for i, layer in enumerate(layers.values())
+        for parameter in layer.parameters
+    }
+
+    def only(block: Array, tree: Tree) -> Tree:
+        def part(path: Any, leaf: Array) -> Array:
+            number = numbers.get(path_name(path), len(layers))
+            return jnp.where(block == number, leaf, jnp.zeros_like(leaf))
+
+        return jax.tree_util.tree_map_with_path(part, tree)
+
+    def of_blocks(vector: Tree) -> Tree:
+        def add_block(i: Array, total: Tree) -> Tree:
+            return _linalg.add(total, only(i, product(only(i, vector))))
+
+        # In a loop, because the program would be as long as the network is deep, twice.
+        return jax.lax.fori_loop(0, len(layers) + 1, add_block, _linalg.zeros_like(vector))
+
+    return of_blocks

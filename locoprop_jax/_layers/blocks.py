@@ -1,0 +1,160 @@
+"""A layer's kernel and bias as methods handle them: apart, beside the rows they meet.
+
+A block holds the parts of a layer that a method was given, which under `optax.masked` may be one
+of the two. `matrix` makes it the W of the papers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from locoprop_jax._layers.captured import Captured
+from locoprop_jax._layers.layers import Layers, leaves_by_path, parameter_paths
+from locoprop_jax._layers.rows import Block, join_rows
+from locoprop_jax._layers.stacking import over_stack
+
+# --- parameters ----------------------------------------------------------------------------------
+
+
+def blocks(layers: Layers, tree: Any) -> dict[str, Block]:
+    """The kernels and biases in a tree by layer, in float32 or float64, without masked ones.
+
+    Raises:
+      ValueError: the tree is of another model.
+    """
+    leaves = leaves_by_path(tree)
+    _check_model(layers, leaves)
+    found_blocks = {}
+    for name, layer in layers.items():
+        found = {
+            part: parameter.read(leaves[parameter.path])
+            for part, parameter in layer.parts.items()
+            if parameter.path in leaves
+        }
+        if found:
+            wide = any(leaf.dtype == jnp.float64 for leaf in found.values())
+            dtype = jnp.float64 if wide else jnp.float32
+            found_blocks[name] = {part: leaf.astype(dtype) for part, leaf in found.items()}
+    return found_blocks
+
+
+def _check_model(layers: Layers, leaves: Mapping[str, Any]) -> None:
+    remedy = "Call `find_layers` with the loss function and the parameters that you train."
+    parameters = [parameter for layer in layers.values() for parameter in layer.parameters]
+    if leaves and not any(parameter.path in leaves for parameter in parameters):
+        raise ValueError(
+            f"None of the parameters is in a layer: the layers have {parameters[0].path!r} and so "
+            f"on, the parameters are {next(iter(leaves))!r} and so on. {remedy}"
+        )
+    for parameter in parameters:
+        shape = getattr(leaves.get(parameter.path), "shape", parameter.shape)
+        if shape != parameter.shape:
+            raise ValueError(
+                f"The parameter {parameter.path!r} has the shape {shape}, in the layers "
+                f"{parameter.shape}. {remedy}"
+            )
+
+
+def dtype_of(block: Block) -> Any:
+    """Of all its parts."""
+    return next(iter(block.values())).dtype
+
+
+def others(layers: Layers, tree: Any) -> list[Array]:
+    """The leaves that are in no layer."""
+    inside = parameter_paths(layers)
+    return [leaf for path, leaf in leaves_by_path(tree).items() if path not in inside]
+
+
+# --- curvature -----------------------------------------------------------------------------------
+
+
+def curvature_of(
+    captured: Captured, name: str, source: str, dtype: Any, *, is_after: bool = False
+) -> Float[Array, "*stack samples batch shared d_out"]:
+    """The curvature cotangents of a layer, as a method asked for them.
+
+    Args:
+      captured: of the batch.
+      name: of the layer.
+      source: "captured", or "empirical" for the loss's own cotangents.
+      dtype: of the result.
+      is_after: whether of the outputs after the transfer function.
+
+    Raises:
+      ValueError: they were not captured.
+    """
+    arrays = captured[name]
+    if source == "captured":
+        curvature = arrays.transferred_curvature if is_after else arrays.curvature
+        return curvature.astype(dtype)
+    empirical = arrays.transferred_cotangents if is_after else arrays.cotangents
+    return empirical[..., None, :, :, :].astype(dtype) * jnp.sqrt(
+        jnp.asarray(captured.terms, dtype)
+    )
+
+
+def curvature_rows(
+    captured: Captured, name: str, source: str, dtype: Any, *, is_after: bool = False
+) -> Float[Array, "*stack samples_rows d_out"]:
+    """`curvature_of` as rows: their second moment, summed, is the Fisher's factor of the outputs.
+
+    Raises:
+      ValueError: they were not captured.
+    """
+    return join_rows(curvature_of(captured, name, source, dtype, is_after=is_after), 3)
+
+
+def divide(
+    block: Block,
+    mean: Float[Array, " d_in"],
+    bias: float | Float[Array, ""],
+    solve: Callable[[Array], Array],
+) -> Block:
+    """M^-1 block for a damped second moment M of (x, 1), or of x without a bias.
+
+    The bias is eliminated first.
+
+    Args:
+      block: with a kernel.
+      mean: of x.
+      bias: the inverse of the bias's own entry in M.
+      solve: divides by what then remains for the kernel: with a free bias the damped covariance.
+    """
+    if "bias" not in block:
+        return {"kernel": solve(block["kernel"])}
+    alone = bias * block["bias"]
+    kernel = solve(block["kernel"] - mean[:, None] * alone[None])
+    return {"kernel": kernel, "bias": alone - bias * (mean @ kernel)}
+
+
+def matrix(block: Block) -> Float[Array, "d d_out"]:
+    """A block as one matrix, the bias its last row."""
+    return jnp.concatenate(
+        [block[part].reshape(-1, block[part].shape[-1]) for part in _parts(block)]
+    )
+
+
+def unmatrix(value: Float[Array, "d d_out"], like: Block) -> Block:
+    """The inverse of `matrix`."""
+    parts = {"kernel": lambda: value[: like["kernel"].shape[0]], "bias": lambda: value[-1]}
+    return {part: parts[part]() for part in like}
+
+
+def matrix_shapes(layers: Layers, params: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape (*stack, d, d_out) and dtype of each block as one matrix, by layer."""
+    if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
+        return dict.fromkeys(layers, jax.ShapeDtypeStruct((1, 1), jnp.float32))
+    return {
+        name: jax.eval_shape(over_stack(layers[name], matrix), block)
+        for name, block in blocks(layers, params).items()
+    }
+
+
+def _parts(block: Block) -> list[str]:
+    return [part for part in ("kernel", "bias") if part in block]

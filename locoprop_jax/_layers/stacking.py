@@ -1,0 +1,68 @@
+"""The same work for every layer: apart, or at once for those that are alike."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from locoprop_jax._layers.layers import Layer
+
+Data = TypeVar("Data")
+
+
+def over_stack(layer: Layer, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of one layer for all layers of a stack, along the first axis of all arrays."""
+    return function if layer.stack is None else jax.vmap(function)
+
+
+def map_layers(
+    layers: Mapping[str, Layer],
+    each: Callable[[str, Data], Any],
+    data: Mapping[str, Data],
+    *,
+    kind: Callable[[str], Hashable] = lambda name: None,
+    stack: bool | None = None,
+) -> dict[str, Any]:
+    """`each(name, data[name])` by name.
+
+    Args:
+      layers: from `find_layers`.
+      each: traceable; its result a tree of arrays.
+      data: each layer's tree of arrays; those of a stack have its axis in front.
+      kind: of a layer; those of one kind must only differ in their arrays.
+      stack: whether to `vmap` over the layers of one kind with arrays of equal shapes; None for
+        what is fastest: not on a CPU, where batched products are slow and copies cost more than
+        they save.
+    """
+    if stack is None:
+        stack = jax.default_backend() != "cpu"
+    results: dict[str, Any] = {}
+
+    def one(name: str) -> Callable[[Any], Any]:
+        return over_stack(layers[name], functools.partial(each, name))
+
+    groups = _alike(data, lambda name: (layers[name].stack, kind(name)))
+    for names in groups if stack else [[name] for name in data]:
+        first = names[0]
+        if len(names) == 1:
+            results[first] = one(first)(data[first])
+            continue
+        trees = [data[name] for name in names]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+        together = jax.vmap(one(first))(stacked)
+        for i, name in enumerate(names):
+            results[name] = jax.tree.map(lambda leaf, i=i: leaf[i], together)
+    return {name: results[name] for name in data}
+
+
+def _alike(data: Mapping[str, Any], kind: Callable[[str], Hashable]) -> list[list[str]]:
+    groups: dict[Hashable, list[str]] = {}
+    for name, arrays in data.items():
+        leaves, structure = jax.tree.flatten(arrays)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        groups.setdefault((kind(name), structure, shapes), []).append(name)
+    return list(groups.values())

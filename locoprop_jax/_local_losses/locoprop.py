@@ -1,0 +1,239 @@
+"""LocoProp, PocoProp and ProxProp: named points of the local-loss framework.
+
+The learning rate of each is eta of the local iterations and carries the schedule; gamma, the step
+size of the activations, is constant. The loss's cotangents carry 1/B for a mean over a batch of B:
+the paper's choices of gamma for B = 1000 are 10 to 5000.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from locoprop_jax._layers.layers import Layers
+from locoprop_jax._local_losses import divergences
+from locoprop_jax._local_losses.divergences import Target
+from locoprop_jax._local_losses.local_loss import scale_by_local_loss
+from locoprop_jax._local_losses.regularizers import Regularizer, l2
+from locoprop_jax._local_losses.solvers import Solver, exact, inner
+from locoprop_jax._training.training import with_fallback
+
+Optimizer = Callable[[Any], optax.GradientTransformation]
+
+# TensorFlow's RMSProp with heavy-ball momentum, the optimizer of the paper's experiments.
+RMSPROP = functools.partial(
+    optax.rmsprop,
+    decay=0.9,
+    eps=1e-6,
+    initial_scale=1.0,
+    eps_in_sqrt=True,
+    momentum=0.9,
+)
+
+
+def locoprop_s(
+    layers: Layers,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    gamma: float = 100.0,
+    iterations: int = 10,
+    optimizer: Optimizer = RMSPROP,
+    regularizer: Regularizer | None = None,
+    correction: float | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """LocoProp with local squared losses (LocoProp, eq. 3, Algorithm 1).
+
+    Each layer moves its outputs towards a gradient step on them, A - gamma E, by `iterations`
+    steps of `optimizer` on 1/2 |X W~ - (A - gamma E)|^2. Works with any transfer function.
+
+    Args:
+      layers: from `find_layers`.
+      learning_rate: eta of the local iterations, a number or a schedule.
+      gamma: the activation step size.
+      iterations: T, how many local steps are taken for each batch.
+      optimizer: the local optimizer's constructor, called with the learning rate of each step.
+      regularizer: None, as in the paper's Algorithms; `l2()` adds 1/(2 eta) |W~ - W|^2, as in its
+        eq. 3 and in the review's Algorithm 2 ("fixed").
+      correction: None for the paper's: all layers at once. With a number one after the other, as
+        `scale_by_local_loss` describes.
+
+    Returns:
+      A complete optimizer. Its `update` needs `captured`, from `value_grad_and_capture`.
+
+    Raises:
+      ValueError, TypeError: as `scale_by_local_loss`.
+    """
+    return _complete(
+        layers,
+        learning_rate,
+        gamma=gamma,
+        divergence="squared",
+        regularizer=regularizer,
+        solver=inner(optimizer, iterations),
+        correction=correction,
+    )
+
+
+def locoprop_m(
+    layers: Layers,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    gamma: float = 100.0,
+    iterations: int = 10,
+    optimizer: Optimizer = RMSPROP,
+    regularizer: Regularizer | None = None,
+    correction: float | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """LocoProp with local matching losses (LocoProp, eq. 7, Algorithm 2).
+
+    Each layer moves f(outputs) towards a mirror-descent step on them, f(A) - gamma E, by
+    `iterations` steps of `optimizer` on the matching loss of its transfer function f; at an output
+    layer on the loss itself. Needs non-decreasing transfer functions.
+
+    Arguments, result and errors are those of `locoprop_s`.
+    """
+    return _complete(
+        layers,
+        learning_rate,
+        gamma=gamma,
+        divergence="matching",
+        regularizer=regularizer,
+        solver=inner(optimizer, iterations),
+        correction=correction,
+    )
+
+
+def pocoprop_s(
+    layers: Layers,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    gamma: float = 100.0,
+    iterations: int = 10,
+    optimizer: Optimizer = RMSPROP,
+    regularizer: Regularizer | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """LocoProp with squared losses after the transfer function (LocoProp, eq. 16, Algorithm 3).
+
+    Each layer moves f(outputs) towards f(A) - gamma H, with H the cotangents after f, by steps on
+    1/2 |f(X W~) - (f(A) - gamma H)|^2; output layers are as in `locoprop_s`.
+
+    Arguments, result and errors are those of `locoprop_s`; the arrays have to come from
+    `value_grad_and_capture(loss_fn, transferred=True)`.
+    """
+    return _complete(
+        layers,
+        learning_rate,
+        gamma=gamma,
+        divergence="post_squared",
+        regularizer=regularizer,
+        solver=inner(optimizer, iterations),
+    )
+
+
+def pocoprop_m(
+    layers: Layers,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    gamma: float = 100.0,
+    iterations: int = 10,
+    optimizer: Optimizer = RMSPROP,
+    regularizer: Regularizer | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """LocoProp with the duals of the matching losses (LocoProp, eq. 18, Algorithm 4).
+
+    Each layer moves its outputs towards A - gamma H, with H the cotangents after the transfer
+    function, as measured after it; output layers are as in `locoprop_s`. Needs non-decreasing
+    transfer functions.
+
+    Arguments, result and errors are those of `locoprop_s`; the arrays have to come from
+    `value_grad_and_capture(loss_fn, transferred=True)`.
+    """
+    return _complete(
+        layers,
+        learning_rate,
+        gamma=gamma,
+        divergence="dual_matching",
+        regularizer=regularizer,
+        solver=inner(optimizer, iterations),
+    )
+
+
+def proxprop(
+    layers: Layers,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    gamma: float = 1.0,
+    solver: Solver | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """ProxProp (Frerix et al., 2018; LocoProp, appendix C).
+
+    Each hidden layer takes the proximal step argmin 1/2 |X W~ - (A - gamma E)|^2
+    + 1/(2 eta) |W~ - W|^2; everything else a gradient step of size gamma.
+
+    Args:
+      layers: from `find_layers`.
+      learning_rate: eta, ProxProp's tau_m of the weights, a number or a schedule.
+      gamma: ProxProp's tau, of activations and output layers; a step on the loss as written.
+      solver: `exact()` if None; `conjugate_gradient(iterations)` is ProxProp's cheaper one.
+
+    Returns:
+      A complete optimizer. Its `update` needs `captured`, from `value_grad_and_capture`.
+
+    Raises:
+      ValueError: all layers are output layers, or as `scale_by_local_loss`.
+    """
+    hidden = Layers([layer for layer in layers.values() if not layer.is_output])
+    if not hidden:
+        raise ValueError(
+            "`proxprop` needs a hidden layer, but the outputs of "
+            f"{', '.join(layers) or 'no layer'} go straight into the loss."
+        )
+    local = scale_by_local_loss(
+        hidden, learning_rate, gamma=gamma, regularizer=l2(), solver=solver or exact()
+    )
+    return optax.chain(with_fallback(local, hidden, optax.scale(gamma)), optax.scale(-1.0))
+
+
+def locoprop_kfac(
+    layers: Layers,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    gamma: float = 1.0,
+    target: Target | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC as LocoProp: squared losses with natural-gradient targets (LocoProp, eq. 15).
+
+    W - gamma (X'X + 1/eta)^-1 G D^-1, with D the damped Fisher factor of the outputs: K-FAC with
+    factored damping lambda_A = 1/(eta N), lambda_E that of the target, learning rate gamma / N
+    for N rows (Proposition 1).
+
+    Args:
+      layers: from `find_layers`.
+      learning_rate: eta, whose inverse damps the inputs' factor; a number or a schedule.
+      gamma: the activation step size.
+      target: `natural()` if None.
+
+    Returns:
+      A complete optimizer. Its `update` needs `captured`, from `value_grad_and_capture`.
+
+    Raises:
+      ValueError, TypeError: as `scale_by_local_loss`.
+    """
+    return _complete(
+        layers,
+        learning_rate,
+        gamma=gamma,
+        target=target or divergences.natural(),
+        regularizer=l2(),
+        solver=exact(),
+    )
+
+
+def _complete(
+    layers: Layers, learning_rate: optax.ScalarOrSchedule, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    local = scale_by_local_loss(layers, learning_rate, **options)
+    return optax.chain(local, optax.scale(-1.0))

@@ -1,0 +1,362 @@
+"""Linear Neuron Boosting: conjugate gradient on each layer's own metric, matrix-free."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from locoprop_jax import _linalg
+from locoprop_jax._checks import (
+    check_decay,
+    check_layers,
+    check_not_negative,
+    check_positive,
+    check_whole,
+    is_number,
+)
+from locoprop_jax._layers import rows as _rows
+from locoprop_jax._layers.blocks import blocks, divide, dtype_of, others
+from locoprop_jax._layers.captured import Captured, LayerArrays, check_captured
+from locoprop_jax._layers.layers import Layers, replace
+from locoprop_jax._layers.rows import Block, Inputs, gram, pull, push
+from locoprop_jax._layers.stacking import map_layers, over_stack
+from locoprop_jax._layers.structured import OneHot
+from locoprop_jax._neurons.metric import average_gradients, descend, metric_factor, scaled
+
+
+class Moments(NamedTuple):
+    """Of a layer's inputs, by coordinate: running sums in the state, averages elsewhere."""
+
+    mean: Float[Array, " d_in"]
+    second: Float[Array, " d_in"]
+
+
+class LnbState(NamedTuple):
+    """State of `scale_by_lnb`.
+
+    Attributes:
+      count: finite batches so far. shape=(), dtype=int32
+      moments: by layer; empty for batch boosting, and for a layer whose kernel is masked.
+      solution: theta by layer, laid out like the layer's block; empty for batch boosting.
+    """
+
+    count: Int[Array, ""]
+    moments: dict[str, Moments]
+    solution: dict[str, Block]
+
+
+class LayerSystem(NamedTuple):
+    """M theta = g of one layer.
+
+    Attributes:
+      inputs: the rows of the metric.
+      slope: g.
+      moments: what preconditions; None without a kernel.
+      start: the last solution; None to start at zero.
+    """
+
+    inputs: Inputs
+    slope: Block
+    moments: Moments | None
+    start: Block | None
+
+
+def scale_by_lnb(
+    layers: Layers,
+    *,
+    ridge: float = 10.0,
+    relative: bool = True,
+    iterations: int = 2,
+    online: bool = True,
+    moment_decay: float = 0.99,
+    shrinkage: float = 0.0,
+    fraction: float = 1.0,
+    floor: float = 1e-4,
+) -> optax.GradientTransformationExtraArgs:
+    """Linear Neuron Boosting: theta / sqrt(z), with M theta = g solved layer by layer (LNB).
+
+    M v = J'(J v) / N + ridge v, with J v what the layer's linear function makes of v at the batch's
+    N rows: never formed where that costs more (section 3.2). Conjugate gradient goes on from the
+    last batch's theta, preconditioned by the incomplete Cholesky factor of M (section 3.3, 3.5).
+    One length for all parameters: z = sum theta' M theta, which is theta . g where theta solves its
+    system, and unlike that never negative. Parameters in no layer have M = I.
+
+    Three departures from the paper's text: each output of a layer has conjugate gradient steps of
+    its own, at no cost; they start from the best multiple of the last theta, so that theta always
+    descends; and z is taken from the residual.
+
+    Args:
+      layers: from `find_layers`.
+      ridge: added to the diagonal of M, except for biases, in units of the mean variance of the
+        layer's inputs (the mean square without a bias), or absolute as in the paper.
+      relative: which of the two. Relative, the update does not change when inputs are scaled. In
+        float32 an input whose mean is a thousand times its deviation counts as constant.
+      iterations: of conjugate gradient.
+      online: whether moments and solutions are carried from batch to batch (Algorithm 2), or each
+        batch is solved from zero (Algorithm 1: take as many iterations as that needs).
+      moment_decay: of the average input and the average squared input, both debiased.
+      shrinkage: how far the variances in the preconditioner are moved to their mean.
+      fraction: of the batch's examples whose rows make the metric; the first ones.
+      floor: z below which steps shrink with the gradient: the paper's minimum norm z0.
+
+    Returns:
+      A transformation whose `update` needs `captured`; follow it by a learning rate of sqrt(eps).
+      A batch that is not finite leaves its state as it was, and updates nothing.
+
+    Raises:
+      ValueError: at construction, for no layers, a negative ridge, iterations below one, a decay
+        outside [0, 1), a shrinkage outside [0, 1], a fraction outside (0, 1] or a floor that is not
+        positive; at update, for `captured` from another model.
+      TypeError: at update, `captured` is missing.
+
+    References:
+      Linear Neuron Boosting: eqs. 10 to 12, Algorithms 1 and 2.
+    """
+    _check(layers, ridge, iterations, moment_decay, shrinkage, fraction, floor)
+    solve = functools.partial(
+        _solve, ridge=ridge, relative=relative, iterations=iterations, shrinkage=shrinkage
+    )
+
+    def init(params: Any) -> LnbState:
+        zero = jnp.zeros([], jnp.int32)
+        if not online:
+            return LnbState(zero, {}, {})
+        if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
+            stand_in = Moments(jnp.zeros(1), jnp.zeros(1))
+            parts: dict[str, Any] = dict.fromkeys(layers, params)
+            return LnbState(zero, dict.fromkeys(layers, stand_in), parts)
+        parts = blocks(layers, params)
+        return LnbState(
+            zero,
+            {
+                name: Moments(*jnp.zeros((2, *block["kernel"].shape[:-1]), block["kernel"].dtype))
+                for name, block in parts.items()
+                if "kernel" in block
+            },
+            _linalg.zeros_like(parts),
+        )
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        captured: Captured | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, LnbState]:
+        del params, extra_args
+        captured = check_captured(layers, captured, "scale_by_lnb")
+        slopes = blocks(layers, updates)
+        inputs = {name: _rows_of(captured[name], slopes[name], fraction) for name in slopes}
+
+        def boost() -> tuple[Any, LnbState]:
+            count = state.count + 1
+            sums = {
+                name: over_stack(layers[name], _moments)(inputs[name])
+                for name in slopes
+                if "kernel" in slopes[name]
+            }
+            moments = sums
+            if online:
+                sums = _linalg.average(state.moments, moments, moment_decay)
+                moments = _linalg.debiased(sums, moment_decay, count)
+            systems = {
+                name: LayerSystem(
+                    inputs[name], slopes[name], moments.get(name), state.solution.get(name)
+                )
+                for name in slopes
+            }
+            solved = map_layers(layers, lambda _, system: solve(system), systems)
+            thetas = {name: theta for name, (theta, _) in solved.items()}
+            images = {name: image for name, (_, image) in solved.items()}
+            rest = _linalg.wide(others(layers, updates))
+            factor = metric_factor(_linalg.dot_for_many((rest, thetas), (rest, images)), floor)
+            steps = jax.tree.map(lambda theta: scaled(theta, factor), thetas)
+            direction = replace(layers, updates, steps, lambda g: scaled(g, factor))
+            return direction, LnbState(count, sums, thetas) if online else LnbState(count, {}, {})
+
+        return jax.lax.cond(
+            _linalg.all_finite((updates, inputs)),
+            boost,
+            lambda: (_linalg.zeros_like(updates), state),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def lnb(
+    layers: Layers,
+    learning_rate: optax.ScalarOrSchedule = 4.0,
+    *,
+    ridge: float = 10.0,
+    relative: bool = True,
+    iterations: int = 2,
+    online: bool = True,
+    momentum: float = 0.9,
+    moment_decay: float = 0.99,
+    shrinkage: float = 0.0,
+    fraction: float = 1.0,
+    weight_decay: float = 0.0,
+    floor: float = 1e-4,
+) -> optax.GradientTransformationExtraArgs:
+    """Linear Neuron Boosting, complete (LNB, Algorithms 1 and 2).
+
+    Args:
+      layers: from `find_layers`.
+      learning_rate: eps, the squared length of a step in the metric, ridge included: at most so
+        far do the outputs of all layers together move for an average row, were all their inputs
+        held fixed. A number, or better a schedule that falls, because no step is shorter than that.
+      ridge: as for `scale_by_lnb`.
+      relative: whether it is in units of the mean variance.
+      iterations: of conjugate gradient.
+      online: Algorithm 2; if not, Algorithm 1.
+      momentum: decay of the average of the gradients.
+      moment_decay: of the moments that precondition.
+      shrinkage: of their variances.
+      fraction: of the batch's examples whose rows make the metric.
+      weight_decay: rho; all parameters shrink by sqrt(eps) rho in each step, even in one whose
+        batch is not finite.
+      floor: of z.
+
+    Returns:
+      A complete optimizer. Its `update` needs `captured`, from `value_grad_and_capture`, and the
+      parameters if there is weight decay.
+
+    Raises:
+      ValueError, TypeError: as `scale_by_lnb`.
+    """
+    boosted = scale_by_lnb(
+        layers,
+        ridge=ridge,
+        relative=relative,
+        iterations=iterations,
+        online=online,
+        moment_decay=moment_decay,
+        shrinkage=shrinkage,
+        fraction=fraction,
+        floor=floor,
+    )
+    return optax.chain(
+        average_gradients(momentum),
+        boosted,
+        descend(learning_rate, weight_decay),
+    )
+
+
+# --- moments -------------------------------------------------------------------------------------
+
+
+def _rows_of(arrays: LayerArrays, slope: Block, fraction: float) -> Inputs:
+    """Of one layer or of a stack."""
+    examples = arrays.outputs.shape[-3]
+    return arrays.rows(dtype_of(slope), max(1, round(fraction * examples)))
+
+
+def _moments(inputs: Inputs) -> Moments:
+    return Moments(_rows.mean(inputs), _rows.mean_square(inputs))
+
+
+# --- one layer -----------------------------------------------------------------------------------
+
+
+def _solve(
+    system: LayerSystem, *, ridge: Any, relative: bool, iterations: int, shrinkage: Any
+) -> tuple[Block, Block]:
+    """Theta after some iterations, and M theta."""
+    slope, moments = system.slope, system.moments
+    if moments is None:  # a bias alone: M is 1
+        return slope, slope
+    variance = jnp.maximum(moments.second - jnp.square(moments.mean), 0)
+    amount = jnp.asarray(ridge, variance.dtype)
+    if relative:
+        amount = amount * (variance if "bias" in slope else moments.second).mean()
+    theta, residual = _linalg.conjugate_gradient(
+        _metric(system.inputs, slope, amount, iterations + (system.start is not None)),
+        slope,
+        _linalg.dot_by_column,
+        iterations,
+        start=system.start,
+        precondition=_preconditioner(moments, variance, amount, shrinkage),
+    )
+    return theta, jax.tree.map(jnp.subtract, slope, residual)
+
+
+def metric_flops(rows: int, d_in: int, d_out: int, products: int) -> dict[str, int]:
+    """The flops of so many products with the metric, by each way to form them."""
+    return {
+        "direct": products * 4 * rows * d_in * d_out,
+        "gram": 2 * rows * d_in**2 + products * 2 * d_in**2 * d_out,
+    }
+
+
+def _metric(
+    inputs: Inputs, like: Block, ridge: Float[Array, ""], products: int
+) -> Callable[[Block], Block]:
+    """The map v -> M v: a dense layer's linear function and its transpose (eq. 11), or X'X."""
+    rows, d_in = inputs.shape
+    flops = metric_flops(rows, d_in, like["kernel"].shape[1], products)
+    if isinstance(inputs, OneHot) or flops["gram"] < flops["direct"]:
+        moment = gram(inputs)
+    else:
+        moment = lambda v: pull(inputs, push(inputs, v), like)  # noqa: E731
+
+    def apply(v: Block) -> Block:
+        image = _linalg.scale(moment(v), 1 / _rows.count(inputs))
+        return {**image, "kernel": image["kernel"] + ridge * v["kernel"]}
+
+    return apply
+
+
+def _preconditioner(
+    moments: Moments,
+    variance: Float[Array, " d_in"],
+    ridge: Float[Array, ""],
+    shrinkage: Any,
+) -> Callable[[Block], Block]:
+    """P = W W' of section 3.3, the covariance replaced by its diagonal (section 3.5).
+
+    Without a bias P is the inverse diagonal of M. Inputs that never varied are left alone: rounding
+    errors would be all there is to divide by.
+    """
+    shrunk = jnp.asarray(shrinkage, variance.dtype)
+    variance = (1 - shrunk) * variance + shrunk * variance.mean()
+
+    def inverse(diagonal: Float[Array, " d_in"]) -> Float[Array, "d_in 1"]:
+        positive = diagonal > 10 * jnp.finfo(diagonal.dtype).eps * moments.second
+        return jnp.where(positive, 1 / jnp.where(positive, diagonal, 1), 0)[:, None]
+
+    def precondition(residual: Block) -> Block:
+        mean = moments.mean
+        rest = variance if "bias" in residual else variance + jnp.square(mean)
+        return divide(residual, mean, 1.0, lambda kernel: inverse(rest + ridge) * kernel)
+
+    return precondition
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def _check(
+    layers: Any,
+    ridge: Any,
+    iterations: Any,
+    moment_decay: Any,
+    shrinkage: Any,
+    fraction: Any,
+    floor: Any,
+) -> None:
+    check_layers(layers, "scale_by_lnb")
+    check_not_negative(ridge=ridge)
+    check_whole(iterations=iterations)
+    check_decay(moment_decay=moment_decay)
+    check_positive(floor=floor)
+    if is_number(shrinkage) and not 0 <= shrinkage <= 1:
+        raise ValueError(f"`shrinkage` must be from 0 to 1, got {shrinkage}.")
+    if not is_number(fraction) or not 0 < fraction <= 1:
+        raise ValueError(f"`fraction` must be above 0 and at most 1, got {fraction}.")

@@ -1,0 +1,70 @@
+"""Parts of a traced loss as functions of one value, and where a run of it computes a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from locoprop_jax._tracing import flow, jaxpr
+from locoprop_jax._tracing.jaxpr import Address, Program
+from locoprop_jax._tracing.trace import Traced
+
+
+class Cut(NamedTuple):
+    """A part of the program as a function of one value, and the other values it needs."""
+
+    closed: Any
+    free: list[int]
+
+    def function(self, known: Mapping[int, Any]) -> Callable[[jax.Array], jax.Array]:
+        """The same as a function of the one value alone, the others held fixed."""
+        free = [known[v] for v in self.free]
+        return lambda value: jaxpr.as_callable(self.closed)(value, *free)[0]
+
+
+def cut(traced: Traced, source: int, end: int) -> Cut:
+    """Cut what lies between two values out of the program: to the loss, an output layer's head.
+
+    What is computed from other parameters (regularizers, other output layers) is held fixed at its
+    value, what is computed from the arguments alone is computed again.
+    """
+    program = traced.program
+    equations, free = program.slice([source, *other_params(traced, source, end)], end)
+    free = [v for v in free if v != source]
+
+    def function(value: Any, *values: Any) -> Any:
+        return program.call(equations, {source: value, **dict(zip(free, values, strict=True))}, end)
+
+    avals = [program.avals[v] for v in (source, *free)]
+    return Cut(jax.make_jaxpr(function)(*map(as_struct, avals)), free)
+
+
+def other_params(traced: Traced, source: int, end: int) -> set[int]:
+    """The values of parameters that enter on the way from a value to another, past the first.
+
+    None where there is no such way.
+    """
+    program = traced.program
+    moving = flow.reached_from(program, [source])
+    if end not in moving:
+        return set()
+    of_params = flow.reached_from(program, program.inputs[: traced.n_leaves])
+    equations, _ = program.slice([source], end)
+    return {v for e in equations for v in e.inputs if v in of_params and v not in moving}
+
+
+def as_struct(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+
+
+def addresses(program: Program, values: Sequence[int]) -> dict[int, Address]:
+    """Where the running program computes these values; those that are inputs are known already."""
+    producers = program.producers
+    found = {}
+    for value in values:
+        if value in producers:
+            equation = program.equations[producers[value]]
+            found[value] = Address(equation.path, "out", equation.outputs.index(value))
+    return found

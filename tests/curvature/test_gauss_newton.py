@@ -1,0 +1,497 @@
+"""Gauss-Newton and Fisher products, step sizes, Hessian-free: against dense matrices."""
+
+import functools
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import locoprop_jax as lp
+from tests.dense_nets import HEADS, Net, nets
+
+NET = Net(widths=(3, 4, 2), transfers=("tanh",), biases=(True, True), head="sigmoid", batch=6)
+
+
+def flat(tree):
+    return np.asarray(jax.flatten_util.ravel_pytree(tree)[0])
+
+
+def jacobian(net, params, x):
+    vector, unravel = jax.flatten_util.ravel_pytree(params)
+    return np.asarray(jax.jacobian(lambda v: net.outputs(unravel(v), x).ravel())(vector))
+
+
+def gauss_newton(net, params, x, y):
+    """J'HJ of the loss without its weight decay, by autodiff."""
+    outputs = net.outputs(params, x)
+
+    def loss(a):
+        losses = HEADS[net.head][0](a.reshape(outputs.shape), y)
+        if net.tokens is not None and not net.mean_over_tokens:
+            losses = losses.sum(-1)
+        return losses.mean()
+
+    j = jacobian(net, params, x)
+    return j.T @ np.asarray(jax.hessian(loss)(outputs.ravel())) @ j
+
+
+def dense(product, params):
+    """The matrix of a linear function of trees."""
+    vector, unravel = jax.flatten_util.ravel_pytree(params)
+
+    @jax.jit
+    def columns(vectors):
+        return jax.vmap(lambda v: jax.flatten_util.ravel_pytree(product(unravel(v)))[0])(vectors)
+
+    return np.asarray(columns(jnp.eye(len(vector)))).T
+
+
+def diagonal_blocks(matrix, params):
+    """All but the layers' diagonal blocks set to zero."""
+    names = [
+        jax.tree_util.keystr(path[:1]) for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    owner = np.repeat(names, sizes)
+    return np.where(owner[:, None] == owner[None], matrix, 0)
+
+
+# --- products ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=5)
+@given(
+    net=nets(),
+    wrapper=st.sampled_from([lambda f: f, jax.jit, jax.checkpoint]),
+    seed=st.integers(0, 99),
+)
+def test_the_product_is_that_of_the_dense_gauss_newton_matrix(net, wrapper, seed):
+    params, batch = net.params(seed), net.data(seed)
+    product = lp.gauss_newton_vector_product(wrapper(net.loss), params, *batch)
+    matrix = gauss_newton(net, params, *batch)
+    np.testing.assert_allclose(dense(product, params), matrix, atol=1e-12 * (1 + abs(matrix).max()))
+
+
+def test_the_product_of_blocks_leaves_out_what_is_between_layers():
+    params, batch = NET.params(), NET.data()
+    product = lp.gauss_newton_vector_product(NET.loss, params, *batch, layers=NET.layers())
+    expected = diagonal_blocks(gauss_newton(NET, params, *batch), params)
+    np.testing.assert_allclose(dense(product, params), expected, atol=1e-12)
+
+
+def test_parameters_in_no_layer_are_a_block_of_their_own():
+    def loss_fn(params, x, y):
+        return optax.l2_loss((params["gain"] * x) @ params["kernel"], y).mean()
+
+    params = {"gain": jnp.array(1.5), "kernel": jnp.ones((3, 2))}
+    batch = NET.data()
+    layers = lp.find_layers(loss_fn, params, *batch, on_uncaptured="pass")
+    whole = dense(lp.gauss_newton_vector_product(loss_fn, params, *batch), params)
+    blocks = dense(lp.gauss_newton_vector_product(loss_fn, params, *batch, layers=layers), params)
+    np.testing.assert_allclose(blocks, diagonal_blocks(whole, params), atol=1e-12)
+    assert abs(whole - blocks).max() > 0.01
+
+
+def test_weight_decay_and_whatever_else_meets_no_data_does_not_enter():
+    decayed = Net(**{**vars(NET), "decay": 3.0})
+    params, batch = NET.params(), NET.data()
+    product = lp.gauss_newton_vector_product(decayed.loss, params, *batch)
+    np.testing.assert_allclose(
+        dense(product, params), gauss_newton(NET, params, *batch), atol=1e-12
+    )
+
+
+def test_examples_may_meet_in_the_head():
+    """A contrastive loss: its Hessian is not one block per example, and needs not be."""
+
+    def head(z):
+        return -jnp.diagonal(jax.nn.log_softmax(z @ z.T / 2)).mean()
+
+    def loss_fn(w, x):
+        return head(x @ w)
+
+    x, w = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3))), jnp.eye(3)[:, :2]
+    j = np.kron(x, np.eye(2))
+    hessian = jax.hessian(lambda z: head(z.reshape(4, 2)))((x @ w).ravel())
+    product = lp.gauss_newton_vector_product(loss_fn, w, x)
+    np.testing.assert_allclose(dense(product, w), j.T @ hessian @ j, atol=1e-12)
+
+
+def mixture(outputs, labels):
+    """-log of practical GN, eq. 27: a mixture of two binary classifiers."""
+    first, second, third = outputs[..., 0], outputs[..., 1], outputs[..., 2]
+    sign = 2 * labels - 1
+    one = jax.nn.log_sigmoid(first) + jax.nn.log_sigmoid(sign * second)
+    other = jax.nn.log_sigmoid(-first) + jax.nn.log_sigmoid(sign * third)
+    return -jnp.logaddexp(one, other)
+
+
+def sample_mixture(rng, outputs):
+    p = jnp.exp(-mixture(outputs, jnp.ones(outputs.shape[:-1])))
+    return jax.random.bernoulli(rng, p).astype(outputs.dtype)
+
+
+marked_mixture = lp.losses.output_loss(sample=sample_mixture)(mixture)
+
+
+def test_of_an_indefinite_hessian_the_positive_part_counts():
+    rng = np.random.default_rng(0)
+    w, x = jnp.asarray(rng.normal(size=(4, 3))), jnp.asarray(rng.normal(size=(5, 4)))
+    y = jnp.asarray([0.0, 1, 0, 1, 1])
+    product = lp.gauss_newton_vector_product(lambda w: marked_mixture(x @ w, y).mean(), w)
+    expected, lowest = 0, 0
+    for row, label in zip(x, y, strict=True):
+        hessian = jax.hessian(lambda a, label=label: mixture(a, label))(row @ w) / 5
+        values, bases = np.linalg.eigh(hessian)
+        lowest = min(lowest, values[0])
+        positive = (bases * np.maximum(values, 0)) @ bases.T
+        j = np.kron(row[None], np.eye(3))
+        expected += j.T @ positive @ j
+    assert lowest < -1e-4
+    np.testing.assert_allclose(dense(product, w), expected, atol=1e-12)
+
+
+def test_the_fisher_of_the_mixture_is_not_its_gauss_newton_matrix():
+    """Its Fisher is that of eq. 49, of rank one per example."""
+    rng = np.random.default_rng(0)
+    w, x = jnp.asarray(rng.normal(size=(4, 3))), jnp.asarray(rng.normal(size=(2, 4)))
+    y = jnp.asarray([0.0, 1])
+    loss_fn = lambda w: marked_mixture(x @ w, y).mean()  # noqa: E731
+    product = lp.fisher_vector_product(loss_fn, w, rng=jax.random.key(0), samples=20_000)
+    expected = 0
+    for row in x:
+        j = np.kron(row[None], np.eye(3))
+        for label in (0.0, 1.0):
+            p = np.exp(-mixture(row @ w, label))
+            e = np.asarray(jax.grad(mixture)(row @ w, label))
+            expected += p * j.T @ np.outer(e, e) @ j / 2
+    fisher = dense(product, w)
+    np.testing.assert_allclose(fisher, expected, atol=0.02 * abs(expected).max())
+    matrix = dense(lp.gauss_newton_vector_product(loss_fn, w), w)
+    assert abs(matrix - fisher).max() > 0.3 * abs(fisher).max()
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels"),
+    [
+        (lp.losses.softmax_cross_entropy, jnp.asarray([[0.2, 0.5, 0.3], [1.0, 0, 0]])),
+        (lp.losses.squared_error, jnp.asarray([[0.2, 0.5, 0.3], [1.0, 0, 0]])),
+    ],
+)
+def test_of_an_exponential_family_fisher_and_gauss_newton_agree(loss, labels):
+    rng = np.random.default_rng(0)
+    w, x = jnp.asarray(rng.normal(size=(2, 3))), jnp.asarray(rng.normal(size=(2, 2)))
+    loss_fn = lambda w: loss(x @ w, labels).mean()  # noqa: E731
+    fisher = lp.fisher_vector_product(loss_fn, w, rng=jax.random.key(0), samples=20_000)
+    matrix = dense(lp.gauss_newton_vector_product(loss_fn, w), w)
+    np.testing.assert_allclose(dense(fisher, w), matrix, atol=0.03 * abs(matrix).max())
+
+
+def test_the_rank_of_the_matrix_is_bounded_by_that_of_the_hessians():
+    """Practical GN, appendix D: a softmax over K classes has rank K - 1 per example."""
+    net = Net(**{**vars(NET), "head": "softmax", "widths": (3, 4, 3), "batch": 2})
+    params, batch = net.params(), net.data()
+    matrix = dense(lp.gauss_newton_vector_product(net.loss, params, *batch), params)
+    assert np.linalg.matrix_rank(matrix) == 2 * 2
+
+
+def test_a_transfer_function_with_a_backward_pass_of_its_own():
+    @jax.custom_vjp
+    def cube(a):
+        return a**3
+
+    cube.defvjp(lambda a: (a**3, a), lambda a, e: (3 * a**2 * e,))
+
+    def loss(transfer, w, x):
+        return optax.l2_loss(transfer(x @ w["in"]) @ w["out"], x).sum(-1).mean()
+
+    w, x = {"in": jnp.ones((3, 2)) / 2, "out": jnp.ones((2, 3))}, NET.data()[0]
+    matrices = [
+        dense(lp.gauss_newton_vector_product(functools.partial(loss, transfer), w, x), w)
+        for transfer in (cube, lambda a: a**3)
+    ]
+    np.testing.assert_allclose(matrices[0], matrices[1], atol=1e-12)
+    assert abs(matrices[0]).max() > 0.1
+
+
+def test_errors_of_products_say_what_to_do():
+    params, batch = NET.params(), NET.data()
+    with pytest.raises(TypeError, match="rng"):
+        lp.fisher_vector_product(NET.loss, params, *batch)
+    with pytest.raises(ValueError, match=r"fisher_mc.*locoprop_jax.losses"):
+        lp.fisher_vector_product(NET.loss, params, *batch, rng=jax.random.key(0))
+    with pytest.raises(ValueError, match="no layer"):
+        lp.gauss_newton_vector_product(lambda w: jnp.sum(w**2), jnp.ones(3))
+
+    def two_heads(w, x):
+        return jnp.sum(jnp.tanh(x @ w["a"]) ** 2) + jnp.sum(jnp.sin(x @ w["b"]))
+
+    with pytest.raises(ValueError, match=r"gauss_newton_vector_product.*several layers.*a, b"):
+        w = {"a": jnp.ones((3, 2)), "b": jnp.ones((3, 2))}
+        lp.gauss_newton_vector_product(two_heads, w, batch[0])
+
+
+# --- steps ---------------------------------------------------------------------------------------
+
+
+def line(net, batch, **options):
+    """An update function that passes what line searches take."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def update(tx, params, state, batch):
+        capture = lp.value_grad_and_capture(net.loss, **options)
+        value, grads, captured = capture(params, *batch)
+        return tx.update(
+            grads,
+            state,
+            params,
+            captured=captured,
+            value=value,
+            grad=grads,
+            value_fn=lambda p: net.loss(p, *batch),
+        )
+
+    return lambda tx, params, state, batch=batch: update(tx, params, state, batch)
+
+
+@settings(max_examples=4)
+@given(net=nets(), damping=st.floats(0, 2), l2=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 99))
+def test_the_step_minimises_the_damped_model(net, damping, l2, seed):
+    """alpha = d'g / d'Cd (practical GN, eq. 40), with tau in units of d'Gd / d'd."""
+    params, batch = net.params(seed), net.data(seed)
+    tx = lp.scale_by_gauss_newton_step(damping=damping, l2=l2)
+    update, state = line(net, batch)(tx, params, tx.init(params))
+    d, g = flat(jax.grad(net.loss)(params, *batch)), gauss_newton(net, params, *batch)
+    slope = d + l2 * flat(params)
+    tau = damping * (d @ g @ d) / (d @ d) if d.any() else 0.0
+    curvature = d @ g @ d + (tau + l2) * d @ d
+    alpha = d @ slope / curvature if curvature > 0 else 0.0  # a network may be dead
+    np.testing.assert_allclose(flat(update), alpha * d, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(state.step_size, alpha, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(state.damping, tau, rtol=1e-8, atol=1e-12)
+
+
+def test_with_momentum_the_step_is_the_best_one_in_the_plane_of_both_directions():
+    params, batch = NET.params(), NET.data()
+    tx, step = lp.scale_by_gauss_newton_step(momentum=True, damping=0.3), line(NET, batch)
+    first, state = step(tx, params, tx.init(params))
+    moved = optax.apply_updates(params, jax.tree.map(jnp.negative, first))
+    second, state = step(tx, moved, state)
+    slope, matrix = flat(jax.grad(NET.loss)(moved, *batch)), gauss_newton(NET, moved, *batch)
+    basis = np.stack([slope, flat(first)], 1)
+    damped = matrix + float(state.damping) * np.eye(len(slope))
+    steps = np.linalg.solve(basis.T @ damped @ basis, basis.T @ slope)
+    np.testing.assert_allclose(flat(second), basis @ steps, rtol=1e-6)
+    assert abs(steps[1]) > 1e-3
+
+
+def test_tau_follows_levenberg_and_marquardt():
+    params, batch = NET.params(), NET.data()
+    tx, step = lp.scale_by_gauss_newton_step(damping_period=2, decay=0.9), line(NET, batch)
+    state, taus, ratios = tx.init(params), [], []
+    for _ in range(6):
+        before = params
+        update, state = step(tx, params, state)
+        params = optax.apply_updates(params, jax.tree.map(jnp.negative, update))
+        taus.append(float(state.damping))
+        ratios.append(float(state.reduction_ratio))
+    np.testing.assert_allclose(taus[2], taus[1], rtol=1e-12)
+    for i in (1, 3, 5):
+        factor = 0.81 if ratios[i] > 0.75 else 1 / 0.81 if ratios[i] < 0.25 else 1.0
+        np.testing.assert_allclose(taus[i], taus[i - 1] * factor, rtol=1e-12)
+    slope, matrix = flat(jax.grad(NET.loss)(before, *batch)), gauss_newton(NET, before, *batch)
+    d = flat(update)
+    damped = matrix + taus[4] * np.eye(len(d))
+    fall = float(NET.loss(params, *batch) - NET.loss(before, *batch))
+    np.testing.assert_allclose(ratios[5], fall / (d @ damped @ d / 2 - d @ slope), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "factor"), [(0.1, 2), (0.5, 1), (0.9, 0.5), (np.nan, 2), (-1, 2)]
+)
+def test_damping_grows_where_the_model_is_too_hopeful(ratio, factor):
+    from locoprop_jax._curvature.gauss_newton import levenberg_marquardt
+
+    new = levenberg_marquardt(jnp.asarray(3.0), jnp.asarray(float(ratio)), jnp.asarray(0.5))
+    assert new == 3.0 * factor
+
+
+def test_gamma_is_the_best_of_three_by_the_model():
+    params, batch = NET.params(), NET.data()
+    layers = NET.layers()
+
+    def kfac(gamma):
+        return lp.scale_by_kfac(layers, damping=gamma, decay=0.0)
+
+    options = {"inner_damping_period": 2, "decay": 0.5, "inner_damping": 0.7}
+    tx, step = (
+        lp.scale_by_gauss_newton_step(kfac, **options),
+        line(NET, batch, curvature="ggn_exact"),
+    )
+    state = tx.init(params)
+    for _ in range(2):
+        update, state = step(tx, params, state)
+        np.testing.assert_allclose(state.inner_damping, 0.7)
+    update, new = step(tx, params, state)
+    slope, matrix = flat(jax.grad(NET.loss)(params, *batch)), gauss_newton(NET, params, *batch)
+    damped = matrix + float(state.damping) * np.eye(len(slope))
+    found = {}
+    for gamma in (0.7 / 4, 0.7, 0.7 * 4):
+        single = kfac(gamma)
+        d, _ = line(NET, batch, curvature="ggn_exact")(single, params, single.init(params))
+        d = flat(d)
+        found[gamma] = -((d @ slope) ** 2) / (d @ damped @ d) / 2
+    np.testing.assert_allclose(new.inner_damping, min(found, key=lambda gamma: found[gamma]))
+    model = flat(update) @ damped @ flat(update) / 2 - flat(update) @ slope
+    np.testing.assert_allclose(model, min(found.values()), rtol=1e-6)
+
+
+def test_along_the_gauss_newton_direction_the_step_is_one():
+    """For a linear network with squared loss one step ends at the minimum."""
+    net = Net(widths=(3, 2), transfers=(), biases=(True,), head="squared", batch=8)
+    params, batch = net.params(), net.data()
+    tx = lp.scale_by_gauss_newton_step(
+        lp.scale_by_foof(net.layers(), damping=0.0, decay=0.0), damping=0.0
+    )
+    update, state = line(net, batch)(tx, params, tx.init(params))
+    params = optax.apply_updates(params, jax.tree.map(jnp.negative, update))
+    assert abs(flat(jax.grad(net.loss)(params, *batch))).max() < 1e-10
+    assert state.step_size > 0
+
+
+def test_a_direction_that_ascends_is_turned_around():
+    params, batch = NET.params(), NET.data()
+    step = line(NET, batch)
+    down, up = (
+        optax.chain(optax.scale(sign), lp.scale_by_gauss_newton_step()) for sign in (1.0, -1.0)
+    )
+    one, _ = step(down, params, down.init(params))
+    other, _ = step(up, params, up.init(params))
+    np.testing.assert_allclose(flat(one), flat(other), rtol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_a_gradient_of_zero_and_a_batch_that_is_not_finite_move_nothing(momentum):
+    layers = NET.layers()
+    tx = lp.scale_by_gauss_newton_step(
+        lambda gamma: lp.scale_by_kfac(layers, damping=gamma, curvature="empirical"),
+        momentum=momentum,
+    )
+    zeros = jax.tree.map(jnp.zeros_like, NET.params())
+    update, state = line(NET, None)(
+        tx, zeros, tx.init(zeros), (NET.data()[0], jnp.full((6, 2), 0.5))
+    )
+    assert not flat(update).any()
+    params, (x, y) = NET.params(), NET.data()
+    update, new = line(NET, None)(tx, params, state, (x.at[0, 0].set(jnp.nan), y))
+    assert not flat(update).any()
+    jax.tree.map(np.testing.assert_array_equal, new, state)
+
+
+def test_errors_of_steps_say_what_is_missing():
+    params = NET.params()
+    tx = lp.scale_by_gauss_newton_step()
+    with pytest.raises(TypeError, match="needs `value`, `grad`, `value_fn`: call"):
+        tx.update(params, tx.init(params), params)
+    with pytest.raises(TypeError, match="`scale_by_hessian_free` needs `params`"):
+        tx = lp.scale_by_hessian_free()
+        tx.update(params, tx.init(params), value=1.0, value_fn=lambda p: 1.0)
+    with pytest.raises(ValueError, match="damping_period"):
+        lp.scale_by_gauss_newton_step(damping_period=0)
+    with pytest.raises(ValueError, match="iterations"):
+        lp.scale_by_hessian_free(iterations=0)
+    with pytest.raises(ValueError, match="l2"):
+        lp.scale_by_hessian_free(l2=-1.0)
+
+
+# --- Hessian-free --------------------------------------------------------------------------------
+
+
+@settings(max_examples=4)
+@given(net=nets(), l2=st.sampled_from([0.0, 0.2]), seed=st.integers(0, 99))
+def test_with_enough_iterations_hessian_free_is_the_dense_solve(net, l2, seed):
+    params, batch = net.params(seed), net.data(seed)
+    tx = lp.scale_by_hessian_free(damping=0.5, iterations=300, tolerance=0.0, l2=l2)
+    update, state = line(net, batch)(tx, params, tx.init(params))
+    slope = flat(jax.grad(net.loss)(params, *batch)) + l2 * flat(params)
+    matrix = gauss_newton(net, params, *batch)
+    assume(slope @ matrix @ slope > 1e-9)  # a network may be dead
+    amount = 0.5 * (slope @ matrix @ slope) / (slope @ slope)
+    solution = np.linalg.solve(matrix + (amount + l2) * np.eye(len(slope)), slope)
+    np.testing.assert_allclose(flat(update), solution, rtol=1e-6, atol=1e-7)
+    factor = {True: 2 / 3, False: 1}[bool(state.reduction_ratio > 0.75)]
+    if state.reduction_ratio >= 0.25:
+        np.testing.assert_allclose(state.damping, amount * factor, rtol=1e-7)
+
+
+def test_iterations_end_where_martens_ends_them_and_start_from_the_last_solution():
+    params, batch = NET.params(), NET.data()
+    tx, step = lp.scale_by_hessian_free(iterations=200, tolerance=5e-3), line(NET, batch)
+    first, state = step(tx, params, tx.init(params))
+    slope, matrix = flat(jax.grad(NET.loss)(params, *batch)), gauss_newton(NET, params, *batch)
+    amount = 0.1 * (slope @ matrix @ slope) / (slope @ slope)
+    damped = matrix + amount * np.eye(len(slope))
+    x, residual, direction = np.zeros_like(slope), slope.copy(), slope.copy()
+    values = [0.0, 0.0]  # the empty guess takes an iteration
+    for i in range(2, 200):
+        image = damped @ direction
+        alpha = residual @ residual / (direction @ image)
+        x, new = x + alpha * direction, residual - alpha * image
+        direction = new + (new @ new) / (residual @ residual) * direction
+        residual = new
+        values.append(x @ damped @ x / 2 - slope @ x)
+        k = max(10, i // 10)
+        if i > k and values[i] < 0 and values[i] - values[i - k] > k * 5e-3 * values[i]:
+            break
+    assert state.iterations == i - 1 < 40
+    np.testing.assert_allclose(flat(first), x, rtol=1e-6)
+    _, again = step(tx, params, state._replace(damping=jnp.asarray(amount)))
+    assert again.iterations < state.iterations
+
+
+def test_hessian_free_trains_a_network():
+    params, batch = NET.params(), NET.data()
+    tx, step = lp.hessian_free(), line(NET, batch)
+    state, losses = tx.init(params), [NET.loss(params, *batch)]
+    for _ in range(10):
+        update, state = step(tx, params, state)
+        params = optax.apply_updates(params, update)
+        losses.append(NET.loss(params, *batch))
+    gradient = flat(jax.grad(NET.loss)(params, *batch))
+    assert losses[-1] < 0.9 * losses[0]
+    assert abs(gradient).max() < 0.05 * abs(flat(jax.grad(NET.loss)(NET.params(), *batch))).max()
+
+
+@pytest.mark.parametrize("is_marked", [False, True])
+def test_a_scale_after_the_last_layer_counts_or_is_refused_where_the_batch_is_closed_over(
+    is_marked,
+):
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+    params = {"kernel": jnp.eye(3) / 2, "scale": jnp.ones(3)}
+    error = lp.losses.squared_error if is_marked else optax.squared_error
+
+    def loss_fn(params, x):
+        outputs = jnp.tanh(x @ params["kernel"]) * params["scale"][None]
+        return error(outputs, x).sum(-1).mean()
+
+    def dense(v):
+        def outputs(params):
+            return jnp.tanh(x @ params["kernel"]) * params["scale"][None]
+
+        pushed, pull = jax.jvp(outputs, (params,), (v,))[1], jax.vjp(outputs, params)[1]
+        return pull(2 * pushed / len(x))[0]
+
+    v = jax.tree.map(jnp.ones_like, params)
+    product = lp.gauss_newton_vector_product(loss_fn, params, x)
+    np.testing.assert_allclose(flat(product(v)), flat(dense(v)), rtol=1e-12)
+    if is_marked:
+        product = lp.gauss_newton_vector_product(lambda p: loss_fn(p, x), params)
+        np.testing.assert_allclose(flat(product(v)), flat(dense(v)), rtol=1e-12)
+    else:
+        with pytest.raises(ValueError, match="between kernel, the last layer found, and the loss"):
+            lp.gauss_newton_vector_product(lambda p: loss_fn(p, x), params)

@@ -1,0 +1,74 @@
+"""What is built from the repository, and what comes with importing it."""
+
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import locoprop_jax as lp
+
+ROOT = Path(__file__).parents[2]
+SOURCES = {f"locoprop_jax/{path.name}" for path in (ROOT / "locoprop_jax").glob("*.py")}
+SOURCES.add("locoprop_jax/py.typed")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with a wheel and a source distribution."""
+    target = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", target, ROOT]
+    subprocess.run(command, check=True, capture_output=True)
+    return target
+
+
+def test_the_wheel_is_the_package_and_its_licence(built):
+    (path,) = built.glob("*.whl")
+    assert path.name == f"locoprop_jax-{lp.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(path) as wheel:
+        names = set(wheel.namelist())
+    info = f"locoprop_jax-{lp.__version__}.dist-info"
+    extra = {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
+    assert names == SOURCES | extra
+
+
+def test_the_source_distribution_can_be_built_again(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    about = {"CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml", ".gitignore"}
+    assert names == SOURCES | about
+
+
+def test_the_version_is_that_of_the_metadata_and_has_its_changes_listed():
+    assert lp.__version__ == version("locoprop_jax")
+    assert re.search(
+        rf"^## \[{re.escape(lp.__version__)}\]", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+
+
+def imported(code: str) -> set[str]:
+    """The packages that some code imports, in a Python of its own."""
+    code += "; import sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    return set(result.stdout.split())
+
+
+def test_importing_takes_little_more_than_jax_and_optax():
+    ours = imported("import locoprop_jax") - imported("import jax, optax, jaxtyping")
+    assert ours == {"locoprop_jax"}
+
+
+def test_only_the_train_state_needs_flax():
+    assert "flax" in imported("import locoprop_jax; locoprop_jax.TrainState")
+    hidden = "import sys; sys.modules['flax'] = None; import locoprop_jax as lp; lp.TrainState"
+    result = subprocess.run(
+        [sys.executable, "-c", hidden], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "pip install 'locoprop_jax[flax]'" in result.stderr
