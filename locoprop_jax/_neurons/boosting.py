@@ -34,6 +34,7 @@ from locoprop_jax._layers.method import (
 from locoprop_jax._layers.rows import Block, Inputs, gram, pull, push
 from locoprop_jax._layers.stacking import map_layers, over_stack
 from locoprop_jax._layers.structured import OneHot
+from locoprop_jax._neurons.length import DAMPING, LEARNING_RATE, check_unit, unit_steps
 from locoprop_jax._neurons.metric import average_gradients, descend, metric_factor, scaled
 
 
@@ -84,6 +85,7 @@ def scale_by_lnb(
     moment_decay: float = 0.99,
     shrinkage: float = 0.0,
     fraction: float = 1.0,
+    unit: str = "joint",
     floor: float = 1e-4,
 ) -> optax.GradientTransformationExtraArgs:
     """Linear Neuron Boosting: theta / sqrt(z), with M theta = g solved layer by layer (LNB).
@@ -91,8 +93,9 @@ def scale_by_lnb(
     M v = J'(J v) / N + ridge v, with J v what the layer's linear function makes of v at the batch's
     N rows: never formed where that costs more (section 3.2). Conjugate gradient goes on from the
     last batch's theta, preconditioned by the incomplete Cholesky factor of M (section 3.3, 3.5).
-    One length for all parameters: z = sum theta' M theta, which is theta . g where theta solves its
-    system, and unlike that never negative. Parameters in no layer have M = I.
+    The paper has one length for all parameters: z = sum theta' M theta, which is theta . g where
+    theta solves its system, and unlike that never negative. Parameters in no layer have M = I.
+    With `unit="neuron"` each neuron has a length of its own, as `scale_by_output_rms` describes.
 
     Three departures from the paper's text: each output of a layer has conjugate gradient steps of
     its own, at no cost; they start from the best multiple of the last theta, so that theta always
@@ -110,22 +113,27 @@ def scale_by_lnb(
       moment_decay: of the average input and the average squared input, both debiased.
       shrinkage: how far the variances in the preconditioner are moved to their mean.
       fraction: of the batch's examples whose rows make the metric; the first ones.
-      floor: z below which steps shrink with the gradient: the paper's minimum norm z0.
+      unit: what has length one: "joint" for all parameters together, as in the paper; "neuron" or
+        "layer" for each on its own.
+      floor: of "joint", z below which steps shrink with the gradient: the paper's minimum norm z0;
+        of the others, a share of the layer's mean, as for `scale_by_output_rms`.
 
     Returns:
-      A transformation whose `update` needs `captured`; follow it by a learning rate of sqrt(eps).
+      A transformation whose `update` needs `captured`; follow it by a learning rate, the paper's
+      sqrt(eps).
       A batch that is not finite leaves its state as it was, and updates nothing.
 
     Raises:
       ValueError: at construction, for no layers, a negative ridge, iterations below one, a decay
-        outside [0, 1), a shrinkage outside [0, 1], a fraction outside (0, 1] or a floor that is not
-        positive; at update, for `captured` from another model.
+        outside [0, 1), a shrinkage outside [0, 1], a fraction outside (0, 1], an unknown unit or a
+        floor that is not positive; at update, for `captured` from another model.
       TypeError: at update, `captured` is missing.
 
     References:
       Linear Neuron Boosting: eqs. 10 to 12, Algorithms 1 and 2.
     """
     _check(layers, ridge, iterations, moment_decay, shrinkage, fraction, floor)
+    check_unit(unit, "joint")
     solve = functools.partial(
         _solve, ridge=ridge, relative=relative, iterations=iterations, shrinkage=shrinkage
     )
@@ -163,7 +171,10 @@ def scale_by_lnb(
             solved = map_layers(layers, lambda _, system: solve(system), systems)
             thetas = {name: theta for name, (theta, _) in solved.items()}
             images = {name: image for name, (_, image) in solved.items()}
-            direction = _of_length_one(batch, thetas, images, floor)
+            if unit == "joint":
+                direction = _of_length_one(batch, thetas, images, floor)
+            else:
+                direction = unit_steps(layers, batch.updates, thetas, images, unit, floor)
             return direction, LnbState(count, sums, thetas) if online else LnbState(count, {}, {})
 
         return jax.lax.cond(
@@ -177,9 +188,9 @@ def scale_by_lnb(
 
 def lnb(
     layers: Layers,
-    learning_rate: optax.ScalarOrSchedule = 4.0,
+    learning_rate: optax.ScalarOrSchedule = LEARNING_RATE,
     *,
-    ridge: float = 10.0,
+    ridge: float = DAMPING,
     relative: bool = True,
     iterations: int = 2,
     online: bool = True,
@@ -188,15 +199,17 @@ def lnb(
     shrinkage: float = 0.0,
     fraction: float = 1.0,
     weight_decay: float = 0.0,
+    unit: str = "neuron",
     floor: float = 1e-4,
 ) -> optax.GradientTransformationExtraArgs:
     """Linear Neuron Boosting, complete (LNB, Algorithms 1 and 2).
 
     Args:
       layers: from `find_layers`.
-      learning_rate: eps, the squared length of a step in the metric, ridge included: at most so
-        far do the outputs of all layers together move for an average row, were all their inputs
-        held fixed. A number, or better a schedule that falls, because no step is shorter than that.
+      learning_rate: the root-mean-square change of a pre-activation per step: so far does each
+        neuron's output move on an average row of the batch, were the layer's input held fixed. A
+        number, or better a schedule that falls, because no step is shorter than that. Why one
+        default carries from network to network: `scale_by_output_rms`.
       ridge: as for `scale_by_lnb`.
       relative: whether it is in units of the mean variance.
       iterations: of conjugate gradient.
@@ -205,9 +218,12 @@ def lnb(
       moment_decay: of the moments that precondition.
       shrinkage: of their variances.
       fraction: of the batch's examples whose rows make the metric.
-      weight_decay: rho; all parameters shrink by sqrt(eps) rho in each step, even in one whose
-        batch is not finite.
-      floor: of z.
+      weight_decay: rho; all parameters shrink by learning_rate * rho in each step, even in one
+        whose batch is not finite.
+      unit: "neuron", "layer" or "joint". The paper's step of size eps is
+        `lnb(layers, eps**0.5, unit="joint", ridge=10.0)`: one length for all layers together, the
+        square of the learning rate.
+      floor: as for `scale_by_lnb`.
 
     Returns:
       A complete optimizer. Its `update` needs `captured`, from `value_grad_and_capture`, and the
@@ -225,6 +241,7 @@ def lnb(
         moment_decay=moment_decay,
         shrinkage=shrinkage,
         fraction=fraction,
+        unit=unit,
         floor=floor,
     )
     return optax.chain(

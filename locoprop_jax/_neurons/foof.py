@@ -13,7 +13,8 @@ from locoprop_jax._layers.layers import Layers
 from locoprop_jax._layers.method import Batch, kernel_shapes, transformation
 from locoprop_jax._layers.stacking import map_layers, over_stack
 from locoprop_jax._neurons.amortised import Amortisation, AmortisedState, keep_finite
-from locoprop_jax._neurons.metric import average_gradients, descend, scale_by_metric_norm
+from locoprop_jax._neurons.length import DAMPING, LEARNING_RATE, scale_by_output_rms
+from locoprop_jax._neurons.metric import average_gradients, descend
 from locoprop_jax._neurons.second_moment import (
     Damping,
     Metric,
@@ -148,9 +149,9 @@ def scale_by_foof(
 
 def foof(
     layers: Layers,
-    learning_rate: optax.ScalarOrSchedule = 4.0,
+    learning_rate: optax.ScalarOrSchedule = LEARNING_RATE,
     *,
-    damping: float = 10.0,
+    damping: float = DAMPING,
     relative: bool = True,
     damp_bias: bool = False,
     decay: float = 0.95,
@@ -159,37 +160,41 @@ def foof(
     shared: str = "expand",
     momentum: float = 0.9,
     weight_decay: float = 0.0,
+    unit: str = "neuron",
     floor: float = 1e-4,
 ) -> optax.GradientTransformationExtraArgs:
-    """FOOF with steps of a size that its own metric measures, amortised.
+    """FOOF with steps measured by how far they move each neuron, amortised.
 
-    The gradient is averaged over steps, preconditioned (`scale_by_foof`), scaled to length one in
-    the metric (`scale_by_metric_norm`) and multiplied by the square root of the learning rate. For
-    plain FOOF chain `scale_by_foof`, `optax.trace` and `optax.scale_by_learning_rate`.
+    The gradient is averaged over steps, preconditioned (`scale_by_foof`), scaled so that each
+    neuron's output moves by one (`scale_by_output_rms`) and multiplied by the learning rate. For
+    plain FOOF chain `scale_by_foof`, `optax.trace` and `optax.scale_by_learning_rate`; for one
+    length of all layers together, `scale_by_metric_norm(scale_by_foof(...))`.
 
     Args:
       layers: from `find_layers`.
-      learning_rate: eps, the squared length of a step in the damped metric: at most so far do the
-        outputs of all layers together move for an average row, were all their inputs held fixed.
-        A number, or better a schedule that falls, because no step is shorter than that.
+      learning_rate: the root-mean-square change of a pre-activation per step: so far does each
+        neuron's output move on an average row, were the layer's input held fixed. A number, or
+        better a schedule that falls, because no step is shorter than that. Why one default carries
+        from network to network: `scale_by_output_rms`.
       damping: lambda, as for `scale_by_foof`.
       relative: whether it is in units of the inputs' mean variance.
       damp_bias: whether biases are damped as well.
       decay: of the average of S.
       inverse_period: T, the steps from one inversion to the next.
       statistics_steps: how many of them gather statistics.
-      momentum: decay of the average of the gradients.
       shared: "expand" or "reduce".
-      weight_decay: rho; parameters shrink by sqrt(eps) rho in each step, even in one whose batch is
-        not finite.
-      floor: as for `scale_by_metric_norm`.
+      momentum: decay of the average of the gradients.
+      weight_decay: rho; parameters shrink by learning_rate * rho in each step, even in one whose
+        batch is not finite.
+      unit: "neuron" or "layer", as for `scale_by_output_rms`.
+      floor: as for `scale_by_output_rms`.
 
     Returns:
       A complete optimizer. Its `update` needs `captured`, from `value_grad_and_capture`, and the
       parameters if there is weight decay.
 
     Raises:
-      ValueError, TypeError: as `scale_by_foof` and `scale_by_metric_norm`.
+      ValueError, TypeError: as `scale_by_foof` and `scale_by_output_rms`.
     """
     direction = scale_by_foof(
         layers,
@@ -203,7 +208,7 @@ def foof(
     )
     return optax.chain(
         average_gradients(momentum),
-        scale_by_metric_norm(direction, floor=floor),
+        scale_by_output_rms(layers, direction, unit=unit, floor=floor),
         descend(learning_rate, weight_decay),
     )
 

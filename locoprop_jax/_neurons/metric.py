@@ -70,7 +70,7 @@ def scaled(direction: Array, factor: Float[Array, ""]) -> Array:
 def descend(
     learning_rate: optax.ScalarOrSchedule, weight_decay: float
 ) -> optax.GradientTransformation:
-    """-sqrt(eps) (d + rho W) for directions d, with the learning rate or its schedule eps."""
+    """-eta (d + rho W) for directions d, with the learning rate or its schedule eta."""
     check_not_negative(weight_decay=weight_decay)
     if not callable(learning_rate):
         check_not_negative(learning_rate=learning_rate)
@@ -80,7 +80,7 @@ def descend(
         return optax.ScaleByScheduleState(jnp.zeros([], jnp.int32))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        eps = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
         if not is_number(weight_decay) or weight_decay > 0:
             if params is None:
                 raise ValueError(
@@ -90,7 +90,7 @@ def descend(
             updates = jax.tree.map(
                 lambda u, p: u + jnp.asarray(weight_decay, u.dtype) * p, updates, params
             )
-        steps = jax.tree.map(lambda u: -jnp.sqrt(jnp.asarray(eps, u.dtype)) * u, updates)
+        steps = jax.tree.map(lambda u: -jnp.asarray(eta, u.dtype) * u, updates)
         return steps, optax.ScaleByScheduleState(jnp.asarray(optax.safe_increment(state.count)))
 
     return optax.GradientTransformation(init, update)
