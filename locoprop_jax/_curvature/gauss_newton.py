@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_not_negative, check_positive, check_whole
@@ -201,12 +201,9 @@ def scale_by_gauss_newton_step(
             inner_damping=gamma,
             step_size=best.steps[0],
             reduction_ratio=ratio,
-            previous=None,
-            inner=None,
         )
-        kept = _linalg.where(ok, new, state._replace(previous=None, inner=None))
         step = _linalg.where(ok, step, _linalg.zeros_like(step))
-        return step, kept._replace(previous=last, inner=best.inner)
+        return step, _kept(ok, new, state)._replace(previous=last, inner=best.inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -227,6 +224,14 @@ class Candidate(NamedTuple):
     damping: Scalar
     steps: Float[Array, " k"]
     change: Scalar
+
+
+def _kept(
+    ok: Bool[Array, ""], new: GaussNewtonStepState, old: GaussNewtonStepState
+) -> GaussNewtonStepState:
+    """The numbers of the new state, or of the old; the trees are not for this to choose."""
+    numbers = (state._replace(previous=None, inner=None) for state in (new, old))
+    return _linalg.where(ok, *numbers)
 
 
 def _combined(directions: list[Tree], steps: Float[Array, " k"]) -> Tree:
