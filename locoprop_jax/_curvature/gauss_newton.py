@@ -37,9 +37,10 @@ class GaussNewtonStepState(NamedTuple):
       damping: tau, of the Gauss-Newton matrix. shape=()
       inner_damping: gamma, of the direction's own matrix. shape=()
       step_size: alpha of the last step. shape=()
-      reduction_ratio: rho, how much the loss fell over how much the model fell, when that was last
-        measured. shape=()
-      previous: the last update, for momentum; None without.
+      model_change: by how much the model fell with the last step; not positive. shape=()
+      reduction_ratio: rho, how much the loss of the next batch fell by a step over how much the
+        model of its own batch fell, when that was last measured. shape=()
+      previous: the last update.
       inner: the state of the direction.
     """
 
@@ -47,6 +48,7 @@ class GaussNewtonStepState(NamedTuple):
     damping: Scalar
     inner_damping: Scalar
     step_size: Scalar
+    model_change: Scalar
     reduction_ratio: Scalar
     previous: Any
     inner: Any
@@ -73,10 +75,17 @@ def scale_by_gauss_newton_step(
     d and the last update (Martens and Grosse, section 7). Negated (`optax.scale(-1)`), it is meant
     to be taken as it is.
 
-    tau follows Levenberg and Marquardt (B.3.1): every so many steps the loss is evaluated after the
-    step too, and where it fell by less than a quarter of what the model says, tau grows; where by
-    more than three quarters, it shrinks. (The paper's text has this the wrong way round.)
-    It starts at `damping` times the curvature per squared length of the first direction.
+    tau follows Levenberg and Marquardt (B.3.1): every so many steps, the loss before the last step
+    is evaluated too, and where the step lowered it by less than a quarter of what the model said,
+    tau grows; where by more than three quarters, it shrinks. (The paper's text has this the wrong
+    way round.) It starts at `damping` times the curvature per squared length of the first
+    direction.
+
+    Two departures from the paper keep steps of small batches bounded. The step is judged by the
+    batch that follows it: its own batch would confirm a step that fits this batch and no other, and
+    tau would fall until the network diverges. With one batch for all steps there is no difference.
+    And no more than the last update itself is added to a step as momentum: a small batch may have
+    next to no curvature along that update, and ask for any multiple of it.
 
     A `direction` that is a function of a damping gamma has gamma adapted as well (B.3.2): every so
     many steps the best of three, by the model, is kept.
@@ -136,8 +145,9 @@ def scale_by_gauss_newton_step(
             number(damping),
             number(inner_damping),
             number(0),
+            number(0),
             number(1),
-            _linalg.zeros_like(_linalg.wide(params)) if momentum else None,
+            _linalg.zeros_like(_linalg.wide(params)),
             of_damping(number(inner_damping)).init(params),
         )
 
@@ -158,14 +168,25 @@ def scale_by_gauss_newton_step(
         incoming = updates if direction is None else with_l2(updates, params, l2)
         ok = _linalg.all_finite((updates, jnp.asarray(value)))
         network = linearise(value_fn, params, (), {}, False, name)
-        previous = [] if state.previous is None else [like(state.previous, params)]
+        previous = like(state.previous, params)
+
+        def judged() -> tuple[Array, Array]:
+            ratio = reduction_ratio(value_fn, value, params, previous, l2, state.model_change)
+            factor = jnp.asarray(decay, dtype) ** damping_period
+            return levenberg_marquardt(state.damping, ratio, factor), ratio
+
+        adapted, ratio = jax.lax.cond(
+            ok & (state.count % damping_period == 0) & (state.count > 0),
+            judged,
+            lambda: (state.damping, state.reduction_ratio),
+        )
 
         def candidate(gamma: Array) -> Candidate:
             found, inner = of_damping(gamma).update(incoming, state.inner, params, **extra_args)
-            directions = [found, *previous]
+            directions = [found, previous] if momentum else [found]
             model = quadratic_model(network, slope, directions)
             first = jnp.asarray(damping, dtype) * model.rayleigh
-            tau = jnp.where(state.count == 0, first, state.damping)
+            tau = jnp.where(state.count == 0, first, adapted)
             steps, change = minimum(model, tau + jnp.asarray(l2, dtype))
             return Candidate(directions, inner, tau, steps, change)
 
@@ -180,26 +201,16 @@ def scale_by_gauss_newton_step(
                 lambda: state.inner_damping,
             )
         best = candidate(gamma)
-        step, last = _combined(best.directions, best.steps), state.previous
-        if last is not None:  # one array is the state and what the update is made of
-            last = _linalg.where(ok, _linalg.wide(step), last)
-            step = like(last, params)
-
-        def adapted() -> tuple[Array, Array]:
-            ratio = reduction_ratio(value_fn, value, params, step, l2, best.change)
-            factor = jnp.asarray(decay, dtype) ** damping_period
-            return levenberg_marquardt(best.damping, ratio, factor), ratio
-
-        tau, ratio = jax.lax.cond(
-            (state.count + 1) % damping_period == 0,
-            adapted,
-            lambda: (best.damping, state.reduction_ratio),
-        )
+        # One array is the state and what the update is made of.
+        step = _linalg.wide(_combined(best.directions, best.steps))
+        last = _linalg.where(ok, step, state.previous)
+        step = like(last, params)
         new = state._replace(
             count=state.count + 1,
-            damping=tau,
+            damping=best.damping,
             inner_damping=gamma,
             step_size=best.steps[0],
+            model_change=best.change,
             reduction_ratio=ratio,
         )
         step = _linalg.where(ok, step, _linalg.zeros_like(step))

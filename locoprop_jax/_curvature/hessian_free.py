@@ -30,13 +30,16 @@ class HessianFreeState(NamedTuple):
     Attributes:
       count: finite batches so far. shape=(), dtype=int32
       damping: lambda. shape=()
-      reduction_ratio: rho, how much the loss fell over how much the model fell. shape=()
+      model_change: by how much the model fell with the last step; not positive. shape=()
+      reduction_ratio: rho, how much the loss of the next batch fell by a step over how much the
+        model of its own batch fell. shape=()
       iterations: of conjugate gradient in the last step. shape=(), dtype=int32
       previous: the last solution, where the next iterations start.
     """
 
     count: Int[Array, ""]
     damping: Float[Array, ""]
+    model_change: Float[Array, ""]
     reduction_ratio: Float[Array, ""]
     iterations: Int[Array, ""]
     previous: Any
@@ -53,11 +56,13 @@ def scale_by_hessian_free(
     """(GGN + lambda I)^-1 g by conjugate gradient (Martens; practical GN, section 4).
 
     The iterations start from the best multiple of the last solution and end when they make little
-    progress. lambda follows Levenberg and Marquardt: the loss is evaluated after each step, and
-    where it fell by less than a quarter of what the quadratic model says, lambda grows; where by
-    more than three quarters, it shrinks. It starts at `damping` times the curvature per squared
-    length of the first gradient. The network's layers need not be found beforehand; parameters in
-    none are solved for like all others.
+    progress. lambda follows Levenberg and Marquardt: the loss before the last step is evaluated
+    too, and where the step lowered it by less than a quarter of what the quadratic model said,
+    lambda grows; where by more than three quarters, it shrinks. It starts at `damping` times the
+    curvature per squared length of the first gradient. A step is judged by the batch that follows
+    it, because its own batch would confirm a step that fits no other; with one batch for all steps
+    there is no difference. The network's layers need not be found beforehand; parameters in none
+    are solved for like all others.
 
     Args:
       damping: the first lambda, in units of g'Gg / g'g.
@@ -97,7 +102,7 @@ def scale_by_hessian_free(
             return jnp.zeros([], jnp.int32)
 
         previous = _linalg.zeros_like(_linalg.wide(params))
-        return HessianFreeState(count(), number(damping), number(1), count(), previous)
+        return HessianFreeState(count(), number(damping), number(0), number(1), count(), previous)
 
     def update(
         updates: Any,
@@ -122,7 +127,11 @@ def scale_by_hessian_free(
 
         unit = quadratic_model(network, slope, [like(slope, params)]).rayleigh
         first = jnp.asarray(damping, dtype) * unit.astype(dtype)
-        amount = jnp.where(state.count == 0, first, state.damping)
+        last, factor = like(state.previous, params), jnp.asarray(damping_decay, dtype)
+        ratio = reduction_ratio(value_fn, value, params, last, l2, state.model_change)
+        adapted = levenberg_marquardt(state.damping, ratio, factor)
+        is_first = state.count == 0
+        amount = jnp.where(is_first, first, adapted)
 
         def damped(vector: Any) -> Any:
             return _linalg.add(product(vector), _linalg.scale(vector, amount + eta))
@@ -131,12 +140,11 @@ def scale_by_hessian_free(
             damped, slope, iterations, tolerance, start=state.previous
         )
         change = -(_linalg.dot(solution, slope) + _linalg.dot(solution, residual)) / 2
-        ratio = reduction_ratio(value_fn, value, params, like(solution, params), l2, change)
-        factor = jnp.asarray(damping_decay, dtype)
         new = HessianFreeState(
             state.count + 1,
-            levenberg_marquardt(amount, ratio, factor),
-            ratio,
+            amount,
+            change,
+            jnp.where(is_first, state.reduction_ratio, ratio),
             made,
             solution,
         )

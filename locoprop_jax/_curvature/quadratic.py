@@ -59,22 +59,35 @@ def quadratic_model(network: Linearised, slope: Tree, directions: list[Tree]) ->
     )
 
 
-def minimum(model: Model, damping: Scalar) -> tuple[Float[Array, " k"], Scalar]:
+def minimum(model: Model, damping: Scalar, most: float = 1.0) -> tuple[Float[Array, " k"], Scalar]:
     """The steps (to be subtracted) that lower the damped model most, and how it then changes.
 
     Zero where the model has no minimum: along a direction of no or negative curvature.
+
+    Args:
+      model: of one direction, or of a direction and the last update.
+      damping: tau.
+      most: of the last update, forwards or backwards.
     """
     matrix = model.curvature + damping.astype(model.lengths.dtype) * model.lengths
+    steps = _solution(matrix, model.slope)
+    if len(steps) == 2:
+        held = jnp.clip(steps[1], -most, most)
+        rest = _solution(matrix[:1, :1], model.slope[:1] - matrix[:1, 1] * held)
+        steps = jnp.where(held == steps[1], steps, jnp.stack([rest[0], held]))
+    change = steps @ matrix @ steps / 2 - steps @ model.slope
+    return steps, jnp.where(jnp.isfinite(change), change, 0)
+
+
+def _solution(matrix: Float[Array, "k k"], slope: Float[Array, " k"]) -> Float[Array, " k"]:
     diagonal = jnp.diagonal(matrix)
     good = diagonal > 0
     root = jnp.where(good, 1 / jnp.sqrt(jnp.where(good, diagonal, 1)), 0)
     unit = matrix * root[:, None] * root[None]
     # Directions may be parallel, or zero.
     eps = float(10 * jnp.finfo(matrix.dtype).eps)
-    steps = root * _linalg.solve(_linalg.damped(unit, eps), (root * model.slope)[:, None])[:, 0]
-    steps = jnp.where(jnp.isfinite(steps).all(), steps, 0)
-    change = steps @ matrix @ steps / 2 - steps @ model.slope
-    return steps, jnp.where(jnp.isfinite(change), change, 0)
+    steps = root * _linalg.solve(_linalg.damped(unit, eps), (root * slope)[:, None])[:, 0]
+    return jnp.where(jnp.isfinite(steps).all(), steps, 0)
 
 
 def with_l2(gradient: Tree, params: Tree, l2: Any) -> Tree:
@@ -87,14 +100,20 @@ def with_l2(gradient: Tree, params: Tree, l2: Any) -> Tree:
 def reduction_ratio(
     value_fn: ValueFn, value: Any, params: Tree, update: Tree, l2: Any, change: Scalar
 ) -> Scalar:
-    """rho: how much the loss falls when the update is subtracted, over the model's fall (eq. 42).
+    """rho: how much the loss fell when the update was subtracted, over the model's fall (eq. 42).
 
-    The loss includes its l2 term.
+    Args:
+      value_fn: the loss of any batch.
+      value: the loss after the update.
+      params: after the update.
+      update: that was subtracted.
+      l2: eta of the term that the loss includes.
+      change: of the model.
     """
-    new, dtype = jax.tree.map(jnp.subtract, params, update), change.dtype
-    fall = value_fn(new).astype(dtype) - jnp.asarray(value, dtype)
+    old, dtype = jax.tree.map(jnp.add, params, update), change.dtype
+    fall = jnp.asarray(value, dtype) - value_fn(old).astype(dtype)
     if not is_number(l2) or l2 > 0:
-        growth = _squares(new) - _squares(params)
+        growth = _squares(params) - _squares(old)
         fall = fall + jnp.asarray(l2, dtype) / 2 * growth.astype(dtype)
     return fall / jnp.where(change < 0, change, -jnp.inf)
 

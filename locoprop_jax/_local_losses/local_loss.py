@@ -28,7 +28,7 @@ from locoprop_jax._layers.method import Batch, blocks_like, transformation, zero
 from locoprop_jax._layers.rows import Block, pull, push, write_out
 from locoprop_jax._layers.stacking import map_layers
 from locoprop_jax._local_losses.divergences import DIVERGENCES, Divergence, Target
-from locoprop_jax._local_losses.local_problem import LayerData, layer_data, local_problem
+from locoprop_jax._local_losses.local_problem import LayerData, Rates, layer_data, local_problem
 from locoprop_jax._local_losses.regularizers import Regularizer
 from locoprop_jax._local_losses.solver import Solver
 
@@ -60,6 +60,7 @@ def scale_by_local_loss(
     learning_rate: optax.ScalarOrSchedule,
     *,
     gamma: float,
+    relative: bool = False,
     divergence: str | Divergence = "squared",
     target: str | Target | None = None,
     regularizer: Regularizer | None = None,
@@ -78,6 +79,13 @@ def scale_by_local_loss(
       learning_rate: eta, the step size of the local iterations, or a schedule of it.
       gamma: the activation step size. It multiplies cotangents of the loss as written, which carry
         1/B for a mean over a batch of B: gamma = B asks a matching loss for its minimum.
+      relative: whether gamma and eta are in units of the layer, or absolute as in the paper. Then
+        gamma is a distance: the target of each layer is that far from its outputs (root mean square
+        over rows and outputs), but at an output layer of a matching loss never beyond the minimum.
+        And eta = 1 is a local step that goes about so far: gamma over the norm of an average input
+        for optimizers that move each weight by about eta, and for all else 1 / sum |x|^2, below
+        which plain gradient steps converge. Neither depends on the batch, the width or the scale of
+        the loss. Parameters in no layer get eta * gamma times their gradient's direction.
       divergence: "squared" (LocoProp-S), "matching" (LocoProp-M: the matching loss of each layer's
         transfer function, at an output layer the loss itself), "post_squared" (PocoProp-S) or
         "dual_matching" (PocoProp-M), or your own `Divergence`. The last two need
@@ -152,7 +160,7 @@ def scale_by_local_loss(
                 captured[name],
                 arrays,
                 (divergence, transform, regularizer),
-                (gamma, eta),
+                Rates(gamma, eta, relative, solver.is_per_weight),
                 ok,
             )
             delta, inner = solver.solve(problem, arrays.inner)
@@ -166,7 +174,8 @@ def scale_by_local_loss(
         moved = {name: jax.tree.map(jnp.negative, result.delta) for name, result in results.items()}
 
         def backprop(g: Array) -> Array:
-            step = jnp.asarray(eta, g.dtype) * jnp.asarray(gamma, g.dtype) * g
+            unit = unit_norm(g) if relative else g
+            step = jnp.asarray(eta, g.dtype) * jnp.asarray(gamma, g.dtype) * unit
             return jnp.where(ok, step, jnp.zeros_like(step))
 
         return replace(layers, batch.updates, moved, backprop), LocalLossState(

@@ -22,6 +22,7 @@ from locoprop_jax._layers.captured import Captured, LayerArrays
 from locoprop_jax._layers.layers import Layer
 from locoprop_jax._layers.rows import Block, Inputs, Rows, as_rows, pull, push
 from locoprop_jax._layers.transfer import identity
+from locoprop_jax._local_losses import units
 from locoprop_jax._local_losses.divergences import Divergence, Target
 from locoprop_jax._local_losses.regularizers import Layerwise, Penalty, Regularizer, penalty_of
 
@@ -65,6 +66,35 @@ class LocalProblem(NamedTuple):
         """What the divergence's gradient gains on the way: X' gain(X delta)."""
         moved = push(self.inputs, delta)
         return pull(self.inputs, moved if self.gain is None else self.gain(moved), delta)
+
+
+class Rates(NamedTuple):
+    """How far to go.
+
+    Attributes:
+      gamma: the activation step size.
+      eta: the learning rate of the local iterations.
+      relative: whether both are in units of the layer (`units`), or absolute.
+      is_per_weight: whether the solver moves every weight by about eta.
+    """
+
+    gamma: Any
+    eta: Any
+    relative: bool
+    is_per_weight: bool
+
+    def of(
+        self, inputs: Inputs, cotangents: Rows, like: Block, most: Any
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Gamma and eta of one layer."""
+        if not self.relative:
+            gamma, eta = (jnp.asarray(rate, cotangents.dtype) for rate in self[:2])
+            return gamma, eta
+        gamma = units.activation_step(self.gamma, cotangents, most)
+        eta = units.local_rate(
+            self.eta, self.gamma, inputs, like, is_per_weight=self.is_per_weight
+        )
+        return gamma, eta.astype(gamma.dtype)
 
 
 class LayerData(NamedTuple):
@@ -141,15 +171,16 @@ def local_problem(
     arrays: LayerArrays,
     data: LayerData,
     components: tuple[Divergence, Target | None, Regularizer | None],
-    rates: tuple[Any, Any],
+    rates: Rates,
     ok: Bool[Array, ""],
 ) -> tuple[LocalProblem, Any]:
     """The local problem of one layer, and the target's new state."""
     x, a, e = data.inputs, data.outputs, data.cotangents
     divergence, target, regularizer = components
-    gamma, eta = (jnp.asarray(rate, a.dtype) for rate in rates)
     is_after = data.transferred is not None
     along, state = e if data.transferred is None else data.transferred, data.target
+    most = arrays.head.terms if layer.uses_head and arrays.head is not None else jnp.inf
+    gamma, eta = rates.of(x, along, data.updates, most)
     slope = {part: gamma * g for part, g in data.updates.items()}
     change: Callable[[Array], Array] = lambda rows: rows  # noqa: E731
     if target is not None:

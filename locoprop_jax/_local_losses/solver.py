@@ -27,12 +27,15 @@ class Solver(NamedTuple):
       solve: `solve(problem, state)` returns the displacement and the new state. Where `problem.ok`
         is False it returns zeros and the state as it was.
       refuse: why it cannot solve for a divergence and a regularizer; empty if it can.
+      is_per_weight: whether its steps move every weight by about the learning rate, whatever the
+        size of the gradient.
     """
 
     name: str
     init: Callable[[Block], Any]
     solve: Solve
     refuse: Refusal = lambda divergence, regularizer: ""
+    is_per_weight: bool = False
 
 
 # --- what solvers share --------------------------------------------------------------------------

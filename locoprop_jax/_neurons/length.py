@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,9 @@ from jaxtyping import Array, Float
 
 from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._layers.blocks import blocks
-from locoprop_jax._layers.layers import Layer, Layers, replace
+from locoprop_jax._layers.layers import Layers, replace
 from locoprop_jax._layers.rows import Block
+from locoprop_jax._layers.stacking import over_stack
 
 UNITS = ("neuron", "layer")
 
@@ -41,9 +43,9 @@ def scale_by_output_rms(
     width, the depth, the batch or the scale of the inputs, because what it bounds is a mean over
     rows of each single output.
 
-    Entries of a scale or of a bias on its own are layers of one weight each, which would follow the
-    sign of their gradient; they share one length, the mean over all of them. A parameter in no
-    layer has M = I and a length of its own: its update has the Euclidean norm one.
+    An entry of a scale, or of a bias on its own, is a neuron of one weight: it follows the sign of
+    its gradient. A parameter in no layer has M = I and a length of its own: its update has the
+    Euclidean norm one.
 
     Args:
       layers: from `find_layers`.
@@ -109,7 +111,8 @@ def unit_steps(
       unit: "neuron" or "layer".
       floor: as for `scale_by_output_rms`.
     """
-    new = {n: _unit_step(layers[n], d, images[n], unit, floor) for n, d in directions.items()}
+    one = functools.partial(_unit_step, unit=unit, floor=floor)
+    new = {n: over_stack(layers[n], one)(d, images[n]) for n, d in directions.items()}
 
     def other(leaf: Array) -> Array:
         size = jnp.max(jnp.abs(leaf), initial=0).astype(jnp.float32)
@@ -120,55 +123,30 @@ def unit_steps(
     return replace(layers, updates, new, other)
 
 
-def _unit_step(layer: Layer, direction: Block, image: Block, unit: str, floor: Any) -> Block:
-    """Of one layer or stack: each column of d by the root of z, its product with M d.
+def _unit_step(direction: Block, image: Block, unit: str, floor: Any) -> Block:
+    """Of one layer: each column of d by the root of z, its product with M d.
 
     Both are made of ordinary size first, so that a loss of any scale neither overflows nor vanishes
     in the products.
     """
-    d, d_size = _near_one(layer, direction)
-    g, g_size = _near_one(layer, image)
-    z = sum(_columns(part, d[part] * g[part]) for part in d)
-    mean = jnp.mean(jnp.maximum(z, 0), -1, keepdims=True)
-    if is_entrywise(layer):
-        mean = jnp.broadcast_to(jnp.mean(mean, 0, keepdims=True), mean.shape)
-    shared = unit == "layer" or is_entrywise(layer)
-    length = mean if shared else jnp.maximum(z, jnp.asarray(floor, z.dtype) * mean)
-    descends = jnp.isfinite(length) & (length > 0) & (shared | (z > 0))
-    root = jnp.where(descends, 1 / jnp.sqrt(jnp.where(descends, length, 1)), 0)
-    factor = jnp.broadcast_to(root, z.shape)
-    scale = jnp.sqrt(d_size / g_size)  # of d, over the root of the size of z
-    return {
-        part: jnp.where(_over(part, factor) > 0, d[part] * _over(part, factor * scale), 0)
-        for part in d
-    }
+    d, d_size = _near_one(direction)
+    g, g_size = _near_one(image)
+    z = jnp.asarray(sum(_columns(part, d[part] * g[part]) for part in d))
+    mean = jnp.mean(jnp.maximum(z, 0))
+    length = jnp.where(z > 0, jnp.maximum(z, jnp.asarray(floor, z.dtype) * mean), 0)
+    if unit == "layer":
+        length = jnp.broadcast_to(mean, z.shape)
+    good = jnp.isfinite(length) & (length > 0)
+    factor = jnp.sqrt(d_size / g_size / jnp.where(good, length, 1))
+    return {part: jnp.where(good, value * factor, 0) for part, value in d.items()}
 
 
-def is_entrywise(layer: Layer) -> bool:
-    """Whether each entry of a parameter is a layer of one weight."""
-    return layer.kind in ("scale", "bias")
+def _near_one(block: Block) -> tuple[Block, Float[Array, ""]]:
+    """The block divided by its largest entry, and that entry; by one where all are zero."""
+    size = jnp.stack([jnp.max(jnp.abs(value), initial=0) for value in block.values()]).max()
+    size = jnp.where(jnp.isfinite(size) & (size > 0), size, 1)
+    return {part: value / size for part, value in block.items()}, size
 
 
-def _near_one(layer: Layer, block: Block) -> tuple[Block, Float[Array, "*stack 1"]]:
-    """The block divided by its largest entry, and that entry; one where all are zero."""
-    axes = {part: _inner_axes(layer, value) for part, value in block.items()}
-    largest = [jnp.max(jnp.abs(block[p]), axis=axes[p], initial=0) for p in block]
-    size = jnp.stack(largest).max(0)
-    if is_entrywise(layer):
-        size = jnp.broadcast_to(size.max(), size.shape)
-    usable = jnp.isfinite(size) & (size > 0)
-    size = jnp.where(usable, size, 1)[..., None]
-    return {part: value / _over(part, size) for part, value in block.items()}, size
-
-
-def _inner_axes(layer: Layer, value: Array) -> tuple[int, ...]:
-    return tuple(range(0 if layer.stack is None else 1, value.ndim))
-
-
-def _columns(part: str, product: Array) -> Float[Array, "*stack d_out"]:
-    return product.sum(-2) if part == "kernel" else product
-
-
-def _over(part: str, columns: Float[Array, "*stack d_out"]) -> Array:
-    """Laid out to multiply a part of a block."""
-    return columns[..., None, :] if part == "kernel" else columns
+def _columns(part: str, product: Array) -> Float[Array, " d_out"]:
+    return product.sum(0) if part == "kernel" else product
