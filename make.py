@@ -92,7 +92,7 @@ def environment(extra: str, oldest: bool = False) -> Path:
 
 def demo(*options: str) -> int:
     """Train the autoencoder of the papers."""
-    return call(environment("benchmarks"), "-m", "benchmarks.experiments.autoencoder", *options)
+    return call(environment("benchmarks"), "-m", "benchmarks", "autoencoder", *options)
 
 
 def test(*options: str) -> int:

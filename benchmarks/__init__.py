@@ -1,1 +1,1 @@
-"""The papers' experiments: one module per experiment, `python -m benchmarks.<experiment>`."""
+"""What was measured, and what measures it: `python -m benchmarks` lists it."""

@@ -1,16 +1,15 @@
 """What capture costs on the networks people train, as ratios to `jax.value_and_grad` of one run.
 
-    python -m benchmarks.capture_cost            tracing and compiling, and steps
-    python -m benchmarks.capture_cost --zoo      compile times of all models of tests/zoo.py
+    python -m benchmarks capture_cost            tracing and compiling, and steps
+    python -m benchmarks capture_cost --zoo      compile times of all models of tests/zoo.py
 
 Machines are noisy, so each round times everything once, one after the other, and ratios are taken
-within a round. Written to `benchmarks/results/capture_cost_<backend>.json`.
+within a round. Written to capture_cost_<backend>.json or capture_cost_<backend>_zoo.json.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -20,11 +19,10 @@ import numpy as np
 import optax
 
 import locoprop_jax as lp
-from benchmarks.shared.cli import positive_int
+from benchmarks.shared import cli
 from benchmarks.shared.models import LanguageModel, ResNet, UNet, ViT
-from benchmarks.shared.tuned import write_json
+from benchmarks.shared.results import RESULTS, write_measurement
 
-RESULTS = Path(__file__).parents[1] / "results"
 RATES = {"Adam": 1e-3, "FOOF": 1e-2, "LNB": 1e-2}
 
 
@@ -203,13 +201,16 @@ def zoo() -> dict[str, Any]:
     return found
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What capture costs, as ratios.")
-    parser.add_argument("--rounds", type=positive_int, default=5, help="default: %(default)s")
-    parser.add_argument("--depth", type=positive_int, default=24, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="default: %(default)s")
-    parser.add_argument(
-        "--period", type=positive_int, default=20, help="of FOOF's inversions, default: 20"
+def parse_arguments(argv: cli.Argv) -> argparse.Namespace:
+    parser = cli.make_parser("capture_cost", "What capture costs, as ratios.")
+    cli.add_numbers(
+        parser,
+        {
+            "rounds": (5, "of everything in turn"),
+            "depth": (24, "layers of the transformer"),
+            "batch-size": (32, "images per step"),
+            "period": (20, "of FOOF's inversions"),
+        },
     )
     parser.add_argument("--zoo", action="store_true", help="compile times of the zoo instead")
     return parser.parse_args(argv)
@@ -222,7 +223,7 @@ def show(name: str, report: Mapping[str, Any]) -> None:
     print(flush=True, end="")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: cli.Argv = None) -> int:
     args = parse_arguments(argv)
     path = RESULTS / f"capture_cost_{jax.default_backend()}{'_zoo' if args.zoo else ''}.json"
     report: dict[str, Any] = {
@@ -232,8 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if args.zoo:
         report["compile_seconds"] = zoo()
-        write_json(path, report)
-        return
+        write_measurement(path, report)
+        return 0
     for scanned in (False, True):
         name = f"transformer of {args.depth} layers, {'scanned' if scanned else 'unrolled'}"
         report[name] = tracing(transformer(args.depth, scanned), args.rounds)
@@ -247,8 +248,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, network in networks.items():
         report[name] = steps(network, args.rounds, args.period)
         show(name, report[name])
-    write_json(path, report)
-
-
-if __name__ == "__main__":
-    main()
+    write_measurement(path, report)
+    return 0

@@ -1,12 +1,12 @@
 """Which way to LocoProp's plain gradient steps is the fastest, and which one is taken.
 
-    python -m benchmarks.paths
+    python -m benchmarks paths
 
 The same T steps on a layer's local loss can be taken on its weights (direct), with X'X (gram,
 squared losses only), or in the space of the batch's rows (dual). All are timed over batch sizes
 and widths beside the one that "auto" chooses by flops, in interleaved rounds; a path that would not
 fit into a cell's time limit by its flops is left out. Then the same for a whole update of the
-autoencoder at a small batch. Written to `benchmarks/results/paths.json`.
+autoencoder at a small batch.
 """
 
 import argparse
@@ -24,13 +24,13 @@ import numpy as np
 import optax
 
 import locoprop_jax as lp
-from benchmarks.costs.speed import RESULTS, Compiled, Product, clock, compile_call, compile_kernel
-from benchmarks.experiments import autoencoder
-from benchmarks.shared import cli
+from benchmarks.costs.kernels import Product, compile_kernel
+from benchmarks.shared import autoencoder, cli
 from benchmarks.shared.data import Dataset
 from benchmarks.shared.report import aligned, machine
+from benchmarks.shared.results import write_measurement
 from benchmarks.shared.steps import interrupt_deferred
-from benchmarks.shared.tuned import write_json
+from benchmarks.shared.timing import Compiled, clock, compile_call
 from locoprop_jax._layers.rows import pull
 from locoprop_jax._local_losses.coordinates import cheapest_path, path_flops
 from locoprop_jax._local_losses.local_problem import LocalProblem
@@ -213,11 +213,10 @@ def update_table(updates: Mapping[str, Mapping[str, float]]) -> str:
     return aligned(["autoencoder, tx.update", "direct ms", "auto ms", "direct / auto"], rows)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paths",
-        description="Time the paths of LocoProp's plain gradient steps, and the choice between "
-        "them.",
+def parse_arguments(argv: cli.Argv) -> argparse.Namespace:
+    parser = cli.make_parser(
+        "paths",
+        "Time the paths of LocoProp's plain gradient steps, and the choice between them.",
     )
     cli.add_numbers(
         parser,
@@ -231,11 +230,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             "shrink": (1, "divide the autoencoder's widths by this"),
         },
     )
-    cli.add_output_argument(parser, RESULTS / "paths.json")
+    cli.add_output_argument(parser, "paths.json")
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: cli.Argv = None) -> int:
     """Run the command line; 130 after Ctrl-C, with what was measured until then."""
     args = parse_arguments(argv)
     settings = {key: value for key, value in vars(args).items() if key != "output"}
@@ -271,12 +270,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nAt batch {args.autoencoder_batch}:\n\n{update_table(updates)}")
     if layers:
         print(f"\nIts wide layers alone:\n\n{cells_table(layers)}\n\n{summary(layers)}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     content = {"cells": cells, "autoencoder": {"update_seconds": updates, "layers": layers}}
-    write_json(args.output, {"machine": machine(), "settings": settings, **content})
-    print(f"\nWritten to {args.output}")
+    write_measurement(args.output, {"machine": machine(), "settings": settings, **content})
     return 130 if interrupted else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

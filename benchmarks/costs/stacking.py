@@ -1,14 +1,12 @@
 """Compile time and step time of the deep autoencoder, its equal layers solved apart or stacked.
 
-    python -m benchmarks.stacking
+    python -m benchmarks stacking
 
 The deep autoencoder has fourteen layers of 500 x 500. Compile times include tracing and are the
 medians of a few compilations in turn; so are the times of a step.
 """
 
-import argparse
 import functools
-import sys
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -18,11 +16,11 @@ import numpy as np
 import optax
 
 import locoprop_jax as lp
-from benchmarks.costs.speed import RESULTS, Compiled, clock, compile_call
-from benchmarks.experiments.autoencoder import make_network, make_problem
 from benchmarks.shared import cli, report
+from benchmarks.shared.autoencoder import make_network, make_problem
 from benchmarks.shared.data import Dataset
-from benchmarks.shared.tuned import write_json
+from benchmarks.shared.results import write_measurement
+from benchmarks.shared.timing import Compiled, clock, compile_call
 from locoprop_jax._local_losses.locoprop import RMSPROP
 
 # label -> the network, and whether to stack (None: what the library does by itself)
@@ -56,10 +54,10 @@ def compile_step(size: str, stack: bool | None, images: np.ndarray, iterations: 
     return compile_call(step, params, tx.init(params), images)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.stacking",
-        description="What stacking equal layers costs and saves, on the deep autoencoder.",
+def main(argv: cli.Argv = None) -> int:
+    parser = cli.make_parser(
+        "stacking",
+        "What stacking equal layers costs and saves, on the deep autoencoder.",
     )
     cli.add_numbers(
         parser,
@@ -69,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "iterations": (10, "T, local iterations"),
         },
     )
-    cli.add_output_argument(parser, RESULTS / f"stacking_{jax.default_backend()}.json")
+    cli.add_output_argument(parser, f"stacking_{jax.default_backend()}.json")
     args = parser.parse_args(argv)
     images = np.random.default_rng(0).uniform(size=(args.batch_size, 784)).astype(np.float32)
     make = functools.partial(compile_step, images=images, iterations=args.iterations)
@@ -101,9 +99,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{'':14}" + "".join(f"{column:>20}" for column in header))
     for name, row in results.items():
         print(f"{name:14}" + "".join(f"{row[column]:20.2f}" for column in header))
-    write_json(args.output, {"settings": report.machine(), "results": results})
+    write_measurement(args.output, {"settings": report.machine(), "results": results})
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,1 +1,1 @@
-"""."""
+"""The papers' experiments: networks trained with several methods, in tables and plots."""

@@ -1,11 +1,11 @@
 """The papers' ablations, each a small comparison on the deep autoencoder or a classifier.
 
-    python -m benchmarks.ablations [NAME ...]
+    python -m benchmarks ablations [NAME ...]
 
 runs all of them, or those named: half an hour on two CPU cores. Every one prints a table and
 writes results.json and loss.png to out/ablations/NAME/. The paper's settings are
 
-    python -m benchmarks.ablations --epochs 100 --train-images 60000
+    python -m benchmarks ablations --epochs 100 --train-images 60000
 """
 
 import argparse
@@ -17,24 +17,24 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from benchmarks.experiments import autoencoder
-from benchmarks.shared import classifier, cli, plots, report
+from benchmarks.shared import autoencoder, classifier, cli, plots, report
 from benchmarks.shared.classifier import Classifier
 from benchmarks.shared.comparison import Job, train_all, train_with_progress
+from benchmarks.shared.contestants import TRIAL_STEP
 from benchmarks.shared.data import Dataset
 from benchmarks.shared.methods import ALL_METHODS, METHODS, Hyperparameters
+from benchmarks.shared.results import write_json
 from benchmarks.shared.training import INTERRUPTED, Problem, Run, Settings
-from benchmarks.shared.tuned import TUNED, TunedError, load_hyperparameters, write_json
+from benchmarks.shared.tuned import TUNED, TunedError, load_hyperparameters
 
 DEFAULTS = {"epochs": 3, "train_images": 10_000, "batch_size": 1000}
 QUICK = {"epochs": 1, "train_images": 400, "batch_size": 50, "shrink": 16}
 ITERATIONS = 10
 REFERENCE_BATCH = 1000  # the paper's; other batch sizes are stated beside it
-TRIAL_STEP = 10**0.5  # between two learning rates of --trials
 
 ACTIVATIONS = {"tanh": nn.tanh, "ReLU": nn.relu}
 
-# The values of what no search has tuned (benchmarks/tuned.json has the others), at batches of
+# The values of what no search has tuned (tuned.json has the others), at batches of
 # 1000. Sensible guesses, the learning rates the best of three a factor of sqrt(10) apart in about
 # ten steps of narrower networks; --trials improves them by the same number of trials for each run.
 LIKE_TUNED = {
@@ -320,38 +320,27 @@ def run_ablation(name: str, dataset: Dataset, args: argparse.Namespace) -> tuple
     return runs, interrupted
 
 
-def parse_arguments(
-    argv: Sequence[str] | None,
-) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ablations",
-        description="Run the papers' ablations. Each prints a table, and writes its curves as JSON "
-        "and PNG.",
+def parse_arguments(argv: cli.Argv) -> cli.Parsed:
+    parser = cli.make_parser(
+        "ablations",
+        "Run the papers' ablations. Each prints a table, and writes its curves as JSON and PNG.",
         epilog="The paper's settings: --epochs 100 --train-images 60000.",
     )
-    cli.add_names_argument(parser, ABLATIONS)
+    cli.add_names_argument(parser, ABLATIONS, "ablation")
     cli.add_quick_argument(parser, QUICK, "a look at small sizes, seconds for each run")
     cli.add_run_arguments(parser, DEFAULTS)
-    parser.add_argument(
-        "--shrink",
-        type=cli.positive_int,
-        default=1,
-        metavar="N",
-        help="divide the width of every hidden layer by this (default: %(default)s)",
+    trials = (
+        "before each run, train one epoch with each of N learning rates around its own, a factor "
+        "of sqrt(10) apart, and go on with the best; 1 is no search"
     )
-    parser.add_argument(
-        "--trials",
-        type=cli.positive_int,
-        default=1,
-        metavar="K",
-        help="before each run, train one epoch with each of K learning rates around its own, a "
-        "factor of sqrt(10) apart, and go on with the best (default: %(default)s, no search)",
+    cli.add_numbers(
+        parser,
+        {"shrink": (1, "divide the width of every hidden layer by this"), "trials": (1, trials)},
     )
     cli.add_result_arguments(
         parser, "out/ablations", "where the results go, a folder for each ablation"
     )
     args = cli.parse(parser, QUICK, argv)
-    args.names = cli.chosen_names(parser, args, ABLATIONS, "ablation")
     cli.check_training_arguments(parser, args)
     largest = max(
         scaled_batch(variant, args.batch_size)
@@ -365,7 +354,7 @@ def parse_arguments(
     return parser, args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: cli.Argv = None) -> int:
     """Run the command line; 130 after Ctrl-C, as shells have it."""
     parser, args = parse_arguments(argv)
     needs_labels = any(ABLATIONS[name].experiment == classifier.NAME for name in args.names)
@@ -383,7 +372,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         if interrupted:
             return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,15 +13,15 @@ from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float
 
 import locoprop_jax as lp
-from benchmarks.experiments import autoencoder, untuned
-from benchmarks.experiments.autoencoder import Autoencoder
-from benchmarks.shared import candidates, plots, report
+from benchmarks.experiments import untuned
+from benchmarks.shared import autoencoder, candidates, plots, report
+from benchmarks.shared.autoencoder import Autoencoder
 from benchmarks.shared.candidates import Claim, Experiment
 from benchmarks.shared.data import Dataset
+from benchmarks.shared.results import write_json
 from benchmarks.shared.steps import SAMPLED, Batch, LossFn, Params, State, slice_examples
 from benchmarks.shared.training import Problem, Settings
 from benchmarks.shared.trajectories import follow
-from benchmarks.shared.tuned import write_json
 from locoprop_jax import _linalg
 from locoprop_jax._layers.blocks import blocks, matrix
 

@@ -1,21 +1,21 @@
 """The experiments of practical Gauss-Newton, and of gradient descent on neurons about K-FAC.
 
-    python -m benchmarks.gauss_newton [NAME ...]
+    python -m benchmarks gauss_newton [NAME ...]
 
 runs all of them, or those named, each for minutes on two CPU cores. Every experiment prints what
 the paper says beside what was found, and writes results.json and plots to out/gauss_newton/NAME/.
 The papers' sizes are
 
-    python -m benchmarks.gauss_newton autoencoder mixture --train-images 50000 --epochs 100 \\
+    python -m benchmarks gauss_newton autoencoder mixture --train-images 50000 --epochs 100 \\
         --trials 40
-    python -m benchmarks.gauss_newton alignment --train-images 50000 --shrink 1 --pool 1
-    python -m benchmarks.gauss_newton natural minibatches logistic damping second_factor \\
+    python -m benchmarks gauss_newton alignment --train-images 50000 --shrink 1 --pool 1
+    python -m benchmarks gauss_newton natural minibatches logistic damping second_factor \\
         --train-images 60000 --full-batch 1000 --epochs 10 --shrink 1
 """
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from benchmarks.experiments import alignment, natural, second_factor, untuned
 from benchmarks.shared import cli
@@ -85,32 +85,25 @@ EXPERIMENTS: Mapping[str, Experiment] = {
 }
 
 
-def parse_arguments(
-    argv: Sequence[str] | None,
-) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gauss_newton",
-        description="Run the experiments of practical Gauss-Newton, and of gradient descent on "
+def parse_arguments(argv: cli.Argv) -> cli.Parsed:
+    parser = cli.make_parser(
+        "gauss_newton",
+        "Run the experiments of practical Gauss-Newton, and of gradient descent on "
         "neurons about K-FAC. Each prints what the paper says and what was found, and writes its "
         "numbers as JSON and plots.",
     )
-    cli.add_names_argument(parser, EXPERIMENTS)
+    cli.add_names_argument(parser, EXPERIMENTS, "experiment")
     cli.add_quick_argument(parser, QUICK, "a look at tiny sizes, seconds for each run")
-    for option, what in {
-        "epochs": "passes over the training images",
-        "shrink": "divide the width of every layer by this",
-        "trials": "learning rates to try with each method; of Adam's learning rates and decay "
-        "periods for `autoencoder` and `mixture`",
-    }.items():
-        parser.add_argument(
-            f"--{option}",
-            type=cli.positive_int,
-            metavar="N",
-            help=f"{what} (default: the experiment's own)",
-        )
+    trials = (
+        "learning rates to try with each method; of Adam's learning rates and decay periods for "
+        "`autoencoder` and `mixture`"
+    )
     cli.add_numbers(
         parser,
         {
+            "epochs": (None, "passes over the training images"),
+            "shrink": (None, "divide the width of every layer by this"),
+            "trials": (None, trials),
             "train-images": (10_000, "how many of them to use"),
             "full-batch": (300, "how many of these where all are in a batch"),
             "pool": (2, "make images smaller by means of N x N pixels, for `alignment`"),
@@ -126,11 +119,10 @@ def parse_arguments(
         parser, "out/gauss_newton", "where the results go, a folder for each experiment"
     )
     args = cli.parse(parser, QUICK, argv)
-    args.names = cli.chosen_names(parser, args, EXPERIMENTS, "experiment")
     return parser, args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: cli.Argv = None) -> int:
     """Run the command line; 130 after Ctrl-C, as shells have it."""
     parser, args = parse_arguments(argv)
     dataset = cli.open_images(parser, args, any(EXPERIMENTS[name].labels for name in args.names))
@@ -145,7 +137,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("Interrupted; what was finished is written.", file=sys.stderr)
             return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

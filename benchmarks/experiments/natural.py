@@ -14,11 +14,11 @@ import flax.linen as nn
 import optax
 
 import locoprop_jax as lp
-from benchmarks.experiments.neurons import Contestant, benzing_mlp, standardised
 from benchmarks.shared import candidates, classifier, plots
-from benchmarks.shared.candidates import Candidate, Claim, Experiment, constant
-from benchmarks.shared.classifier import Classifier
-from benchmarks.shared.data import Dataset, subset
+from benchmarks.shared.candidates import Candidate, Claim, Experiment
+from benchmarks.shared.classifier import Classifier, benzing_mlp
+from benchmarks.shared.contestants import Contestant, constant, rates
+from benchmarks.shared.data import Dataset, standardised, subset
 from benchmarks.shared.training import Problem, Run, Settings
 
 BATCH_SIZE = 100
@@ -96,7 +96,7 @@ def grid(
 ) -> Iterator[Candidate]:
     """Each method and damping with several learning rates."""
     for name, contestant, _ in variants:
-        for rate in candidates.rates(contestant.learning_rate, trials):
+        for rate in rates(contestant.learning_rate, trials):
             yield candidates.candidate(contestant, rate, problem, settings, f"{name}, {rate:.3g}")
 
 

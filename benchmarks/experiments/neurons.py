@@ -1,86 +1,45 @@
 """The experiments of Linear Neuron Boosting and of gradient descent on neurons.
 
-    python -m benchmarks.neurons [NAME ...]
+    python -m benchmarks neurons [NAME ...]
 
 runs all of them, or those named: each method once with its default learning rate, and with others
 a factor of sqrt(10) apart, the same number for each. Every experiment prints a table of both and
 writes results.json, best.png and defaults.png to out/neurons/NAME/. The papers' sizes are
 
-    python -m benchmarks.neurons mlp autoencoder --train-images 60000 --epochs 10
-    python -m benchmarks.neurons vit wide_resnet vgg --dataset cifar-10 --train-images 50000
+    python -m benchmarks neurons mlp autoencoder --train-images 60000 --epochs 10
+    python -m benchmarks neurons vit wide_resnet vgg --dataset cifar-10 --train-images 50000
 """
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.scipy.sparse.linalg import cg
-from jaxtyping import Array, Float
 
 import locoprop_jax as lp
-from benchmarks.experiments import autoencoder
-from benchmarks.experiments.ablations import TRIAL_STEP
-from benchmarks.shared import classifier, cli, images, plots, report
-from benchmarks.shared.classifier import Classifier
+from benchmarks.experiments.factorisation import factorisation, gauss_newton
+from benchmarks.shared import autoencoder, cli, images, plots, report
+from benchmarks.shared.classifier import benzing_mlp, boosting_mlp
 from benchmarks.shared.comparison import Job, train_all
-from benchmarks.shared.data import Dataset
-from benchmarks.shared.methods import Method
-from benchmarks.shared.steps import Params, count_examples
+from benchmarks.shared.contestants import (
+    ADAM,
+    FOOF,
+    LNB,
+    MOMENTUM,
+    MUON,
+    TRIAL_STEP,
+    Contestant,
+)
+from benchmarks.shared.data import Dataset, inverted
+from benchmarks.shared.results import write_json
+from benchmarks.shared.steps import count_examples
 from benchmarks.shared.training import Problem, Run, Settings
-from benchmarks.shared.tuned import write_json
 from locoprop_jax._neurons.metric import descend
 
 QUICK = {"epochs": 1, "train_images": 400, "trials": 1, "shrink": 16}
-MNIST_MEAN, MNIST_DEVIATION = 0.1307, 0.3081  # what Benzing standardised Fashion-MNIST with
-
-
-class Contestant(NamedTuple):
-    """A method with what its users would try first.
-
-    Attributes:
-      label: its name in tables and plots.
-      build: (layers, learning rate) -> optimizer.
-      learning_rate: the default.
-      needs_capture: whether its step captures activations and cotangents.
-      curvature: which curvature it captures.
-      schedule: (learning rate, steps) -> its schedule; None for a warm-up and a linear decay.
-    """
-
-    label: str
-    build: Callable[..., optax.GradientTransformation]
-    learning_rate: float
-    needs_capture: bool = False
-    curvature: str | None = None
-    schedule: Callable[[float, int], optax.Schedule] | None = None
-
-    def method(self) -> Method:
-        def build(layers: Any, schedule: optax.Schedule) -> Any:
-            arguments = (layers,) if self.needs_capture else ()
-            return optax.with_extra_args_support(self.build(*arguments, schedule))
-
-        return Method(
-            self.label,
-            build,
-            {},
-            needs_capture=self.needs_capture,
-            curvature=self.curvature,
-            schedule=self.schedule,
-        )
-
-
-FOOF = Contestant("FOOF", lp.foof, 4.0, needs_capture=True)
-LNB = Contestant("LNB", lp.lnb, 4.0, needs_capture=True)
-ADAM = Contestant("Adam", optax.adam, 1e-3)
-MOMENTUM = Contestant("Momentum", functools.partial(optax.sgd, momentum=0.9), 1e-1)
-MUON = Contestant("Muon", optax.contrib.muon, 2e-2)
 
 
 class Experiment(NamedTuple):
@@ -107,103 +66,8 @@ class Experiment(NamedTuple):
     images: bool = True
 
 
-# --- problems ------------------------------------------------------------------------------------
-
-
-def inverted(dataset: Dataset) -> Dataset:
-    """Every pixel as one minus itself."""
-    return dataset._replace(train=1 - dataset.train, test=1 - dataset.test)
-
-
-def standardised(dataset: Dataset) -> Dataset:
-    scaled = {
-        name: ((getattr(dataset, name) - MNIST_MEAN) / MNIST_DEVIATION).astype(np.float32)
-        for name in ("train", "test")
-    }
-    return dataset._replace(**scaled)
-
-
-def boosting_mlp(dataset: Dataset, shrink: int) -> Problem:
-    """Two layers of 800 tanh units, Glorot's initial weights (LNB, section 5.2)."""
-    hidden = autoencoder.narrower((800, 800), shrink)
-    network = Classifier(hidden, kernel_init=nn.initializers.glorot_normal())
-    return classifier.make_problem(dataset, network)
-
-
-def benzing_mlp(dataset: Dataset, shrink: int) -> Problem:
-    """Three layers of 1000 units without biases, He's initial weights (Benzing, appendix D)."""
-    hidden = autoencoder.narrower((1000,) * 3, shrink)
-    network = Classifier(hidden, nn.relu, False, nn.initializers.he_normal())
-    return classifier.make_problem(standardised(dataset), network)
-
-
 def deep_autoencoder(dataset: Dataset, shrink: int) -> Problem:
     return autoencoder.make_problem(dataset, autoencoder.make_network(shrink=shrink))
-
-
-def factorisation(
-    dataset: Dataset, shrink: int, *, condition: float = 1e5, samples: int = 1000
-) -> Problem:
-    """Fit y = A x with two linear layers (Recht, 2017; LNB, section 5.1); the images play no part.
-
-    The rows of A grow from 1 to its condition number. The loss is in units of the mean squared
-    length of y.
-    """
-    del dataset
-    width, outputs = autoencoder.narrower((60, 100), shrink)
-    rng = np.random.default_rng(0)
-    a = np.linspace(1, condition, outputs)[:, None] * rng.normal(size=(outputs, width)) / condition
-    x = rng.normal(size=(samples, width)).astype(np.float32)
-    y = (x @ a.T).astype(np.float32)
-    unit = float(np.mean(np.sum(y**2, 1)))
-
-    def init(key: Array) -> Params:
-        first, second = jax.random.split(key)
-        scale = width**-0.5
-        return {
-            "first": {"kernel": scale * jax.random.normal(first, (width, width))},
-            "second": {"kernel": scale * jax.random.normal(second, (width, outputs))},
-        }
-
-    def loss_fn(params: Params, batch: Mapping[str, Array]) -> Float[Array, ""]:
-        return squared_error(factors(params, batch["x"]), batch["y"]) / unit
-
-    return Problem("factorisation", init, loss_fn, {"x": x, "y": y}, None)
-
-
-def factors(params: Params, x: Float[Array, "rows d_in"]) -> Float[Array, "rows d_out"]:
-    return x @ params["first"]["kernel"] @ params["second"]["kernel"]
-
-
-def squared_error(
-    outputs: Float[Array, "rows d_out"], y: Float[Array, "rows d_out"]
-) -> Float[Array, ""]:
-    return jnp.square(outputs - y).sum(-1).mean()
-
-
-def gauss_newton(
-    learning_rate: optax.ScalarOrSchedule, *, problem: Problem, iterations: int = 100
-) -> optax.GradientTransformation:
-    """The Gauss-Newton direction of the factorisation, by conjugate gradient on all its data."""
-    x, y = (jnp.asarray(problem.train[name]) for name in "xy")
-    unit = squared_error(jnp.zeros_like(y), y)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        outputs, forward = jax.linearize(lambda p: factors(p, x), params)
-        backward = jax.linear_transpose(forward, params)
-        curvature = jax.grad(lambda outputs: squared_error(outputs, y) / unit)
-
-        def product(v: Any) -> Any:
-            image = jax.jvp(curvature, (outputs,), (forward(v),))[1]
-            return jax.tree.map(lambda a, b: a + 1e-8 * b, backward(image)[0], v)
-
-        return cg(product, updates, maxiter=iterations)[0], state
-
-    direction = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-    return optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
-
-
-# --- experiments ---------------------------------------------------------------------------------
 
 
 EVERYONE = {"foof": FOOF, "lnb": LNB, "momentum": MOMENTUM, "adam": ADAM, "muon": MUON}
@@ -462,26 +326,18 @@ def _plot(
     plots.plot_losses(runs, f"{experiment.title}{of}; {kind}", path, looks, log=experiment.log)
 
 
-def parse_arguments(
-    argv: Sequence[str] | None,
-) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.neurons",
-        description="Run the experiments of LNB and FOOF. Each prints its tables, and writes its "
+def parse_arguments(argv: cli.Argv) -> cli.Parsed:
+    parser = cli.make_parser(
+        "neurons",
+        "Run the experiments of LNB and FOOF. Each prints its tables, and writes its "
         "curves as JSON and PNG.",
     )
-    cli.add_names_argument(parser, EXPERIMENTS)
+    cli.add_names_argument(parser, EXPERIMENTS, "experiment")
     cli.add_quick_argument(parser, QUICK, "a look at small sizes, seconds for each run")
-    parser.add_argument(
-        "--epochs",
-        type=cli.positive_int,
-        metavar="N",
-        help="passes over the training images, steps of the factorisation (default: the "
-        "experiment's own)",
-    )
     cli.add_numbers(
         parser,
         {
+            "epochs": (None, "passes over the training images, steps of the factorisation"),
             "train-images": (10_000, "how many of them to use"),
             "trials": (3, "learning rates to try with each method, the default among them"),
             "shrink": (1, "divide the width of every layer by this"),
@@ -492,11 +348,10 @@ def parse_arguments(
         parser, "out/neurons", "where the results go, a folder for each experiment"
     )
     args = cli.parse(parser, QUICK, argv)
-    args.names = cli.chosen_names(parser, args, EXPERIMENTS, "experiment")
     return parser, args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: cli.Argv = None) -> int:
     """Run the command line; 130 after Ctrl-C, as shells have it."""
     parser, args = parse_arguments(argv)
     dataset = cli.open_images(parser, args, any(EXPERIMENTS[name].labels for name in args.names))
@@ -504,7 +359,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run_experiment(name, dataset, args):
             return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float
 import locoprop_jax as lp
 from benchmarks.experiments import natural
 from benchmarks.experiments.natural import BATCH_SIZE, MC, MOMENTUM, SGD, Variant
-from benchmarks.experiments.neurons import benzing_mlp
 from benchmarks.shared import candidates, plots
 from benchmarks.shared.candidates import Claim, Experiment, Groups, final_loss
+from benchmarks.shared.classifier import benzing_mlp
 from benchmarks.shared.comparison import Job
 from benchmarks.shared.data import Dataset
 from benchmarks.shared.steps import Batch, LossFn, Params, State, slice_examples

@@ -1,6 +1,6 @@
 """How much the two numbers of each method that matter most do matter.
 
-    python -m benchmarks.sensitivity [METHOD ...]
+    python -m benchmarks sensitivity [METHOD ...]
 
 trains a narrow deep autoencoder with each method, or with those named, for every cell of a grid
 around the method's defaults, a factor of sqrt(10) from one cell to the next: minutes on two CPU
@@ -19,11 +19,11 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from benchmarks.experiments import autoencoder
-from benchmarks.shared import cli, plots, report
-from benchmarks.shared.candidates import rates
+from benchmarks.shared import autoencoder, cli, plots, report
+from benchmarks.shared.contestants import rates
 from benchmarks.shared.data import Dataset
 from benchmarks.shared.methods import METHODS, Hyperparameters, Method
+from benchmarks.shared.results import write_json
 from benchmarks.shared.steps import (
     Numbers,
     compile_family,
@@ -42,7 +42,6 @@ from benchmarks.shared.training import (
     make_evaluation,
     run_epoch,
 )
-from benchmarks.shared.tuned import write_json
 
 NAME = "sensitivity"
 DEFAULTS = {"epochs": 3, "train_images": 5000, "batch_size": 500}
@@ -64,7 +63,7 @@ class Setup(NamedTuple):
 
 
 # As `lp.locoprop_s` has them. It has no learning rate by default: one of those that
-# `benchmarks.tune` starts with stands for it.
+# `tune` starts with stands for it.
 LOCAL = {"one_minus_beta1": 0.1, "one_minus_beta2": 0.1, "eps": 1e-6, "iterations": 10}
 LOCAL_RATE = 1e-4
 
@@ -325,16 +324,14 @@ def show(surfaces: Sequence[Surface], dataset: Dataset, args: argparse.Namespace
 # --- command line --------------------------------------------------------------------------------
 
 
-def parse_arguments(
-    argv: Sequence[str] | None,
-) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sensitivity",
-        description="Train the deep autoencoder with each method over a grid of the two numbers "
+def parse_arguments(argv: cli.Argv) -> cli.Parsed:
+    parser = cli.make_parser(
+        "sensitivity",
+        "Train the deep autoencoder with each method over a grid of the two numbers "
         "that matter most for it, around their defaults. Prints how good the best and the default "
         "are and how far a number may be off; writes the losses as JSON and PNG.",
     )
-    cli.add_names_argument(parser, SETUPS)
+    cli.add_names_argument(parser, SETUPS, "method")
     cli.add_quick_argument(parser, QUICK)
     cli.add_run_arguments(parser, DEFAULTS)
     cli.add_numbers(
@@ -347,11 +344,10 @@ def parse_arguments(
     cli.add_output_dir_argument(parser, f"out/{NAME}", "where the results go")
     args = cli.parse(parser, QUICK, argv)
     cli.check_training_arguments(parser, args)
-    args.names = cli.chosen_names(parser, args, SETUPS, "method")
     return parser, args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: cli.Argv = None) -> int:
     """Run the command line; 130 after Ctrl-C, as shells have it."""
     parser, args = parse_arguments(argv)
     dataset = cli.open_images(parser, args, how=cli.in_batches(args))
@@ -375,7 +371,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         done = sum(not np.isnan(surface.losses).any() for surface in surfaces)
         print(f"Interrupted; {done} of {len(args.names)} methods are complete.", file=sys.stderr)
     return 130 if interrupted else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,12 +1,11 @@
 """The paper's Table 1, measured: what Adam and LocoProp cost beyond the bare gradient.
 
-    python -m benchmarks.table1
+    python -m benchmarks table1
 
 Nothing is run: the compiled training steps are asked for their memory (`memory_analysis`) and flops
 (`cost_analysis`). XLA counts the body of a loop once, whatever the number of rounds, so the local
 iterations beyond that are added: their matrix products by their shapes, their local optimizer by
-XLA's count of it alone. (What is left out is a few flops for each of the batch's outputs.) Written
-to `benchmarks/results/table1.json`.
+XLA's count of it alone. (What is left out is a few flops for each of the batch's outputs.)
 """
 
 import argparse
@@ -20,15 +19,14 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from benchmarks.costs.speed import RESULTS, bytes_of
-from benchmarks.experiments import autoencoder
-from benchmarks.shared import cli
+from benchmarks.shared import autoencoder, cli
 from benchmarks.shared.data import Dataset
 from benchmarks.shared.methods import ALL_METHODS, METHODS, Hyperparameters, tensorflow_rmsprop
 from benchmarks.shared.report import aligned, machine
+from benchmarks.shared.results import write_measurement
 from benchmarks.shared.steps import Batch, Params, compile_step
+from benchmarks.shared.timing import bytes_of
 from benchmarks.shared.training import Problem
-from benchmarks.shared.tuned import write_json
 from locoprop_jax._local_losses.coordinates import cheapest_path, path_flops
 
 RMSPROP = {"one_minus_beta1": 0.1, "one_minus_beta2": 0.1, "eps": 1e-8}
@@ -185,10 +183,10 @@ def memory_table(steps: Mapping[str, Mapping[str, int]]) -> str:
     return aligned(["autoencoder, whole step", "state MB", "temporary MB", "/ Adam's"], rows)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.table1",
-        description="The extra memory and flops of Adam, LocoProp-S and LocoProp-M for one dense "
+def parse_arguments(argv: cli.Argv) -> argparse.Namespace:
+    parser = cli.make_parser(
+        "table1",
+        "The extra memory and flops of Adam, LocoProp-S and LocoProp-M for one dense "
         "layer, measured beside the formulas of the paper's Table 1; and the memory of the "
         "autoencoder's step as T grows. Compiles, but runs nothing.",
     )
@@ -203,11 +201,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             "autoencoder-iterations": ([1, 10, 50], "T, of the autoencoder"),
         },
     )
-    cli.add_output_argument(parser, RESULTS / "table1.json")
+    cli.add_output_argument(parser, "table1.json")
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: cli.Argv = None) -> int:
     args = parse_arguments(argv)
     b, d1, d2, t = args.batch_size, args.d_in, args.d_out, args.iterations
     print(f"One dense layer: d1 = {d1}, d2 = {d2}, b = {b}, T = {t}, float32, {machine()}\n")
@@ -224,13 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(memory_table(steps))
     print("T = 1 needs no local gradient beyond the given one; from T = 2 on nothing is added.")
     settings = {key: value for key, value in vars(args).items() if key != "output"}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
+    write_measurement(
         args.output,
         {"machine": machine(), "settings": settings, "layer": layer, "autoencoder": steps},
     )
-    print(f"\nWritten to {args.output}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

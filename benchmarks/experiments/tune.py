@@ -1,11 +1,10 @@
 """Tune the methods on the deep autoencoder: the same number of trials for each, by Optuna.
 
 The search spaces are the paper's (locoprop, Tables 3 and 5). Every trial is one short training run;
-its row goes to benchmarks/results/tuning_<method>.csv at once, so a search that is stopped goes on
-where it was when it is started again. The best values go to benchmarks/tuned.json.
+its row goes to tuning_<method>.csv among the results at once, so a search that is stopped goes on
+where it was when it is started again. The best values go to tuned.json.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import Any
 import jax
 import optuna
 
-from benchmarks.experiments import autoencoder
-from benchmarks.shared import cli
+from benchmarks.experiments.autoencoder import DEFAULTS
+from benchmarks.shared import autoencoder, cli
 from benchmarks.shared.data import DataError, Dataset
 from benchmarks.shared.methods import METHODS, Choice, Hyperparameters, SearchSpace
 from benchmarks.shared.report import progress
+from benchmarks.shared.results import RESULTS, shown
 from benchmarks.shared.steps import count_examples
 from benchmarks.shared.training import INTERRUPTED, EpochRecord, Problem, Settings, train
 from benchmarks.shared.trials import (
@@ -40,7 +40,6 @@ from benchmarks.shared.tuned import (
     save_tuned,
 )
 
-RESULTS = Path(__file__).parents[1] / "results"
 STARTUP_TRIALS = 4  # random and never pruned, before TPE and the median have anything to go by
 PRUNED_FROM_EPOCH = 2  # the first epoch has the warm-up in it
 OPTUNA_STATES = {
@@ -159,7 +158,7 @@ def save_best(
         return
     entry = {
         "hyperparameters": dict(best.hyperparameters),
-        "found_by": "python -m benchmarks.tune",
+        "found_by": "python -m benchmarks tune",
         "trials": len(trials),
         "train_loss": best.loss,
         **described,
@@ -177,28 +176,21 @@ def describe(dataset: Dataset, settings: Settings, options: Mapping[str, Any]) -
     }
 
 
-def parse_arguments(
-    argv: Sequence[str] | None,
-) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune",
-        description="Search the paper's hyperparameter spaces (Tables 3 and 5) on the deep "
+def parse_arguments(argv: cli.Argv) -> cli.Parsed:
+    parser = cli.make_parser(
+        "tune",
+        "Search the paper's hyperparameter spaces (Tables 3 and 5) on the deep "
         "autoencoder, with as many trials for each method. Can be stopped and started again.",
     )
-    parser.add_argument(
-        "--trials",
-        type=cli.positive_int,
-        default=40,
-        metavar="N",
-        help="per method, those already in its file included (default: %(default)s)",
-    )
-    cli.add_training_arguments(parser, autoencoder.DEFAULTS)
+    trials = "per method, those already in its file included"
+    cli.add_numbers(parser, {"trials": (40, trials)})
+    cli.add_training_arguments(parser, DEFAULTS)
     parser.add_argument(
         "--results-dir",
         type=Path,
         default=RESULTS,
         metavar="DIR",
-        help="where tuning_<method>.csv is, or goes (default: benchmarks/results)",
+        help=f"where tuning_<method>.csv is, or goes (default: {shown(RESULTS)})",
     )
     parser.add_argument(
         "--tuned",
@@ -206,7 +198,7 @@ def parse_arguments(
         default=TUNED,
         metavar="FILE",
         help="JSON file of tuned values: the first trial is read from it, the best is written to "
-        "it (default: benchmarks/tuned.json)",
+        f"it (default: {shown(TUNED)})",
     )
     args = parser.parse_args(argv)
     cli.check_training_arguments(parser, args)
@@ -226,7 +218,7 @@ def current_values(experiment: str, name: str, path: Path) -> Hyperparameters | 
     return None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: cli.Argv = None) -> int:
     """Run the command line; 130 after Ctrl-C, with the best values so far saved."""
     parser, args = parse_arguments(argv)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -251,7 +243,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataError, TrialsError, TunedError) as error:
         parser.error(str(error))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,12 +15,11 @@ import optax
 from jaxtyping import Array, Float
 
 import locoprop_jax as lp
-from benchmarks.experiments import autoencoder
-from benchmarks.experiments.autoencoder import narrower
-from benchmarks.experiments.neurons import ADAM, FOOF, Contestant
-from benchmarks.shared import candidates, plots
-from benchmarks.shared.candidates import Candidate, Claim, Experiment, Groups, constant, race
+from benchmarks.shared import autoencoder, candidates, plots
+from benchmarks.shared.autoencoder import narrower
+from benchmarks.shared.candidates import Candidate, Claim, Experiment, Groups, race
 from benchmarks.shared.classifier import Classifier
+from benchmarks.shared.contestants import ADAM, FOOF, Contestant, constant
 from benchmarks.shared.data import Dataset
 from benchmarks.shared.steps import Batch, Params
 from benchmarks.shared.training import Problem, Run, Settings

@@ -1,1 +1,1 @@
-"""."""
+"""Other packages' implementations beside the ones here."""

@@ -1,9 +1,9 @@
 """K-FAC here and in kfac-jax 0.0.8, side by side on the autoencoder.
 
-    python -m benchmarks.kfac_peer
+    python -m benchmarks kfac_peer
 
 That release needs an older JAX than this library, so it runs in a process of its own
-(`benchmarks/peers/kfac_peer_child.py`), in an environment that is made on first use or named with
+(`kfac_peer_child.py`), in an environment that is made on first use or named with
 --peer-python. Both sides start from the same parameters, see the same batches and invert their
 factors at the same period, on the CPU. Turns of one period each alternate between them, and ratios
 of time are taken within a pair of turns. Losses are measured here, for both, on the training
@@ -29,7 +29,6 @@ import optuna
 import pooch
 from jaxtyping import Int
 
-from benchmarks.experiments.autoencoder import make_network, make_problem
 from benchmarks.experiments.tune import distributions, make_study
 from benchmarks.peers.kfac_peer_sides import (
     OUR_DEFAULTS,
@@ -50,12 +49,12 @@ from benchmarks.peers.kfac_peer_sides import (
     used,
 )
 from benchmarks.shared import cli, report
+from benchmarks.shared.autoencoder import make_network, make_problem
 from benchmarks.shared.data import DataError
 from benchmarks.shared.methods import Hyperparameters, SearchSpace
+from benchmarks.shared.results import write_measurement
 from benchmarks.shared.training import epoch_batches, make_evaluation
-from benchmarks.shared.tuned import write_json
 
-RESULTS = Path(__file__).parents[1] / "results" / "kfac_peer.json"
 QUICK = {
     "steps": 3,
     "rounds": 1,
@@ -224,12 +223,10 @@ def results(measured: Measured) -> dict[str, Any]:
 # --- the command line ----------------------------------------------------------------------------
 
 
-def parse_arguments(
-    argv: Sequence[str] | None,
-) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kfac_peer",
-        description="Time K-FAC here against kfac-jax on the deep autoencoder, and compare losses.",
+def parse_arguments(argv: cli.Argv) -> cli.Parsed:
+    parser = cli.make_parser(
+        "kfac_peer",
+        "Time K-FAC here against kfac-jax on the deep autoencoder, and compare losses.",
     )
     cli.add_quick_argument(parser, QUICK)
     cli.add_numbers(
@@ -252,13 +249,13 @@ def parse_arguments(
         help=f"a Python that has what {REQUIREMENTS.name} lists (default: of an environment made "
         "in the user's cache on first use)",
     )
-    cli.add_output_argument(parser, RESULTS)
+    cli.add_output_argument(parser, "kfac_peer.json")
     args = cli.parse(parser, QUICK, argv)
     cli.check_training_arguments(parser, args)
     return parser, args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: cli.Argv = None) -> int:
     parser, args = parse_arguments(argv)
     jax.config.update("jax_platforms", "cpu")  # as the peer's process
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -301,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(f"\n{table(measured)}\n")
     print(f"Losses after {args.steps} steps, on {len(dataset.train):,} training images.")
-    write_json(
+    write_measurement(
         args.output,
         {
             "settings": settings,
@@ -317,7 +314,3 @@ def batch_order(images: int, args: argparse.Namespace) -> Int[np.ndarray, "steps
     needed = max(args.steps, (args.rounds + 1) * args.inverse_period + FIRST_STEPS)
     epochs = (epoch_batches(images, args.batch_size, i, args.seed) for i in itertools.count(1))
     return np.stack(list(itertools.islice(itertools.chain.from_iterable(epochs), needed)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

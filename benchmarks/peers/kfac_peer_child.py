@@ -1,8 +1,8 @@
-"""kfac-jax's half of `benchmarks.kfac_peer`: a process that takes its steps when it is told to.
+"""kfac-jax's half of `kfac_peer`: a process that takes its steps when it is told to.
 
 It runs in an environment of its own, with kfac-jax, JAX and NumPy and nothing of this repository.
 Requests come as lines of JSON on stdin and each is answered with one on stdout; arrays travel in
-.npz files. `Child` in `benchmarks.kfac_peer` is the other end.
+.npz files. `Child` in `kfac_peer_sides` is the other end.
 
     {"do": "load", "arrays": "problem.npz"}                  images, batches, initial parameters
     {"do": "start", "options": {...}, "arguments": {...}}    an optimizer; the initial parameters

@@ -1,4 +1,4 @@
-"""The two sides of `benchmarks.kfac_peer`: K-FAC here, and kfac-jax in a process of its own."""
+"""The two sides of `kfac_peer`: K-FAC here, and kfac-jax in a process of its own."""
 
 import hashlib
 import json

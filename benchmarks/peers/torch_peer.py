@@ -1,7 +1,7 @@
 """LocoProp-M here and in PyTorch, side by side: the PyPI package `locoprop` 0.1.0.
 
     pip install ".[peers]"
-    python -m benchmarks.torch_peer
+    python -m benchmarks torch_peer
 
 Both train the autoencoder of that package's README from the same parameters on the same batches,
 with the same local optimizer and number of iterations. The package writes the same algorithm with
@@ -9,7 +9,6 @@ each local gradient divided by the batch size, and by default moves the input of
 the layer before it has moved (`correction`). Steps are timed alternately in one process.
 """
 
-import argparse
 import functools
 import importlib
 import os
@@ -17,7 +16,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -30,17 +28,10 @@ from jaxtyping import Array, Float
 import locoprop_jax as lp
 from benchmarks.shared import cli
 from benchmarks.shared.data import load_dataset, subset
-from benchmarks.shared.tuned import write_json
-
-try:  # neither is a dependency of anything else here
-    torch: Any = importlib.import_module("torch")
-    peer: Any = importlib.import_module("locoprop")
-except ImportError:
-    torch = peer = None
+from benchmarks.shared.results import write_measurement
 
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 GAMMA = 10.0  # the package's default `learning_rate`
-RESULTS = Path(__file__).parents[1] / "results" / "torch_peer.json"
 
 Params = list[dict[str, np.ndarray]]
 
@@ -151,7 +142,13 @@ def our_step(setting: Setting, params: Params) -> Step:
 # --- there ---------------------------------------------------------------------------------------
 
 
+def import_peer() -> tuple[Any, Any]:
+    """PyTorch and the package, neither of which anything else here depends on."""
+    return importlib.import_module("torch"), importlib.import_module("locoprop")
+
+
 def their_step(setting: Setting, params: Params) -> Step:
+    torch, peer = import_peer()
     last = len(params) - 1
     modules = []
     for i, layer in enumerate(params):
@@ -190,6 +187,7 @@ def their_step(setting: Setting, params: Params) -> Step:
 
 def set_fastest_threads(setting: Setting, images: np.ndarray, seed: int) -> int:
     """Give PyTorch the number of threads with which its step is fastest: more is not always."""
+    torch, _ = import_peer()
     batch, seconds = images[: setting.batch_size], {}
     for threads in {1, os.cpu_count() or 1}:
         torch.set_num_threads(threads)
@@ -254,17 +252,19 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.torch_peer",
-        description="Time LocoProp-M here against the PyPI package `locoprop` (PyTorch).",
+def main(argv: cli.Argv = None) -> int:
+    parser = cli.make_parser(
+        "torch_peer",
+        "Time LocoProp-M here against the PyPI package `locoprop` (PyTorch).",
     )
     steps = {"steps": (30, "timed steps of each setting"), "train-images": (10_000, "to draw from")}
     cli.add_numbers(parser, steps)
     parser.add_argument("--seed", type=cli.seed, default=0, metavar="N")
-    cli.add_output_argument(parser, RESULTS)
+    cli.add_output_argument(parser, "torch_peer.json")
     args = parser.parse_args(argv)
-    if torch is None:
+    try:
+        import_peer()
+    except ImportError:
         parser.error('the peer is not installed: pip install ".[peers]"')
     images = subset(load_dataset("auto", None, args.seed), args.train_images).train
     outcomes = []
@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcomes.append(side_by_side(setting, images, args.steps, args.seed))
         print(f"{outcomes[-1].setting.label}: {outcomes[-1].ratio:.2f}", file=sys.stderr)
     print(table(outcomes))
-    write_json(
+    write_measurement(
         args.output,
         [
             o._asdict() | {"setting": o.setting._asdict(), "label": o.setting.label}
@@ -280,7 +280,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         ],
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

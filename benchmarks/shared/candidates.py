@@ -7,17 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jaxtyping import Float
 
-from benchmarks.experiments.ablations import TRIAL_STEP
-from benchmarks.experiments.neurons import Contestant
 from benchmarks.shared import plots, report
 from benchmarks.shared.comparison import Job, train_all
+from benchmarks.shared.contestants import Contestant
 from benchmarks.shared.data import Dataset
+from benchmarks.shared.results import write_json
 from benchmarks.shared.steps import count_examples
 from benchmarks.shared.training import Problem, Run, Settings
-from benchmarks.shared.tuned import write_json
 
 WINDOW = 10  # updates that a loss is averaged over (practical GN, Figure 2)
 
@@ -55,17 +53,6 @@ class Experiment(NamedTuple):
     shrink: int = 1
     trials: int = 3
     labels: bool = False
-
-
-def constant(peak: float, steps: int) -> optax.Schedule:
-    """The schedule of a `Contestant` whose learning rate never changes."""
-    del steps
-    return optax.constant_schedule(peak)
-
-
-def rates(middle: float, trials: int) -> list[float]:
-    """Learning rates a factor of sqrt(10) apart, from small to large."""
-    return [middle * TRIAL_STEP ** (i - trials // 2) for i in range(trials)]
 
 
 def candidate(

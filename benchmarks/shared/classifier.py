@@ -1,4 +1,4 @@
-"""Classifiers of images; by default the review's: five hidden layers of 512 tanh units."""
+"""Dense classifiers of images; by default the review's: five hidden layers of 512 tanh units."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import locoprop_jax as lp
-from benchmarks.shared.data import Dataset
+from benchmarks.shared.autoencoder import narrower
+from benchmarks.shared.data import Dataset, standardised
 from benchmarks.shared.steps import Batch, Params
 from benchmarks.shared.training import Problem, make_evaluation
 
@@ -52,6 +53,20 @@ def make_problem(dataset: Dataset, network: Classifier) -> Problem:
         train={"images": dataset.train, "labels": dataset.train_labels},
         test={"images": dataset.test, "labels": dataset.test_labels},
     )
+
+
+def boosting_mlp(dataset: Dataset, shrink: int) -> Problem:
+    """Two layers of 800 tanh units, Glorot's initial weights (LNB, section 5.2)."""
+    hidden = narrower((800, 800), shrink)
+    network = Classifier(hidden, kernel_init=nn.initializers.glorot_normal())
+    return make_problem(dataset, network)
+
+
+def benzing_mlp(dataset: Dataset, shrink: int) -> Problem:
+    """Three layers of 1000 units without biases, He's initial weights (Benzing, appendix D)."""
+    hidden = narrower((1000,) * 3, shrink)
+    network = Classifier(hidden, nn.relu, False, nn.initializers.he_normal())
+    return make_problem(standardised(dataset), network)
 
 
 def test_accuracy(network: Classifier, params: Params, dataset: Dataset) -> float:

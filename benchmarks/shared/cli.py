@@ -9,7 +9,17 @@ import jax
 
 from benchmarks.shared.data import DATASETS, DataError, Dataset, load_dataset, subset
 from benchmarks.shared.methods import METHODS
+from benchmarks.shared.results import RESULTS, shown
 from benchmarks.shared.tuned import TUNED
+
+Argv = Sequence[str] | None  # None: what the program was called with
+Parsed = tuple[argparse.ArgumentParser, argparse.Namespace]
+
+
+def make_parser(name: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of `python -m benchmarks NAME`."""
+    program = f"python -m benchmarks {name}"
+    return argparse.ArgumentParser(prog=program, description=description, epilog=epilog)
 
 
 def positive_int(text: str) -> int:
@@ -35,30 +45,33 @@ def seed(text: str) -> int:
 
 
 def add_numbers(
-    parser: argparse.ArgumentParser, options: Mapping[str, tuple[int | Sequence[int], str]]
+    parser: argparse.ArgumentParser, options: Mapping[str, tuple[int | Sequence[int] | None, str]]
 ) -> None:
-    """Options that are positive whole numbers: name -> default (several for a list), and what."""
+    """Options that are positive whole numbers: name -> default (several for a list), and what.
+
+    Without a default each experiment has its own.
+    """
     for option, (default, what) in options.items():
-        several = not isinstance(default, int)
-        shown = " ".join(map(str, default)) if several else default
+        several = isinstance(default, Sequence)
+        value = "the experiment's own" if default is None else default
         parser.add_argument(
             f"--{option}",
             type=positive_int,
             nargs="+" if several else None,
             default=default,
             metavar="N",
-            help=f"{what} (default: {shown})",
+            help=f"{what} (default: {' '.join(map(str, default)) if several else value})",
         )
 
 
-def add_output_argument(parser: argparse.ArgumentParser, default: Path) -> None:
-    """--output, the JSON file of a measurement."""
+def add_output_argument(parser: argparse.ArgumentParser, name: str) -> None:
+    """--output, the JSON file of a measurement, which has this name among the results."""
     parser.add_argument(
         "--output",
         type=Path,
-        default=default,
+        default=RESULTS / name,
         metavar="FILE",
-        help=f"where the numbers go (default: benchmarks/results/{default.name})",
+        help=f"where the numbers go (default: {shown(RESULTS / name)})",
     )
 
 
@@ -69,7 +82,7 @@ def add_result_arguments(parser: argparse.ArgumentParser, directory: str, what: 
         type=Path,
         default=TUNED,
         metavar="FILE",
-        help="JSON file of tuned values (default: the committed benchmarks/tuned.json)",
+        help=f"JSON file of tuned values (default: the committed {shown(TUNED)})",
     )
     add_output_dir_argument(parser, directory, what)
 
@@ -85,25 +98,23 @@ def add_output_dir_argument(parser: argparse.ArgumentParser, directory: str, wha
     )
 
 
-def add_names_argument(parser: argparse.ArgumentParser, known: Iterable[str]) -> None:
-    """The names of what to run; `chosen_names` reads them."""
+def add_names_argument(parser: argparse.ArgumentParser, known: Iterable[str], what: str) -> None:
+    """The names of what to run: `parse` has each once, all if there are none."""
+    known = list(known)
+
+    def name(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"no {what} {text!r}; there are {', '.join(known)}")
+        return text
+
     parser.add_argument(
         "names",
         nargs="*",
+        type=name,
+        default=known,
         metavar="NAME",
         help=f"which to run, in this order: {', '.join(known)} (default: all)",
     )
-
-
-def chosen_names(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, known: Iterable[str], what: str
-) -> list[str]:
-    """Each name once, all if there are none; an unknown one ends the program."""
-    known = list(known)
-    for name in args.names:
-        if name not in known:
-            parser.error(f"no {what} {name!r}; there are {', '.join(known)}")
-    return list(dict.fromkeys(args.names)) or known
 
 
 def add_training_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, int]) -> None:
@@ -116,30 +127,22 @@ def add_training_arguments(parser: argparse.ArgumentParser, defaults: Mapping[st
         metavar="METHOD",
         help=f"which to train, in this order: {', '.join(METHODS)} (default: all)",
     )
-    parser.add_argument(
-        "--iterations",
-        type=positive_int,
-        default=10,
-        metavar="T",
-        help="local iterations per step of LocoProp (default: %(default)s, as in the paper)",
-    )
+    iterations = "local iterations per step of LocoProp, the paper's T"
+    add_numbers(parser, {"iterations": (10, iterations)})
     add_run_arguments(parser, defaults)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, defaults: Mapping[str, int]) -> None:
     """--epochs, --train-images, --batch-size, --dataset, --data-dir, --seed."""
-    for option, what in {
-        "epochs": "passes over the training images",
-        "train_images": "how many of them to use (the first ones; no more test images than these)",
-        "batch_size": "images per step",
-    }.items():
-        parser.add_argument(
-            f"--{option.replace('_', '-')}",
-            type=positive_int,
-            default=defaults[option],
-            metavar="N",
-            help=f"{what} (default: %(default)s)",
-        )
+    images = "how many of them to use: the first ones, and no more test images than these"
+    add_numbers(
+        parser,
+        {
+            "epochs": (defaults["epochs"], "passes over the training images"),
+            "train-images": (defaults["train_images"], images),
+            "batch-size": (defaults["batch_size"], "images per step"),
+        },
+    )
     add_data_arguments(parser)
 
 
@@ -182,13 +185,15 @@ def add_quick_argument(
 
 
 def parse(
-    parser: argparse.ArgumentParser, quick: Mapping[str, int], argv: Sequence[str] | None
+    parser: argparse.ArgumentParser, quick: Mapping[str, int], argv: Argv
 ) -> argparse.Namespace:
     """The arguments; with --quick its values take the place of the defaults."""
     args = parser.parse_args(argv)
     if args.quick:
         parser.set_defaults(**quick)
         args = parser.parse_args(argv)
+    if "names" in args:
+        args.names = list(dict.fromkeys(args.names))
     return args
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Float32, Int32
 
-from benchmarks.experiments.autoencoder import narrower
+from benchmarks.shared.autoencoder import narrower
 from benchmarks.shared.data import Dataset
 from benchmarks.shared.models import VGG, ResNet, UNet, ViT
 from benchmarks.shared.steps import Batch, Params

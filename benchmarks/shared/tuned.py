@@ -2,14 +2,14 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.shared.methods import METHODS, Choice, Hyperparameters
+from benchmarks.shared.results import write_json
 
-TUNED = Path(__file__).parents[1] / "tuned.json"
+TUNED = Path(__file__).with_name("tuned.json")
 
 
 class TunedError(ValueError):
@@ -26,7 +26,7 @@ def load_hyperparameters(experiment: str, method: str, path: Path = TUNED) -> Hy
     if not isinstance(entry, dict) or not isinstance(entry.get("hyperparameters"), dict):
         raise TunedError(
             f"{path} has no hyperparameters for {method} on {experiment}. Tune it (python -m "
-            f"benchmarks.tune --methods {method}) or leave it out with --methods."
+            f"benchmarks tune --methods {method}) or leave it out with --methods."
         )
     values = entry["hyperparameters"]
     space = METHODS[method].space
@@ -71,10 +71,3 @@ def save_tuned(experiment: str, method: str, entry: Mapping[str, Any], path: Pat
     content = read_tuned(path) if path.exists() else {}
     content.setdefault(experiment, {})[method] = dict(entry)
     write_json(path, content)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write in one go, so that an interrupted run never leaves half a file."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)

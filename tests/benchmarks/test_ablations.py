@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from benchmarks.costs import paths
-from benchmarks.experiments import ablations, autoencoder, table1
+from benchmarks.experiments import ablations, table1
 from benchmarks.experiments.ablations import ABLATIONS, Variant, search_learning_rate
-from benchmarks.shared import classifier
+from benchmarks.shared import autoencoder, classifier
 from benchmarks.shared.comparison import Job
 from benchmarks.shared.data import DataError, load_dataset, subset
 from benchmarks.shared.methods import ALL_METHODS, METHODS, MORE_METHODS

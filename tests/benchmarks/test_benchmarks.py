@@ -17,8 +17,9 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks.experiments import autoencoder, tune
-from benchmarks.shared import data
+from benchmarks.experiments import autoencoder as experiment
+from benchmarks.experiments import tune
+from benchmarks.shared import autoencoder, data
 from benchmarks.shared.comparison import compare
 from benchmarks.shared.curves import generate_curves
 from benchmarks.shared.data import DataError, load_dataset, subset
@@ -393,7 +394,7 @@ def test_a_hopeless_trial_is_pruned() -> None:
         ("--data-dir /nonexistent", "is no directory"),
     ],
 )
-@pytest.mark.parametrize("main", [autoencoder.main, tune.main])
+@pytest.mark.parametrize("main", [experiment.main, tune.main])
 def test_command_line_mistakes_are_explained(
     main: Any,
     arguments: str,
@@ -429,7 +430,7 @@ def test_the_comparison_end_to_end(
         "--train-images 40 --batch-size 10 --epochs 2 --iterations 2 --dataset mnist "
         f"--methods {' '.join(names)} --data-dir {data_dir} --output-dir {output}"
     )
-    code = autoencoder.main(arguments.split())
+    code = experiment.main(arguments.split())
     printed = capsys.readouterr().out
     assert code == 0 and "compile s" in printed
     assert all(METHODS[name].label in printed for name in names)
@@ -456,7 +457,7 @@ def test_ctrl_c_writes_what_was_finished(
         "--train-images 40 --batch-size 10 --epochs 1 --methods adam rmsprop "
         f"--data-dir {data_dir} --output-dir {output}"
     )
-    code = autoencoder.main(arguments.split())
+    code = experiment.main(arguments.split())
     assert code == 130
     assert "1 of 2 methods have results" in capsys.readouterr().err
     assert list(json.loads((output / "results.json").read_text())["runs"]) == ["adam"]

@@ -12,17 +12,10 @@ import optax
 import pytest
 
 import locoprop_jax as lp
-from benchmarks.experiments import (
-    alignment,
-    autoencoder,
-    gauss_newton,
-    natural,
-    second_factor,
-    untuned,
-)
-from benchmarks.experiments.neurons import Contestant
-from benchmarks.shared import candidates, classifier
+from benchmarks.experiments import alignment, gauss_newton, natural, second_factor, untuned
+from benchmarks.shared import autoencoder, candidates, classifier
 from benchmarks.shared.classifier import Classifier
+from benchmarks.shared.contestants import Contestant, constant
 from benchmarks.shared.data import Dataset
 from benchmarks.shared.methods import Method
 from benchmarks.shared.steps import compile_step
@@ -101,7 +94,7 @@ def test_a_step_samples_curvature_anew_and_can_evaluate_its_own_loss():
 
 def test_following_a_run_trains_as_training_does():
     problem = linear_problem()
-    contestant = Contestant("SGD", optax.sgd, 0.5, schedule=candidates.constant)
+    contestant = Contestant("SGD", optax.sgd, 0.5, schedule=constant)
     job = candidates.candidate(contestant, 0.5, problem, SETTINGS).job
     expected = train(problem, "sgd", job.method, {"learning_rate": 0.5}, SETTINGS)
     longer = job._replace(settings=SETTINGS._replace(epochs=3))

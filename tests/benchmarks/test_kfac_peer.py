@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.experiments.autoencoder import make_network, make_problem
 from benchmarks.peers import kfac_peer
 from benchmarks.peers import kfac_peer_sides as sides
+from benchmarks.shared.autoencoder import make_network, make_problem
 from benchmarks.shared.data import Dataset
 from benchmarks.shared.methods import LogUniform
 from benchmarks.shared.training import epoch_batches

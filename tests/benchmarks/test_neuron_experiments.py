@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.experiments import neurons
-from benchmarks.shared.data import Dataset
+from benchmarks.experiments import factorisation, neurons
+from benchmarks.shared import classifier
+from benchmarks.shared.data import Dataset, inverted, standardised
 
 IMAGES = np.random.default_rng(0).uniform(size=(20, 784)).astype(np.float32)
 LABELS = (np.arange(20) % 10).astype(np.int32)
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.standard_promotion
 
 
 def test_the_factorisation_is_as_badly_conditioned_as_it_says():
-    problem = neurons.factorisation(DATASET, 6, condition=1e4, samples=200)
+    problem = factorisation.factorisation(DATASET, 6, condition=1e4, samples=200)
     x, y = problem.train["x"], problem.train["y"]
     a = np.linalg.lstsq(x, y, rcond=None)[0]
     lengths = np.linalg.norm(a, axis=0)
@@ -32,19 +33,19 @@ def test_the_factorisation_is_as_badly_conditioned_as_it_says():
 
 
 def test_the_gauss_newton_direction_is_that_of_the_dense_matrix():
-    problem = neurons.factorisation(DATASET, 20, condition=10.0, samples=40)
+    problem = factorisation.factorisation(DATASET, 20, condition=10.0, samples=40)
     params = jax.tree.map(lambda p: p.astype(float), problem.init(jax.random.key(0)))
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     x, y = (jnp.asarray(problem.train[name], float) for name in "xy")
     unit = jnp.square(y).sum(-1).mean()
 
     def residual(flat):
-        return ((neurons.factors(unravel(flat), x) - y) / jnp.sqrt(unit * len(x))).ravel()
+        return ((factorisation.factors(unravel(flat), x) - y) / jnp.sqrt(unit * len(x))).ravel()
 
     jacobian = np.asarray(jax.jacobian(residual)(flat))
     matrix = 2 * jacobian.T @ jacobian + 1e-8 * np.eye(len(flat))
     gradient = jax.grad(lambda flat: jnp.sum(residual(flat) ** 2))(flat)
-    tx = neurons.gauss_newton(1.0, problem=problem, iterations=500)
+    tx = factorisation.gauss_newton(1.0, problem=problem, iterations=500)
     updates, _ = tx.update(unravel(gradient), tx.init(params), params)
     # Many directions change nothing: compare what the steps do to the outputs.
     expected = jacobian @ np.linalg.solve(matrix, gradient)
@@ -54,16 +55,16 @@ def test_the_gauss_newton_direction_is_that_of_the_dense_matrix():
 
 
 def test_images_may_be_inverted_and_standardised():
-    np.testing.assert_array_equal(neurons.inverted(DATASET).train, 1 - IMAGES)
-    scaled = neurons.standardised(DATASET)
+    np.testing.assert_array_equal(inverted(DATASET).train, 1 - IMAGES)
+    scaled = standardised(DATASET)
     np.testing.assert_allclose(scaled.test * 0.3081 + 0.1307, IMAGES, atol=1e-6)
     assert scaled.train.dtype == np.float32
 
 
 def test_the_networks_are_those_of_the_papers():
     shapes = [
-        (neurons.boosting_mlp, [(784, 800), (800, 800), (800, 10)], True),
-        (neurons.benzing_mlp, [(784, 1000), (1000, 1000), (1000, 1000), (1000, 10)], False),
+        (classifier.boosting_mlp, [(784, 800), (800, 800), (800, 10)], True),
+        (classifier.benzing_mlp, [(784, 1000), (1000, 1000), (1000, 1000), (1000, 10)], False),
     ]
     for make, kernels, has_bias in shapes:
         params = jax.eval_shape(make(DATASET, 1).init, jax.random.key(0))["params"]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import locoprop_jax as lp
-from benchmarks.experiments import autoencoder, sensitivity
+from benchmarks.experiments import sensitivity
 from benchmarks.experiments.sensitivity import Setup, Surface, mistakes, summary
+from benchmarks.shared import autoencoder
 from benchmarks.shared.data import Dataset
 from benchmarks.shared.methods import METHODS
 from benchmarks.shared.training import Settings, train
