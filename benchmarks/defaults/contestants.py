@@ -62,21 +62,27 @@ def warmup_constant(steps: ArrayLike) -> optax.Schedule:
 
     The number of steps may be a tracer: one compilation serves training of any length.
     """
-    warmup = jnp.maximum(1, jnp.round(WARMUP * jnp.asarray(steps, jnp.float32)))
-    return lambda count: jnp.minimum(1, (jnp.asarray(count, jnp.float32) + 1) / warmup)
+    warmup = _warmup(steps)
+    return lambda count: _rise(count, warmup)
 
 
 def warmup_cosine(steps: ArrayLike) -> optax.Schedule:
     """Linear warm-up over the first 5% of the steps, then a cosine that would be zero after all."""
-    total = jnp.asarray(steps, jnp.float32)
-    warmup = jnp.maximum(1, jnp.round(WARMUP * total))
-    rising = warmup_constant(steps)
+    warmup = _warmup(steps)
 
     def schedule(count: ArrayLike) -> Float[Array, ""]:
-        share = (jnp.asarray(count, jnp.float32) - warmup) / jnp.maximum(1, total - warmup)
-        return rising(count) * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1))) / 2
+        share = (jnp.float32(count) - warmup) / jnp.maximum(1, jnp.float32(steps) - warmup)
+        return _rise(count, warmup) * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1))) / 2
 
     return schedule
+
+
+def _warmup(steps: ArrayLike) -> Float[Array, ""]:
+    return jnp.maximum(1, jnp.round(WARMUP * jnp.float32(steps)))
+
+
+def _rise(count: ArrayLike, warmup: Float[Array, ""]) -> Float[Array, ""]:
+    return jnp.minimum(1, (jnp.float32(count) + 1) / warmup)
 
 
 def constant(steps: ArrayLike) -> optax.Schedule:

@@ -15,20 +15,23 @@ Rows = Mapping[str, Sequence[Row]]  # the runs of each problem
 
 def factor(loss: float, best: float) -> float:
     """How many times the best loss a loss is; it makes sense for losses below zero too."""
+    if not math.isfinite(loss):
+        return math.inf
     if loss == best:
         return 1.0
-    return 1 + (loss - best) / abs(best) if best and math.isfinite(loss) else math.inf
+    return 1 + (loss - best) / abs(best) if best else math.copysign(math.inf, loss)
 
 
 class Comparison(NamedTuple):
-    """A method's loss, and what it should be at most."""
+    """A method's loss, another one, and the share of that by which it may be above."""
 
     loss: float
-    bound: float
+    other: float
+    slack: float = 0.0
 
     @property
     def met(self) -> bool:
-        return math.isfinite(self.loss) and self.loss <= self.bound
+        return math.isfinite(self.loss) and factor(self.loss, self.other) <= 1 + self.slack
 
 
 class Goal(NamedTuple):
@@ -50,8 +53,8 @@ def _against(rival: str, loss: str) -> Callable[[Sequence[Row], Contestant], Com
 def _in_time(loss: str) -> Callable[[Sequence[Row], Contestant], Comparison | None]:
     def compare(rows: Sequence[Row], contestant: Contestant) -> Comparison | None:
         adam = adam_in_time(rows, contestant.name)
-        bound = adam and getattr(adam, loss)
-        return comparison_of(mean_loss(rows, contestant, loss), bound)
+        other = adam and getattr(adam, loss)
+        return comparison_of(mean_loss(rows, contestant, loss), other)
 
     return compare
 
@@ -63,12 +66,11 @@ def _near_own_best(rows: Sequence[Row], contestant: Contestant) -> Comparison | 
     }
     if set(losses) != set(map(describe, contestant.grid)):
         return None
-    best = min(losses.values())
-    return Comparison(losses[describe(contestant.grid[0])], best + NEAR * abs(best))
+    return Comparison(losses[describe(contestant.grid[0])], min(losses.values()), NEAR)
 
 
-def comparison_of(loss: float | None, bound: float | None) -> Comparison | None:
-    return None if loss is None or bound is None else Comparison(loss, bound)
+def comparison_of(loss: float | None, other: float | None) -> Comparison | None:
+    return None if loss is None or other is None else Comparison(loss, other)
 
 
 GOALS = {

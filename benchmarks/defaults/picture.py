@@ -7,6 +7,7 @@ losses here and not of seconds. A method that refused a problem is within no fac
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -58,14 +59,14 @@ def factors(
 def _draw(
     axes: Axes,
     profiles: Mapping[str, Float[np.ndarray, " problems"]],
-    looks: Mapping[str, Mapping[str, str]],
+    looks: Mapping[str, Mapping[str, Any]],
 ) -> None:
     for label, sorted_factors in profiles.items():
         within = sorted_factors[sorted_factors <= WIDEST]
         shares = np.arange(1, len(within) + 1) / max(1, len(sorted_factors))
         x = np.concatenate([[1.0], within, [WIDEST]])
         y = np.concatenate([[0.0], shares, shares[-1:] if len(shares) else [0.0]])
-        axes.step(x, y, where="post", linewidth=1.8, label=label, **looks[label])
+        axes.step(x, y, where="post", label=label, **looks[label])
     axes.set_xscale("log")
     axes.set_xlim(1, WIDEST)
     axes.set_ylim(0, 1.02)
@@ -79,11 +80,15 @@ def _draw(
     axes.set_axisbelow(True)
 
 
-def _looks(contestants: Sequence[Contestant]) -> dict[str, dict[str, str]]:
+def _looks(contestants: Sequence[Contestant]) -> dict[str, dict[str, Any]]:
     """Colours for our methods and, again, for the rivals, which dashes tell apart."""
     looks = {}
-    for tuned, dashes in ((False, "-"), (True, "--")):
+    for tuned, dashes, width in ((False, "-", 2.0), (True, "--", 1.4)):
         group = [each for each in contestants if bool(each.tuned_by) == tuned]
         for i, each in enumerate(group):
-            looks[each.label] = {"color": COLOURS[i % len(COLOURS)], "linestyle": dashes}
+            looks[each.label] = {
+                "color": COLOURS[i % len(COLOURS)],
+                "linestyle": dashes,
+                "linewidth": width,
+            }
     return looks

@@ -56,6 +56,11 @@ def shown(rows: Rows) -> list[Contestant]:
     return [contestant for name, contestant in CONTESTANTS.items() if name in ran]
 
 
+def refusal(rows: Sequence[Row], contestant: Contestant) -> str | None:
+    """Why a method did not run; None where it did."""
+    return next((r.refused for r in rows if r.method == contestant.name and r.refused), None)
+
+
 def _losses_line(
     name: str, rows: Sequence[Row], methods: Sequence[Contestant], loss: str
 ) -> list[str]:
@@ -65,7 +70,7 @@ def _losses_line(
         own = mean_loss(rows, contestant, loss)
         comparison = comparison_of(own, adam)
         bold = contestant.name != ADAM and comparison is not None and comparison.met
-        refused = any(row.method == contestant.name and row.refused for row in rows)
+        refused = own is None and refusal(rows, contestant)
         cells.append("refused" if refused else _bold(_number(own), bold))
     return [name, *cells]
 
@@ -114,7 +119,7 @@ def _misses(comparisons: Mapping[str, Comparison]) -> str:
 
 
 def _excess(comparison: Comparison) -> str:
-    above = factor(comparison.loss, comparison.bound) - 1
+    above = factor(comparison.loss, comparison.other) - 1
     if above < 1:
         return f"+{100 * above:.2g}%"
     return f"{1 + above:.3g} times" if math.isfinite(above) else "diverged"
@@ -157,9 +162,9 @@ def results(rows: Rows) -> dict[str, Any]:
                     "met": sum(comparison.met for comparison in comparisons.values()),
                     "of": len(comparisons),
                     "missed": {
-                        problem: {"loss": _plain(loss), "bound": _plain(bound)}
-                        for problem, (loss, bound) in comparisons.items()
-                        if not Comparison(loss, bound).met
+                        problem: {"loss": _plain(each.loss), "other": _plain(each.other)}
+                        for problem, each in comparisons.items()
+                        if not each.met
                     },
                 }
                 for key, comparisons in goals.items()
@@ -180,8 +185,7 @@ def _results_of(rows: Sequence[Row], contestant: Contestant) -> dict[str, Any]:
     adam = None if contestant.tuned_by else adam_in_time(rows, contestant.name)
     if adam is not None:
         result["adam_in_time"] = {name: _plain(value) for name, value in adam._asdict().items()}
-    refusals = [row.refused for row in rows if row.method == contestant.name and row.refused]
-    return result | ({"refused": refusals[0]} if refusals else {})
+    return result | {"refused": refusal(rows, contestant)}
 
 
 def _plain(value: float | None) -> float | str | None:
