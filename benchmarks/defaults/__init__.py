@@ -1,0 +1,1 @@
+"""Many small problems, on which every method is compared at its defaults."""
