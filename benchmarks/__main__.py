@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 
 # folder -> the names of its modules that can be run, and what each does
 ENTRIES: Mapping[str, Mapping[str, str]] = {
+    "defaults": {
+        "defaults": "every method at its defaults beside tuned Adam, AdamW, Muon and others",
+    },
     "experiments": {
         "autoencoder": "the deep autoencoder with LocoProp, FOOF, LNB, K-FAC, RMSProp and Adam",
         "ablations": "LocoProp with one thing changed at a time; a classifier; first-order methods",

@@ -69,6 +69,15 @@ def others(layers: Layers, tree: Any) -> list[Array]:
     return [leaf for path, leaf in leaves_by_path(tree).items() if path not in inside]
 
 
+def unit_norm(leaf: Array) -> Array:
+    """A leaf in no layer divided by its Euclidean norm, whatever its size; zeros for zeros."""
+    wide = leaf.astype(jnp.result_type(leaf.dtype, jnp.float32))
+    size = jnp.max(jnp.abs(wide), initial=0)
+    near = wide / jnp.where(size > 0, size, 1)
+    norm = jnp.sqrt(jnp.square(near).sum())
+    return (near / jnp.where(norm > 0, norm, 1)).astype(leaf.dtype)
+
+
 # --- curvature -----------------------------------------------------------------------------------
 
 

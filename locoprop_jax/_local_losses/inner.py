@@ -109,4 +109,4 @@ def inner(
     def init(block: Block) -> Any:
         return optimizer(0.0).init(block)
 
-    return Solver("inner", init, plain if is_plain else adaptive, refuse)
+    return Solver("inner", init, plain if is_plain else adaptive, refuse, not is_plain)

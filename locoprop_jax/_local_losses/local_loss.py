@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_layers, check_not_negative
-from locoprop_jax._layers.blocks import blocks
+from locoprop_jax._layers.blocks import blocks, unit_norm
 from locoprop_jax._layers.layers import Layer, Layers, replace
 from locoprop_jax._layers.method import Batch, blocks_like, transformation, zero_count
 from locoprop_jax._layers.rows import Block, pull, push, write_out

@@ -91,9 +91,7 @@ class Rates(NamedTuple):
             gamma, eta = (jnp.asarray(rate, cotangents.dtype) for rate in self[:2])
             return gamma, eta
         gamma = units.activation_step(self.gamma, cotangents, most)
-        eta = units.local_rate(
-            self.eta, self.gamma, inputs, like, is_per_weight=self.is_per_weight
-        )
+        eta = units.local_rate(self.eta, self.gamma, inputs, like, is_per_weight=self.is_per_weight)
         return gamma, eta.astype(gamma.dtype)
 
 

@@ -35,14 +35,25 @@ RMSPROP = functools.partial(
     momentum=0.9,
 )
 
+# The same with an average that starts at the first gradient's own size, so that nothing depends on
+# the scale of a local loss.
+SCALE_FREE_RMSPROP = functools.partial(
+    optax.rmsprop, decay=0.9, eps=1e-12, initial_scale=0.0, bias_correction=True, momentum=0.9
+)
+
+# The defaults, chosen on the problems of `python -m benchmarks defaults`.
+GAMMA = 0.1  # root-mean-square distance of a layer's target from its outputs
+LEARNING_RATE = 0.1  # of the local iterations, in units of that distance
+
 
 def locoprop_s(
     layers: Layers,
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule = LEARNING_RATE,
     *,
-    gamma: float = 100.0,
+    gamma: float = GAMMA,
+    relative: bool = True,
     iterations: int = 10,
-    optimizer: Optimizer = RMSPROP,
+    optimizer: Optimizer | None = None,
     regularizer: Regularizer | None = None,
     correction: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -53,10 +64,15 @@ def locoprop_s(
 
     Args:
       layers: from `find_layers`.
-      learning_rate: eta of the local iterations, a number or a schedule.
-      gamma: the activation step size.
+      learning_rate: eta of the local iterations, a number or a schedule; without a unit, as
+        `scale_by_local_loss` describes.
+      gamma: how far the target of each layer is from its outputs: the root mean square over rows
+        and outputs.
+      relative: False for the paper's own parameters: gamma multiplies the cotangents, and eta is
+        the local optimizer's learning rate, both absolute.
       iterations: T, how many local steps are taken for each batch.
-      optimizer: the local optimizer's constructor, called with the learning rate of each step.
+      optimizer: the local optimizer's constructor, called with the learning rate of each step. None
+        for the paper's RMSProp with momentum; without its start at one where `relative`.
       regularizer: None, as in the paper's Algorithms; `l2()` adds 1/(2 eta) |W~ - W|^2, as in its
         eq. 3 and in the review's Algorithm 2 ("fixed").
       correction: None for the paper's: all layers at once. With a number one after the other, as
@@ -68,17 +84,19 @@ def locoprop_s(
     Raises:
       ValueError, TypeError: as `scale_by_local_loss`.
     """
-    solver = inner(optimizer, iterations)
-    return _iterated("squared", layers, learning_rate, gamma, regularizer, solver, correction)
+    solver = _iterations(optimizer, iterations, relative)
+    rates = learning_rate, gamma, relative
+    return _iterated("squared", layers, rates, regularizer, solver, correction)
 
 
 def locoprop_m(
     layers: Layers,
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule = LEARNING_RATE,
     *,
-    gamma: float = 100.0,
+    gamma: float = GAMMA,
+    relative: bool = True,
     iterations: int = 10,
-    optimizer: Optimizer = RMSPROP,
+    optimizer: Optimizer | None = None,
     regularizer: Regularizer | None = None,
     correction: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -90,17 +108,19 @@ def locoprop_m(
 
     Arguments, result and errors are those of `locoprop_s`.
     """
-    solver = inner(optimizer, iterations)
-    return _iterated("matching", layers, learning_rate, gamma, regularizer, solver, correction)
+    solver = _iterations(optimizer, iterations, relative)
+    rates = learning_rate, gamma, relative
+    return _iterated("matching", layers, rates, regularizer, solver, correction)
 
 
 def pocoprop_s(
     layers: Layers,
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule = LEARNING_RATE,
     *,
-    gamma: float = 100.0,
+    gamma: float = GAMMA,
+    relative: bool = True,
     iterations: int = 10,
-    optimizer: Optimizer = RMSPROP,
+    optimizer: Optimizer | None = None,
     regularizer: Regularizer | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LocoProp with squared losses after the transfer function (LocoProp, eq. 16, Algorithm 3).
@@ -111,17 +131,19 @@ def pocoprop_s(
     Arguments, result and errors are those of `locoprop_s`; the arrays have to come from
     `value_grad_and_capture(loss_fn, transferred=True)`.
     """
-    solver = inner(optimizer, iterations)
-    return _iterated("post_squared", layers, learning_rate, gamma, regularizer, solver)
+    solver = _iterations(optimizer, iterations, relative)
+    rates = learning_rate, gamma, relative
+    return _iterated("post_squared", layers, rates, regularizer, solver)
 
 
 def pocoprop_m(
     layers: Layers,
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule = LEARNING_RATE,
     *,
-    gamma: float = 100.0,
+    gamma: float = GAMMA,
+    relative: bool = True,
     iterations: int = 10,
-    optimizer: Optimizer = RMSPROP,
+    optimizer: Optimizer | None = None,
     regularizer: Regularizer | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LocoProp with the duals of the matching losses (LocoProp, eq. 18, Algorithm 4).
@@ -133,8 +155,9 @@ def pocoprop_m(
     Arguments, result and errors are those of `locoprop_s`; the arrays have to come from
     `value_grad_and_capture(loss_fn, transferred=True)`.
     """
-    solver = inner(optimizer, iterations)
-    return _iterated("dual_matching", layers, learning_rate, gamma, regularizer, solver)
+    solver = _iterations(optimizer, iterations, relative)
+    rates = learning_rate, gamma, relative
+    return _iterated("dual_matching", layers, rates, regularizer, solver)
 
 
 def proxprop(
@@ -209,19 +232,26 @@ def locoprop_kfac(
     return optax.chain(local, optax.scale(-1.0))
 
 
+def _iterations(optimizer: Optimizer | None, iterations: int, relative: bool) -> Solver:
+    if optimizer is None:
+        optimizer = SCALE_FREE_RMSPROP if relative else RMSPROP
+    return inner(optimizer, iterations)
+
+
 def _iterated(
     divergence: str,
     layers: Layers,
-    learning_rate: optax.ScalarOrSchedule,
-    gamma: float,
+    rates: tuple[optax.ScalarOrSchedule, float, bool],
     regularizer: Regularizer | None,
     solver: Solver,
     correction: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
+    learning_rate, gamma, relative = rates
     local = scale_by_local_loss(
         layers,
         learning_rate,
         gamma=gamma,
+        relative=relative,
         divergence=divergence,
         regularizer=regularizer,
         solver=solver,

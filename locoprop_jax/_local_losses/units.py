@@ -50,5 +50,9 @@ def local_rate(
     if "bias" in like:
         square = square + 1
     eps = jnp.finfo(square.dtype).tiny
-    unit = distance / jnp.sqrt(square + eps) if is_per_weight else 1 / (square * rows.count(inputs) + eps)
+    unit = (
+        distance / jnp.sqrt(square + eps)
+        if is_per_weight
+        else 1 / (square * rows.count(inputs) + eps)
+    )
     return jnp.asarray(rate, square.dtype) * unit

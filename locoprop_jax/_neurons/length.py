@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float
 
 from locoprop_jax._checks import check_layers, check_not_negative
-from locoprop_jax._layers.blocks import blocks
+from locoprop_jax._layers.blocks import blocks, unit_norm
 from locoprop_jax._layers.layers import Layers, replace
 from locoprop_jax._layers.rows import Block
 from locoprop_jax._layers.stacking import over_stack
@@ -114,13 +114,7 @@ def unit_steps(
     one = functools.partial(_unit_step, unit=unit, floor=floor)
     new = {n: over_stack(layers[n], one)(d, images[n]) for n, d in directions.items()}
 
-    def other(leaf: Array) -> Array:
-        size = jnp.max(jnp.abs(leaf), initial=0).astype(jnp.float32)
-        near = leaf / jnp.where(size > 0, size, 1).astype(leaf.dtype)
-        norm = jnp.sqrt(jnp.sum(jnp.square(near.astype(jnp.float32))))
-        return near / jnp.maximum(norm, 1).astype(leaf.dtype)
-
-    return replace(layers, updates, new, other)
+    return replace(layers, updates, new, unit_norm)
 
 
 def _unit_step(direction: Block, image: Block, unit: str, floor: Any) -> Block:

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import locoprop_jax as lp
-from benchmarks.defaults import command, contestants, goals, runs, summary
+from benchmarks.defaults import contestants, defaults, goals, runs, summary
 from benchmarks.defaults.choice import adam_in_time, chosen, mean_loss, seconds_ratio
 from benchmarks.defaults.contestants import CONTESTANTS, describe
 from benchmarks.defaults.picture import factors
@@ -97,11 +97,11 @@ def tiny(name, steps=3):
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(command, "load", tiny)
+    monkeypatch.setattr(defaults, "load", tiny)
 
 
 def run(directory, *options):
-    return command.main(["--output-dir", str(directory), "--seeds", "2", *options])
+    return defaults.main(["--output-dir", str(directory), "--seeds", "2", *options])
 
 
 PROBLEMS = ("--problems", "smooth", "tabular")
@@ -141,7 +141,7 @@ def test_command(short, monkeypatch, tmp_path, capsys):
     with pytest.raises(AssertionError, match="not run again"):
         run(tmp_path, *PROBLEMS, "--methods", "foof", "--again")
     capsys.readouterr()
-    assert command.main(["--output-dir", str(tmp_path), "--show"]) == 0
+    assert defaults.main(["--output-dir", str(tmp_path), "--show"]) == 0
     assert "| tabular |" in capsys.readouterr().out
 
 
@@ -165,7 +165,7 @@ def test_a_diverged_run_has_an_infinite_loss(tmp_path):
 
 
 def test_nothing_stored(tmp_path, capsys):
-    assert command.main(["--output-dir", str(tmp_path), "--show"]) == 0
+    assert defaults.main(["--output-dir", str(tmp_path), "--show"]) == 0
     assert "no runs" in capsys.readouterr().out
 
 
