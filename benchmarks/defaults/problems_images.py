@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 
 import locoprop_jax as lp
 from benchmarks.defaults.problem import Arrays, Problem, init_of
-from benchmarks.experiments.autoencoder import Autoencoder
+from benchmarks.shared.autoencoder import Autoencoder
 from benchmarks.shared.classifier import Classifier
 from benchmarks.shared.data import DataError, load_dataset
 from benchmarks.shared.models import VGG, UNet, ViT
