@@ -38,16 +38,18 @@ def is_package(module: str) -> bool:
 
 
 def wing(module: str) -> str:
-    """The folder of a module: the package's own for the ground floor."""
-    return module if is_package(module) else module.rpartition(".")[0]
+    """The folder that a module lies in, however deep: the package's own for the ground floor."""
+    package, _, rest = module.partition(".")
+    first = f"{package}.{rest.partition('.')[0]}"
+    return first if rest and is_package(first) else package
 
 
 def wings() -> list[str]:
-    return [module for module in modules() if is_package(module) and module != PACKAGE]
+    return [module for module in modules() if wing(module) == module != PACKAGE]
 
 
 def rooms(of: str) -> list[str]:
-    """The modules in a folder."""
+    """The modules of a wing."""
     return [module for module in modules() if not is_package(module) and wing(module) == of]
 
 
@@ -66,7 +68,8 @@ def _named(node: ast.AST, module: str) -> list[str]:
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
         source = "." * node.level + (node.module or "")
-        source = importlib.util.resolve_name(source, wing(module))
+        parent = module if is_package(module) else module.rpartition(".")[0]
+        source = importlib.util.resolve_name(source, parent)
         return [f"{source}.{alias.name}" for alias in node.names]
     return []
 
@@ -116,6 +119,12 @@ def short(module: str) -> str:
     return module.rpartition(".")[2]
 
 
+def listed(of: str) -> str:
+    """The modules of a wing; a folder inside it stands for its own."""
+    inside = [module.removeprefix(f"{of}.").split(".") for module in rooms(of)]
+    return ", ".join(dict.fromkeys(name if not more else f"{name}/" for name, *more in inside))
+
+
 class Room(NamedTuple):
     """Where a wing stands in the picture."""
 
@@ -136,7 +145,7 @@ class Room(NamedTuple):
 
     @property
     def contents(self) -> list[str]:
-        return self.wrapped(", ".join(map(short, rooms(self.of))), 13)
+        return self.wrapped(listed(self.of), 13)
 
     @property
     def needs(self) -> float:
@@ -183,7 +192,7 @@ def base(y: float) -> list[str]:
     return [
         box(EDGE, y, WIDTH - 2 * EDGE, 62, PALE, LINE),
         write(left, y + 27, "ground floor", 16, SOFT, BOLD),
-        write(left, y + 48, ", ".join(map(short, rooms(PACKAGE)))),
+        write(left, y + 48, listed(PACKAGE)),
         write(right, y + 48, "all wings may import it; it imports none", 12.5, SOFT, TO_THE_LEFT),
     ]
 
