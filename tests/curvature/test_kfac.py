@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -211,8 +212,7 @@ def test_dead_layers_have_finite_updates_and_weight_decay_of_its_own_size(exact_
         )
         _, grads, captured = lp.value_grad_and_capture(loss_fn)(params, x)
         updates, state = tx.update(grads, tx.init(params), params, captured=captured)
-        leaves = jax.tree.leaves((updates, state))
-        assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
+        chex.assert_tree_all_finite((updates, state))
         assert max(np.abs(u).max() for u in jax.tree.leaves(updates)) < 10
 
 
@@ -230,7 +230,7 @@ def test_a_failed_inversion_is_counted_and_keeps_the_last_inverse(monkeypatch):
         for name in net.names
     ]
     assert same == [False, True]
-    assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
+    chex.assert_tree_all_finite(updates)
 
 
 def test_a_batch_that_is_not_finite_leaves_everything_as_it_was():
@@ -239,8 +239,8 @@ def test_a_batch_that_is_not_finite_leaves_everything_as_it_was():
     tx = lp.scale_by_kfac(net.layers(), **EMPIRICAL)
     _, before = step(net, tx, params, tx.init(params), (x, y))
     updates, after = step(net, tx, params, before, (x.at[0, 0].set(np.nan), y))
-    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(updates))
+    chex.assert_trees_all_equal(after, before)
 
 
 def test_statistics_that_overflow_are_not_gathered():
@@ -256,9 +256,9 @@ def test_statistics_that_overflow_are_not_gathered():
     arrays = tuple(huge if name == first else captured[name] for name in captured)
     captured = dataclasses.replace(captured, _arrays=arrays)
     updates, after = tx.update(grads, before, params, captured=captured)
-    jax.tree.map(np.testing.assert_array_equal, after.statistics, before.statistics)
+    chex.assert_trees_all_equal(after.statistics, before.statistics)
     assert (after.count, after.gathered, after.failures) == (2, 1, 0)
-    assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
+    chex.assert_tree_all_finite(updates)
 
 
 def products_outside_conditionals(jaxpr):

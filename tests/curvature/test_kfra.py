@@ -1,5 +1,6 @@
 """KFRA against the recursion in NumPy and the exact Gauss-Newton matrix (oracle 8)."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -163,7 +164,7 @@ def test_without_the_output_factor_the_input_factor_keeps_its_damping(
     _, grads, captured = capture(params, *batch)
     state = tx.init(params)
     updates, after = tx.update(grads, state, params, captured=captured)
-    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), state, after)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
     found = (kflr if method == "kfac" else recursion)(net, params, batch)
     expected = {}
     for name, parts in found.items():
@@ -189,8 +190,8 @@ def test_a_batch_that_is_not_finite_leaves_everything_as_it_was():
     tx = scale_by_kfra(net.layers())
     _, before = step(net, tx, params, tx.init(params), (x, y))
     updates, after = step(net, tx, params, before, (x.at[0, 0].set(np.nan), y))
-    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(updates))
+    chex.assert_trees_all_equal(after, before)
 
 
 def test_dead_layers_have_finite_updates():
@@ -200,7 +201,7 @@ def test_dead_layers_have_finite_updates():
     for x in (-jnp.ones((5, 3)), jnp.zeros((5, 3))):
         tx = scale_by_kfra(net.layers())
         updates, state = step(net, tx, params, tx.init(params), (x, y))
-        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((updates, state)))
+        chex.assert_tree_all_finite((updates, state))
         assert max(np.abs(u).max() for u in jax.tree.leaves(updates)) < 10
 
 
@@ -242,7 +243,7 @@ def test_parameters_keep_their_dtype():
     updates, state = step(net, tx, params, tx.init(params), batch)
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
     assert {s.dtype for s in jax.tree.leaves(state.statistics)} == {jnp.dtype(jnp.float32)}
-    assert all(np.all(np.isfinite(u.astype(float))) for u in jax.tree.leaves(updates))
+    chex.assert_tree_all_finite(updates)
 
 
 # --- errors --------------------------------------------------------------------------------------
