@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 import locoprop_jax as lp
 from locoprop_jax import _linalg
-from tests.dense_nets import DEEP, HEADS, Net, assert_blocks, assert_equal_to_rounding, nets
+from tests.dense_nets import (
+    DEEP,
+    HEADS,
+    Net,
+    assert_blocks,
+    assert_equal_to_rounding,
+    averaged_factors,
+    nets,
+)
 
 EMPIRICAL = {"curvature": "empirical"}
 
@@ -147,21 +155,11 @@ def test_factors_are_averaged_and_inverted_when_they_are_due():
         **EMPIRICAL,
     )
     params, state = net.params(), tx.init(net.params())
-    total = dict.fromkeys(net.names, (0.0, 0.0))
-    inverse, last = {}, 0
-    for count in range(9):
-        batch = net.data(count)
-        now = factors(net, params, batch, "fisher_empirical")
-        due = count in (0, 1, 2, 4, 8)
-        if due or count in (3, 7):
-            kept, last = decay ** (count + 1 - last), count + 1
-            for name, parts in now.items():
-                total[name] = tuple(
-                    kept * old + (1 - kept) * new
-                    for old, new in zip(total[name], parts[:2], strict=True)
-                )
-        if due:
-            inverse = {n: [f / (1 - decay**last) for f in total[n]] for n in net.names}
+    batches = [net.data(count) for count in range(9)]
+    found = [factors(net, params, batch, "fisher_empirical") for batch in batches]
+    due = (0, 1, 2, 4, 8)
+    averages = averaged_factors(found, decay, {*due, 3, 7}, due)
+    for batch, now, inverse in zip(batches, found, averages, strict=True):
         updates, state = step(net, tx, params, state, batch)
         expected = {n: divided((*inverse[n], now[n][2]), damping) for n in net.names}
         assert_blocks(net, updates, expected, 1e-8)

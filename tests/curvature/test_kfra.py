@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 import locoprop_jax as lp
 from locoprop_jax._curvature.kfra import scale_by_kfra
 from tests.curvature.test_kfac import divided, mean
-from tests.dense_nets import DEEP, HEADS, TRANSFERS, Net, assert_blocks, nets, softmax
+from tests.dense_nets import (
+    DEEP,
+    HEADS,
+    TRANSFERS,
+    Net,
+    assert_blocks,
+    averaged_factors,
+    nets,
+    softmax,
+)
 
 CURVATURE = "ggn_output"
 
@@ -118,20 +127,11 @@ def test_factors_are_averaged_and_inverted_when_they_are_due():
         net.layers(), damping=damping, decay=decay, inverse_period=4, statistics_steps=2
     )
     update, params, state = update_function(net, tx), net.params(), tx.init(net.params())
-    total, inverse, last = dict.fromkeys(net.names, (0.0, 0.0)), {}, 0
-    for count in range(6):
-        batch = net.data(count)
-        now = recursion(net, params, batch)
-        due = count in (0, 1, 2, 4)
-        if due or count == 3:
-            kept, last = decay ** (count + 1 - last), count + 1
-            for name, parts in now.items():
-                total[name] = tuple(
-                    kept * old + (1 - kept) * new
-                    for old, new in zip(total[name], parts[:2], strict=True)
-                )
-        if due:
-            inverse = {n: [f / (1 - decay**last) for f in total[n]] for n in net.names}
+    batches = [net.data(count) for count in range(6)]
+    found = [recursion(net, params, batch) for batch in batches]
+    due = (0, 1, 2, 4)
+    averages = averaged_factors(found, decay, {*due, 3}, due)
+    for batch, now, inverse in zip(batches, found, averages, strict=True):
         updates, state = update(params, state, *batch)
         expected = {n: divided((*inverse[n], now[n][2]), damping) for n in net.names}
         assert_blocks(net, updates, expected, 1e-8)
