@@ -1,5 +1,6 @@
 """Traced functions, flattened and evaluated, against the functions themselves."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,7 +140,7 @@ def test_evaluation_is_the_function(f):
     closed = jax.make_jaxpr(f)(X)
     found = jax.jit(jax.value_and_grad(evaluated))(X)
     expected = jax.jit(jax.value_and_grad(f))(X)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    chex.assert_trees_all_equal(found, expected)
 
 
 @pytest.mark.parametrize("f", [plain, calls, rematerialised])
