@@ -14,6 +14,7 @@ import pytest
 
 import locoprop_jax as lp
 from locoprop_jax._neurons.metric import descend
+from tests.neurons.diagonal_foof import diagonal_foof
 
 # --- the table -----------------------------------------------------------------------------------
 
@@ -100,6 +101,14 @@ METHODS = {
         1.0,
         {"damping": 0.5, "inverse_period": 3, "statistics_steps": 2, "momentum": 0.5},
         static=("relative", "damp_bias", "inverse_period", "statistics_steps"),
+        is_joint=True,
+        statistics=("statistics", "inverse"),
+    ),
+    "diagonal foof": Method(
+        diagonal_foof,
+        1.0,
+        {"damping": 0.5, "inverse_period": 3, "momentum": 0.5},
+        static=("inverse_period",),
         is_joint=True,
         statistics=("statistics", "inverse"),
     ),

@@ -1,4 +1,4 @@
-"""Step sizes and damping from the quadratic model of the full Gauss-Newton matrix."""
+"""Steps along a direction that are best for the quadratic model of the full Gauss-Newton matrix."""
 
 from __future__ import annotations
 
@@ -8,15 +8,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_not_negative, check_positive, check_whole, is_number
-from locoprop_jax._curvature.products import Linearised, linearise
-
-Scalar = Float[Array, ""]
-Tree = Any
-ValueFn = Callable[[Any], Array]
+from locoprop_jax._checks import check_not_negative, check_positive, check_whole
+from locoprop_jax._curvature.products import linearise
+from locoprop_jax._curvature.quadratic import (
+    Scalar,
+    Tree,
+    ValueFn,
+    best_of_three,
+    check_line,
+    dtype_of_model,
+    levenberg_marquardt,
+    like,
+    minimum,
+    quadratic_model,
+    reduction_ratio,
+    with_l2,
+)
 
 
 class GaussNewtonStepState(NamedTuple):
@@ -159,22 +169,16 @@ def scale_by_gauss_newton_step(
             steps, change = minimum(model, tau + jnp.asarray(l2, dtype))
             return Candidate(directions, inner, tau, steps, change)
 
-        def best_of_three() -> Array:
-            factor = jnp.asarray(decay, dtype) ** inner_damping_period
-
-            def better(k: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-                gamma = state.inner_damping * factor ** (1 - k).astype(dtype)
-                change = candidate(gamma).change
-                return _linalg.where(change < best[1], (gamma, change), best)
-
-            start = state.inner_damping, jnp.asarray(jnp.inf, dtype)
-            return jax.lax.fori_loop(0, 3, better, start)[0]
-
         gamma = state.inner_damping
         if is_adapted:
             # What comes out of a conditional is copied: a number, and not the direction's state.
             due = ok & (state.count % inner_damping_period == 0) & (state.count > 0)
-            gamma = jax.lax.cond(due, best_of_three, lambda: state.inner_damping)
+            factor = jnp.asarray(decay, dtype) ** inner_damping_period
+            gamma = jax.lax.cond(
+                due,
+                lambda: best_of_three(lambda g: candidate(g).change, state.inner_damping, factor),
+                lambda: state.inner_damping,
+            )
         best = candidate(gamma)
         step, last = _combined(best.directions, best.steps), state.previous
         if last is not None:  # one array is the state and what the update is made of
@@ -197,12 +201,9 @@ def scale_by_gauss_newton_step(
             inner_damping=gamma,
             step_size=best.steps[0],
             reduction_ratio=ratio,
-            previous=None,
-            inner=None,
         )
-        kept = _linalg.where(ok, new, state._replace(previous=None, inner=None))
         step = _linalg.where(ok, step, _linalg.zeros_like(step))
-        return step, kept._replace(previous=last, inner=best.inner)
+        return step, _kept(ok, new, state)._replace(previous=last, inner=best.inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -225,138 +226,12 @@ class Candidate(NamedTuple):
     change: Scalar
 
 
-class Model(NamedTuple):
-    """The quadratic model on the span of some directions.
-
-    Attributes:
-      slope: the gradient along each.
-      curvature: of the Gauss-Newton matrix.
-      lengths: the inner products of the directions.
-    """
-
-    slope: Float[Array, " k"]
-    curvature: Float[Array, "k k"]
-    lengths: Float[Array, "k k"]
-
-    @property
-    def rayleigh(self) -> Scalar:
-        """The curvature per squared length along the first direction."""
-        length = self.lengths[0, 0]
-        return jnp.where(length > 0, self.curvature[0, 0] / jnp.where(length > 0, length, 1), 0)
-
-
-def quadratic_model(network: Linearised, slope: Tree, directions: list[Tree]) -> Model:
-    """What the model knows of some directions: one forward-mode pass for each."""
-    pushed = [network.push(direction) for direction in directions]
-    bent = [network.hessian(outputs) for outputs in pushed]
-
-    def product(a: Tree, b: Tree) -> Array:
-        return _linalg.dot(_linalg.wide(a), _linalg.wide(b))
-
-    def gram(left: list[Tree], right: list[Tree]) -> Array:
-        half = {(i, j): product(left[i], right[j]) for i in range(len(left)) for j in range(i + 1)}
-        rows = [[half[max(i, j), min(i, j)] for j in range(len(left))] for i in range(len(left))]
-        return jnp.stack([jnp.stack(row) for row in rows])
-
-    return Model(
-        jnp.stack([product(slope, direction) for direction in directions]),
-        gram(pushed, bent),
-        gram(directions, directions),
-    )
-
-
-def minimum(model: Model, damping: Scalar) -> tuple[Float[Array, " k"], Scalar]:
-    """The steps (to be subtracted) that lower the damped model most, and how it then changes.
-
-    Zero where the model has no minimum: along a direction of no or negative curvature.
-    """
-    matrix = model.curvature + damping.astype(model.lengths.dtype) * model.lengths
-    diagonal = jnp.diagonal(matrix)
-    good = diagonal > 0
-    root = jnp.where(good, 1 / jnp.sqrt(jnp.where(good, diagonal, 1)), 0)
-    unit = matrix * root[:, None] * root[None]
-    # Directions may be parallel, or zero.
-    eps = float(10 * jnp.finfo(matrix.dtype).eps)
-    steps = root * _linalg.solve(_linalg.damped(unit, eps), (root * model.slope)[:, None])[:, 0]
-    steps = jnp.where(jnp.isfinite(steps).all(), steps, 0)
-    change = steps @ matrix @ steps / 2 - steps @ model.slope
-    return steps, jnp.where(jnp.isfinite(change), change, 0)
-
-
-def with_l2(gradient: Tree, params: Tree, l2: Any) -> Tree:
-    """The gradient of the loss with eta / 2 |params|^2 added."""
-    if is_number(l2) and l2 == 0:
-        return gradient
-    return jax.tree.map(lambda g, p: g + jnp.asarray(l2, g.dtype) * p, gradient, params)
-
-
-def reduction_ratio(
-    value_fn: ValueFn, value: Any, params: Tree, update: Tree, l2: Any, change: Scalar
-) -> Scalar:
-    """rho: how much the loss falls when the update is subtracted, over the model's fall (eq. 42).
-
-    The loss includes its l2 term.
-    """
-    new, dtype = jax.tree.map(jnp.subtract, params, update), change.dtype
-    fall = value_fn(new).astype(dtype) - jnp.asarray(value, dtype)
-    if not is_number(l2) or l2 > 0:
-        growth = _squares(new) - _squares(params)
-        fall = fall + jnp.asarray(l2, dtype) / 2 * growth.astype(dtype)
-    return fall / jnp.where(change < 0, change, -jnp.inf)
-
-
-def levenberg_marquardt(damping: Scalar, ratio: Scalar, factor: Scalar) -> Scalar:
-    """Less damping where the loss fell as the model said, more where it did not (B.3.1).
-
-    A ratio that is not a number counts as a loss that did not fall.
-    """
-    grown = jnp.maximum(damping, jnp.finfo(damping.dtype).tiny) / factor
-    kept = jnp.where(ratio > 0.75, damping * factor, damping)
-    return jnp.where(ratio >= 0.25, kept, grown)
-
-
-def check_line(method: str, *, value_fn: ValueFn | None, **others: Any) -> ValueFn:
-    """The loss as a function of the parameters; refuse missing arguments, and masked parameters.
-
-    Raises:
-      TypeError: one is missing.
-      ValueError: some parameters are masked.
-    """
-    missing = [f"`{name}`" for name, value in others.items() if value is None]
-    if value_fn is None or missing:
-        missing += ["`value_fn`"] if value_fn is None else []
-        raise TypeError(
-            f"`{method}` needs {', '.join(missing)}: call `tx.update(grads, state, params, "
-            f"captured=captured, value=loss, grad=grads, value_fn=lambda p: loss_fn(p, batch))`, "
-            f"with the batch of the gradients."
-        )
-    leaves = jax.tree.leaves(others["params"], is_leaf=_is_masked)
-    if any(map(_is_masked, leaves)):
-        raise ValueError(
-            f"`{method}` needs all parameters, because it runs the whole network: use it outside "
-            f"of `optax.masked`, `optax.partition` and `with_fallback`, which may stand before it "
-            f"in a chain. Parameters in no layer then follow their gradient."
-        )
-    return value_fn
-
-
-def _is_masked(leaf: Any) -> bool:
-    return isinstance(leaf, optax.MaskedNode)
-
-
-def like(tree: Tree, other: Tree) -> Tree:
-    """The tree in the dtypes of another."""
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, other)
-
-
-def dtype_of_model(params: Tree) -> Any:
-    """Of the quadratic model's numbers: float64 if a parameter is, else float32."""
-    wide = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(params))
-    return jnp.float64 if wide else jnp.float32
-
-
-def _squares(params: Tree) -> Scalar:
-    return _linalg.dot(_linalg.wide(params), _linalg.wide(params))
+def _kept(
+    ok: Bool[Array, ""], new: GaussNewtonStepState, old: GaussNewtonStepState
+) -> GaussNewtonStepState:
+    """The numbers of the new state, or of the old; the trees are not for this to choose."""
+    numbers = (state._replace(previous=None, inner=None) for state in (new, old))
+    return _linalg.where(ok, *numbers)
 
 
 def _combined(directions: list[Tree], steps: Float[Array, " k"]) -> Tree:
@@ -367,27 +242,42 @@ def _combined(directions: list[Tree], steps: Float[Array, " k"]) -> Tree:
     return total
 
 
+class Steps(NamedTuple):
+    """How a complete optimizer goes along its directions.
+
+    Attributes:
+      damping: the first tau.
+      adapt_damping: whether the direction's own damping gamma is adapted.
+      momentum: whether the last update is a direction as well.
+      l2: eta, of what is added to the loss.
+    """
+
+    damping: float
+    adapt_damping: bool
+    momentum: bool
+    l2: float
+
+
 def complete(
-    direction: Callable[..., optax.GradientTransformation],
-    learning_rate: optax.ScalarOrSchedule,
-    *,
+    direction: Callable[[Any], optax.GradientTransformation],
     damping: float,
-    step_damping: float,
-    adapt_damping: bool,
-    momentum: bool,
-    l2: float,
+    learning_rate: optax.ScalarOrSchedule,
+    steps: Steps,
 ) -> optax.GradientTransformationExtraArgs:
-    """Directions of some `damping` with Gauss-Newton steps: a complete optimizer (Algorithm 1)."""
+    """Directions of a damping gamma with Gauss-Newton steps: a complete optimizer (Algorithm 1).
 
-    def of_damping(gamma: Any) -> optax.GradientTransformation:
-        return direction(damping=gamma)
-
+    Args:
+      direction: of gamma, which may be traced.
+      damping: the first gamma.
+      learning_rate: multiplies the step of the model.
+      steps: the rest.
+    """
     step = scale_by_gauss_newton_step(
-        of_damping if adapt_damping else of_damping(damping),
-        damping=step_damping,
+        direction if steps.adapt_damping else direction(damping),
+        damping=steps.damping,
         inner_damping=damping,
-        l2=l2,
-        momentum=momentum,
+        l2=steps.l2,
+        momentum=steps.momentum,
     )
     return optax.chain(step, descend(learning_rate))
 

@@ -10,10 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_not_negative, check_positive, check_whole
-from locoprop_jax._curvature.gauss_newton import (
+from locoprop_jax._curvature.gauss_newton import descend
+from locoprop_jax._curvature.products import linearise
+from locoprop_jax._curvature.quadratic import (
     ValueFn,
     check_line,
-    descend,
     dtype_of_model,
     levenberg_marquardt,
     like,
@@ -21,7 +22,6 @@ from locoprop_jax._curvature.gauss_newton import (
     reduction_ratio,
     with_l2,
 )
-from locoprop_jax._curvature.products import linearise
 
 
 class HessianFreeState(NamedTuple):

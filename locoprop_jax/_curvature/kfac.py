@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import optax
@@ -10,7 +9,7 @@ from jaxtyping import Array
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_fisher, check_layers
-from locoprop_jax._curvature.gauss_newton import complete
+from locoprop_jax._curvature.gauss_newton import Steps, complete
 from locoprop_jax._curvature.kronecker import Damping, KroneckerState, scale_by_kronecker
 from locoprop_jax._layers.blocks import curvature_rows, dtype_of
 from locoprop_jax._layers.captured import Captured
@@ -88,8 +87,19 @@ def scale_by_kfac(
       Botev et al., `Practical Gauss-Newton Optimisation for Deep Learning
       <https://arxiv.org/abs/1706.03662>`_, 2017: sections 3.4 and B.
     """
+    return _direction(
+        layers,
+        curvature,
+        Damping(damping, relative, exact_damping, output_factor),
+        Amortisation(decay, inverse_period, statistics_steps),
+    )
+
+
+def _direction(
+    layers: Layers, curvature: str, damping: Damping, amortisation: Amortisation
+) -> optax.GradientTransformationExtraArgs:
     check_layers(layers, "scale_by_kfac")
-    check_fisher("scale_by_kfac", damping, curvature)
+    check_fisher("scale_by_kfac", damping.amount, curvature)
 
     def output_factors(
         captured: Captured, params: Any, slopes: dict[str, Block]
@@ -101,13 +111,7 @@ def scale_by_kfac(
             name: over_stack(layers[name], _linalg.second_moment)(c) for name, c in rows.items()
         }
 
-    return scale_by_kronecker(
-        "scale_by_kfac",
-        layers,
-        output_factors,
-        Damping(damping, relative, exact_damping, output_factor),
-        Amortisation(decay, inverse_period, statistics_steps),
-    )
+    return scale_by_kronecker("scale_by_kfac", layers, output_factors, damping, amortisation)
 
 
 def kfac(
@@ -157,23 +161,14 @@ def kfac(
     Raises:
       ValueError, TypeError: as `scale_by_kfac` and `scale_by_gauss_newton_step`.
     """
-    direction = functools.partial(
-        scale_by_kfac,
-        layers,
-        exact_damping=exact_damping,
-        curvature=curvature,
-        decay=decay,
-        inverse_period=inverse_period,
-        statistics_steps=statistics_steps,
-    )
+    amortisation = Amortisation(decay, inverse_period, statistics_steps)
     return complete(
-        direction,
+        lambda gamma: _direction(
+            layers, curvature, Damping(gamma, exact=exact_damping), amortisation
+        ),
+        damping,
         learning_rate,
-        damping=damping,
-        step_damping=step_damping,
-        adapt_damping=adapt_damping,
-        momentum=momentum,
-        l2=l2,
+        Steps(step_damping, adapt_damping, momentum, l2),
     )
 
 

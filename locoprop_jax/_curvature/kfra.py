@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import Any
 
@@ -11,7 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from locoprop_jax._checks import check_layers
-from locoprop_jax._curvature.gauss_newton import complete
+from locoprop_jax._curvature.gauss_newton import Steps, complete
 from locoprop_jax._curvature.kronecker import Damping, scale_by_kronecker
 from locoprop_jax._curvature.sequences import check_sequence, kernels
 from locoprop_jax._layers.captured import Captured
@@ -81,6 +80,16 @@ def scale_by_kfra(
       Botev et al., `Practical Gauss-Newton Optimisation for Deep Learning
       <https://arxiv.org/abs/1706.03662>`_, 2017: section 3.5, eq. 26, Algorithm 1.
     """
+    return _direction(
+        layers,
+        Damping(damping, relative, exact_damping, output_factor),
+        Amortisation(decay, inverse_period, statistics_steps),
+    )
+
+
+def _direction(
+    layers: Layers, damping: Damping, amortisation: Amortisation
+) -> optax.GradientTransformationExtraArgs:
     check_layers(layers, "scale_by_kfra")
     names = check_sequence(layers, "scale_by_kfra", REMEDY)
 
@@ -105,13 +114,7 @@ def scale_by_kfra(
         }
         return _factors(layers, names[-1], hessian, outputs, above)
 
-    return scale_by_kronecker(
-        "scale_by_kfra",
-        layers,
-        output_factors,
-        Damping(damping, relative, exact_damping, output_factor),
-        Amortisation(decay, inverse_period, statistics_steps),
-    )
+    return scale_by_kronecker("scale_by_kfra", layers, output_factors, damping, amortisation)
 
 
 def _factors(
@@ -183,20 +186,10 @@ def kfra(
     Raises:
       ValueError, TypeError: as `scale_by_kfra` and `scale_by_gauss_newton_step`.
     """
-    direction = functools.partial(
-        scale_by_kfra,
-        layers,
-        exact_damping=exact_damping,
-        decay=decay,
-        inverse_period=inverse_period,
-        statistics_steps=statistics_steps,
-    )
+    amortisation = Amortisation(decay, inverse_period, statistics_steps)
     return complete(
-        direction,
+        lambda gamma: _direction(layers, Damping(gamma, exact=exact_damping), amortisation),
+        damping,
         learning_rate,
-        damping=damping,
-        step_damping=step_damping,
-        adapt_damping=adapt_damping,
-        momentum=momentum,
-        l2=l2,
+        Steps(step_damping, adapt_damping, momentum, l2),
     )

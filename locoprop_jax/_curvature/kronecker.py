@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_layers, check_not_negative
+from locoprop_jax._checks import check_not_negative
 from locoprop_jax._layers import rows
-from locoprop_jax._layers.blocks import blocks, dtype_of, matrix, matrix_shapes, unmatrix
-from locoprop_jax._layers.captured import Captured, check_captured
-from locoprop_jax._layers.layers import Layers, replace
+from locoprop_jax._layers.blocks import dtype_of, matrix, unmatrix
+from locoprop_jax._layers.captured import Captured
+from locoprop_jax._layers.layers import Layers
+from locoprop_jax._layers.method import Batch, matrix_shapes, transformation
 from locoprop_jax._layers.rows import Block, Inputs
 from locoprop_jax._layers.stacking import map_layers, over_stack
 from locoprop_jax._neurons.amortised import Amortisation, AmortisedState
@@ -80,9 +82,9 @@ class Damping(NamedTuple):
     """
 
     amount: Any
-    relative: bool
-    exact: bool
-    output_factor: str
+    relative: bool = True
+    exact: bool = False
+    output_factor: str = "keep"
 
     def check(self) -> None:
         """Refuse what is out of range.
@@ -172,55 +174,34 @@ def scale_by_kronecker(
 
     Args:
       method: for errors.
-      layers: from `find_layers`.
+      layers: from `find_layers`, checked.
       output_factors: where they come from; called where statistics are gathered.
       damping: of the product.
       amortisation: of its factors.
 
     Raises:
-      ValueError: at construction, for no layers, and options out of range.
+      ValueError: at construction, for options out of range.
     """
-    check_layers(layers, method)
     damping.check()
     amortisation.check()
 
     def init(params: Any) -> KroneckerState:
-        statistics, inverse = {}, {}
-        for name, block in matrix_shapes(layers, params).items():
-            *stack, d, d_out = block.shape
-            square = (d,) if layers[name].is_lookup else (d, d)
+        shapes = matrix_shapes(layers, params)
 
-            def factors(
-                inputs: Any = (*stack, *square),
-                outputs: Any = (*stack, d_out, d_out),
-                dtype: Any = block.dtype,
-            ) -> Factors:
-                return Factors(jnp.zeros(inputs, dtype), jnp.zeros(outputs, dtype))
+        def factors() -> dict[str, Factors]:
+            return {n: _zero_factors(shapes[n], is_diagonal=layers[n].is_lookup) for n in shapes}
 
-            if amortisation.is_averaged:
-                statistics[name] = factors()
-            inverse[name] = damping.zeros(factors())
+        return amortisation.init(
+            KroneckerState,
+            factors,
+            lambda: {name: damping.zeros(own) for name, own in factors().items()},
+        )
 
-        def zero() -> Array:  # one for each: a buffer cannot be donated twice
-            return jnp.zeros([], jnp.int32)
-
-        return KroneckerState(zero(), zero(), zero(), statistics, inverse)
-
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        captured: Captured | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, KroneckerState]:
-        del extra_args
-        captured = check_captured(layers, captured, method)
-        slopes = blocks(layers, updates)
-        ok = _linalg.all_finite(updates)
+    def step(batch: Batch, state: KroneckerState) -> tuple[Any, KroneckerState]:
+        captured, slopes, ok = batch.captured, batch.slopes, batch.is_finite()
 
         def gather() -> dict[str, Factors]:
-            outputs = output_factors(captured, params, slopes)
+            outputs = output_factors(captured, batch.params, slopes)
             return {
                 name: over_stack(layers[name], _factors)(
                     captured[name].rows(dtype_of(slope)), slope, outputs[name]
@@ -237,15 +218,20 @@ def scale_by_kronecker(
 
         state = amortisation.advance(state, ok, gather, invert)
         sources = {name: (slopes[name], state.inverse[name]) for name in slopes}
-        new = map_layers(layers, apply, sources)
-        directions = replace(layers, updates, new)
-        state = state._replace(count=state.count + ok.astype(jnp.int32))
-        return _linalg.where(ok, directions, _linalg.zeros_like(directions)), state
+        return batch.finish(map_layers(layers, apply, sources), state, ok)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(method, layers, init, step)
 
 
 # --- one layer -----------------------------------------------------------------------------------
+
+
+def _zero_factors(block: jax.ShapeDtypeStruct, *, is_diagonal: bool) -> Factors:
+    """For a block (*stack, d, d_out) as one matrix."""
+    *stack, d, d_out = block.shape
+    square = (d,) if is_diagonal else (d, d)
+    shapes = (*stack, *square), (*stack, d_out, d_out)
+    return Factors(*(jnp.zeros(shape, block.dtype) for shape in shapes))
 
 
 def _factors(inputs: Inputs, like: Block, outputs: Float[Array, "d_out d_out"]) -> Factors:

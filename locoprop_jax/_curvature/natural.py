@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +14,11 @@ from jaxtyping import Array, Bool, Int
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_fisher, check_layers, check_positive, check_whole
 from locoprop_jax._curvature import woodbury
-from locoprop_jax._curvature.gauss_newton import complete
+from locoprop_jax._curvature.gauss_newton import Steps, complete
 from locoprop_jax._curvature.woodbury import Columns, System
-from locoprop_jax._layers.blocks import blocks, matrix_shapes
-from locoprop_jax._layers.captured import Captured, check_captured
-from locoprop_jax._layers.layers import Layers, replace
+from locoprop_jax._layers.captured import check_captured
+from locoprop_jax._layers.layers import Layers
+from locoprop_jax._layers.method import Batch, matrix_shapes, transformation, zero_count
 from locoprop_jax._neurons.amortised import keep_finite
 
 METHOD = "scale_by_natural_gradient"
@@ -103,34 +104,22 @@ def scale_by_natural_gradient(
     _check(layers, batch_size, samples, damping, curvature, period)
 
     def init(params: Any) -> NaturalGradientState:
-        def zero() -> Array:  # one for each: a buffer cannot be donated twice
-            return jnp.zeros([], jnp.int32)
-
         systems = {}
         if batch_size is not None:
             systems = _empty(layers, params, batch_size, samples, block_diagonal)
-        return NaturalGradientState(zero(), zero(), systems)
+        return NaturalGradientState(zero_count(), zero_count(), systems)
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        captured: Captured | None = None,
-        fisher: Captured | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, NaturalGradientState]:
-        del params, extra_args
-        source = check_captured(layers, captured, METHOD)
-        if fisher is not None:
+    def step(batch: Batch, state: NaturalGradientState) -> tuple[Any, NaturalGradientState]:
+        source = batch.captured
+        if (fisher := batch.extra_args.get("fisher")) is not None:
             _check_fisher_argument(batch_size)
             source = check_captured(layers, fisher, METHOD)
         source = source.pulled()
-        own = woodbury.same_dtype(blocks(layers, updates))
+        own = woodbury.same_dtype(batch.slopes)
         columns = {n: woodbury.columns_of(source, n, own[n], curvature) for n in own}
         if batch_size is not None:
             _check_sizes(layers, columns, batch_size, samples)
-        ok = _linalg.all_finite((updates, columns))
+        ok = batch.is_finite(columns)
         systems = woodbury.groups(own, block_diagonal)
         for names in systems.values():
             woodbury.check_examples(METHOD, {n: columns[n] for n in names})
@@ -146,28 +135,15 @@ def scale_by_natural_gradient(
         if batch_size is None:
             new = factorised()
             used, failures = keep_finite(new, _linalg.zeros_like(new), state.failures)
-            failures = jnp.where(ok, failures, state.failures)
-            kept = {}
+            state = state._replace(failures=jnp.where(ok, failures, state.failures))
         else:
-            exist = {system: old.damping > 0 for system, old in state.systems.items()}
-            due = ok & ((state.count % period == 0) | ~_all(exist))
-            kept, failures = jax.lax.cond(
-                due,
-                lambda: keep_finite(factorised(), state.systems, state.failures),
-                lambda: (state.systems, state.failures),
-            )
-            used = {
-                system: _linalg.where(exist[system], old, kept[system])
-                for system, old in state.systems.items()
-            }
+            used, state = _renewed(state, ok, period, factorised)
         new = {}
         for system in used.values():
             new |= woodbury.divide(system, own)
-        directions = replace(layers, updates, new)
-        state = NaturalGradientState(state.count + ok.astype(jnp.int32), failures, kept)
-        return _linalg.where(ok, directions, _linalg.zeros_like(directions)), state
+        return batch.finish(new, state, ok)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(METHOD, layers, init, step)
 
 
 def natural_gradient(
@@ -223,13 +199,10 @@ def natural_gradient(
         period=period,
     )
     return complete(
-        direction,
+        lambda gamma: direction(damping=gamma),
+        damping,
         learning_rate,
-        damping=damping,
-        step_damping=step_damping,
-        adapt_damping=adapt_damping,
-        momentum=momentum,
-        l2=l2,
+        Steps(step_damping, adapt_damping, momentum, l2),
     )
 
 
@@ -260,6 +233,27 @@ def _empty(
         )
         for system, names in woodbury.groups(sizes, block_diagonal).items()
     }
+
+
+def _renewed(
+    state: NaturalGradientState,
+    ok: Bool[Array, ""],
+    period: int,
+    factorised: Callable[[], dict[str, System]],
+) -> tuple[dict[str, System], NaturalGradientState]:
+    """The systems to divide by, the last ones where there are any, and those of this batch kept."""
+    exist = {system: old.damping > 0 for system, old in state.systems.items()}
+    due = ok & ((state.count % period == 0) | ~_all(exist))
+    kept, failures = jax.lax.cond(
+        due,
+        lambda: keep_finite(factorised(), state.systems, state.failures),
+        lambda: (state.systems, state.failures),
+    )
+    used = {
+        system: _linalg.where(exist[system], old, kept[system])
+        for system, old in state.systems.items()
+    }
+    return used, state._replace(failures=failures, systems=kept)
 
 
 def _all(flags: dict[str, Bool[Array, ""]]) -> Bool[Array, ""]:

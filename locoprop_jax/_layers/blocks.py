@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_jax._layers.captured import Captured
 from locoprop_jax._layers.layers import Layers, leaves_by_path, parameter_paths
 from locoprop_jax._layers.rows import Block, join_rows
-from locoprop_jax._layers.stacking import over_stack
 
 # --- parameters ----------------------------------------------------------------------------------
 
@@ -144,16 +142,6 @@ def unmatrix(value: Float[Array, "d d_out"], like: Block) -> Block:
     """The inverse of `matrix`."""
     parts = {"kernel": lambda: value[: like["kernel"].shape[0]], "bias": lambda: value[-1]}
     return {part: parts[part]() for part in like}
-
-
-def matrix_shapes(layers: Layers, params: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shape (*stack, d, d_out) and dtype of each block as one matrix, by layer."""
-    if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
-        return dict.fromkeys(layers, jax.ShapeDtypeStruct((1, 1), jnp.float32))
-    return {
-        name: jax.eval_shape(over_stack(layers[name], matrix), block)
-        for name, block in blocks(layers, params).items()
-    }
 
 
 def _parts(block: Block) -> list[str]:

@@ -5,8 +5,8 @@ With its input X held fixed, each layer minimises over its own weights W~
     D(X W~, target) + gamma <Rg, W~> + R(W~, W)
 
 where D is a divergence, the target is where the loss wants the layer's output to go
-(`_divergences`), Rg is the part of the gradient that never touched data (weight decay in the loss)
-and R keeps W~ near W (`_regularizers`). A solver (`_solvers`) sees one layer's `LocalProblem`.
+(`divergences`), Rg is the part of the gradient that never touched data (weight decay in the loss)
+and R keeps W~ near W (`regularizers`). A solver (`solver`) sees one layer's `LocalProblem`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from jaxtyping import Array, Float, Int
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._layers.blocks import blocks
-from locoprop_jax._layers.captured import Captured, check_captured
 from locoprop_jax._layers.layers import Layer, Layers, replace
+from locoprop_jax._layers.method import Batch, blocks_like, transformation, zero_count
 from locoprop_jax._layers.rows import Block, pull, push, write_out
 from locoprop_jax._layers.stacking import map_layers
 from locoprop_jax._local_losses.divergences import DIVERGENCES, Divergence, Target
 from locoprop_jax._local_losses.local_problem import LayerData, layer_data, local_problem
 from locoprop_jax._local_losses.regularizers import Regularizer
-from locoprop_jax._local_losses.solvers import Solver
+from locoprop_jax._local_losses.solver import Solver
 
 
 class LocalLossState(NamedTuple):
@@ -117,34 +117,21 @@ def scale_by_local_loss(
     curvatures = transform and transform.curvature, regularizer and regularizer.curvature
 
     def init(params: Any) -> LocalLossState:
-        parts: dict[str, Any] = dict(blocks(layers, params))
-        if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
-            parts = dict.fromkeys(layers, params)
-        inner = {name: _solver_state(layers[name], solver, own) for name, own in parts.items()}
+        own = blocks_like(layers, params)
+        inner = {name: _solver_state(layers[name], solver, block) for name, block in own.items()}
         targets = {}
         if transform is not None:
-            for name, block in parts.items():
-                dtype = jax.tree.leaves(block)[0].dtype if jax.tree.leaves(block) else jnp.float32
-                targets[name] = _target_state(layers[name], transform, dtype)
-        return LocalLossState(jnp.zeros([], jnp.int32), inner, targets)
+            targets = {n: _target_state(layers[n], transform, block) for n, block in own.items()}
+        return LocalLossState(zero_count(), inner, targets)
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        captured: Captured | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, LocalLossState]:
-        del extra_args
-        captured = check_captured(layers, captured, "scale_by_local_loss").pulled()
-        if params is None:
+    def step(batch: Batch, state: LocalLossState) -> tuple[Any, LocalLossState]:
+        if batch.params is None:
             raise ValueError(
                 "`scale_by_local_loss` needs the parameters: call "
                 "`tx.update(grads, opt_state, params, captured=captured)`."
             )
+        captured, weights = batch.captured.pulled(), blocks(layers, batch.params)
         eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        weights, slopes = blocks(layers, params), blocks(layers, updates)
         data = {
             name: layer_data(
                 layers[name],
@@ -154,10 +141,10 @@ def scale_by_local_loss(
                 (weights[name], slope),
                 (state.inner[name], state.target.get(name, ())),
             )
-            for name, slope in slopes.items()
+            for name, slope in batch.slopes.items()
         }
         # A batch that is not finite leaves everything as it is, in all layers.
-        ok = _linalg.all_finite((updates, [layer.inputs for layer in data.values()]))
+        ok = batch.is_finite([layer.inputs for layer in data.values()])
 
         def improve(name: str, arrays: LayerData) -> Result:
             problem, target = local_problem(
@@ -174,22 +161,21 @@ def scale_by_local_loss(
         if correction is not None:
             results = _one_by_one(layers, data, improve, correction)
         else:
-            results = map_layers(
-                layers, improve, data, kind=functools.partial(_kind, layers), stack=stack
-            )
+            kind = functools.partial(_kind, layers)
+            results = map_layers(layers, improve, data, kind=kind, stack=stack)
         moved = {name: jax.tree.map(jnp.negative, result.delta) for name, result in results.items()}
 
         def backprop(g: Array) -> Array:
             step = jnp.asarray(eta, g.dtype) * jnp.asarray(gamma, g.dtype) * g
             return jnp.where(ok, step, jnp.zeros_like(step))
 
-        return replace(layers, updates, moved, backprop), LocalLossState(
+        return replace(layers, batch.updates, moved, backprop), LocalLossState(
             jnp.asarray(optax.safe_increment(state.count)),
-            {name: results[name].inner for name in slopes},
-            {name: results[name].target for name in slopes if transform is not None},
+            {name: result.inner for name, result in results.items()},
+            {n: result.target for n, result in results.items() if transform is not None},
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation("scale_by_local_loss", layers, init, step)
 
 
 def _solver_state(layer: Layer, solver: Solver, block: Block) -> Any:
@@ -198,7 +184,9 @@ def _solver_state(layer: Layer, solver: Solver, block: Block) -> Any:
     return jax.vmap(solver.init)(block) if is_stack else solver.init(block)
 
 
-def _target_state(layer: Layer, target: Target, dtype: Any) -> Any:
+def _target_state(layer: Layer, target: Target, block: Block) -> Any:
+    leaves = jax.tree.leaves(block)
+    dtype = leaves[0].dtype if leaves else jnp.float32
     if layer.stack is None:
         return target.init(layer.d_out, dtype)
     return jax.vmap(lambda _: target.init(layer.d_out, dtype))(jnp.arange(layer.stack))

@@ -16,9 +16,11 @@ import optax
 from locoprop_jax._layers.layers import Layers
 from locoprop_jax._local_losses import divergences
 from locoprop_jax._local_losses.divergences import Target
+from locoprop_jax._local_losses.inner import inner
+from locoprop_jax._local_losses.linear import exact
 from locoprop_jax._local_losses.local_loss import scale_by_local_loss
 from locoprop_jax._local_losses.regularizers import Regularizer, l2
-from locoprop_jax._local_losses.solvers import Solver, exact, inner
+from locoprop_jax._local_losses.solver import Solver
 from locoprop_jax._training.training import with_fallback
 
 Optimizer = Callable[[Any], optax.GradientTransformation]
@@ -66,15 +68,8 @@ def locoprop_s(
     Raises:
       ValueError, TypeError: as `scale_by_local_loss`.
     """
-    return _complete(
-        layers,
-        learning_rate,
-        gamma=gamma,
-        divergence="squared",
-        regularizer=regularizer,
-        solver=inner(optimizer, iterations),
-        correction=correction,
-    )
+    solver = inner(optimizer, iterations)
+    return _iterated("squared", layers, learning_rate, gamma, regularizer, solver, correction)
 
 
 def locoprop_m(
@@ -95,15 +90,8 @@ def locoprop_m(
 
     Arguments, result and errors are those of `locoprop_s`.
     """
-    return _complete(
-        layers,
-        learning_rate,
-        gamma=gamma,
-        divergence="matching",
-        regularizer=regularizer,
-        solver=inner(optimizer, iterations),
-        correction=correction,
-    )
+    solver = inner(optimizer, iterations)
+    return _iterated("matching", layers, learning_rate, gamma, regularizer, solver, correction)
 
 
 def pocoprop_s(
@@ -123,14 +111,8 @@ def pocoprop_s(
     Arguments, result and errors are those of `locoprop_s`; the arrays have to come from
     `value_grad_and_capture(loss_fn, transferred=True)`.
     """
-    return _complete(
-        layers,
-        learning_rate,
-        gamma=gamma,
-        divergence="post_squared",
-        regularizer=regularizer,
-        solver=inner(optimizer, iterations),
-    )
+    solver = inner(optimizer, iterations)
+    return _iterated("post_squared", layers, learning_rate, gamma, regularizer, solver)
 
 
 def pocoprop_m(
@@ -151,14 +133,8 @@ def pocoprop_m(
     Arguments, result and errors are those of `locoprop_s`; the arrays have to come from
     `value_grad_and_capture(loss_fn, transferred=True)`.
     """
-    return _complete(
-        layers,
-        learning_rate,
-        gamma=gamma,
-        divergence="dual_matching",
-        regularizer=regularizer,
-        solver=inner(optimizer, iterations),
-    )
+    solver = inner(optimizer, iterations)
+    return _iterated("dual_matching", layers, learning_rate, gamma, regularizer, solver)
 
 
 def proxprop(
@@ -222,7 +198,7 @@ def locoprop_kfac(
     Raises:
       ValueError, TypeError: as `scale_by_local_loss`.
     """
-    return _complete(
+    local = scale_by_local_loss(
         layers,
         learning_rate,
         gamma=gamma,
@@ -230,10 +206,25 @@ def locoprop_kfac(
         regularizer=l2(),
         solver=exact(),
     )
+    return optax.chain(local, optax.scale(-1.0))
 
 
-def _complete(
-    layers: Layers, learning_rate: optax.ScalarOrSchedule, **options: Any
+def _iterated(
+    divergence: str,
+    layers: Layers,
+    learning_rate: optax.ScalarOrSchedule,
+    gamma: float,
+    regularizer: Regularizer | None,
+    solver: Solver,
+    correction: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    local = scale_by_local_loss(layers, learning_rate, **options)
+    local = scale_by_local_loss(
+        layers,
+        learning_rate,
+        gamma=gamma,
+        divergence=divergence,
+        regularizer=regularizer,
+        solver=solver,
+        correction=correction,
+    )
     return optax.chain(local, optax.scale(-1.0))

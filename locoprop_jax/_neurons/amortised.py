@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_decay, check_whole, is_number
+from locoprop_jax._layers.method import zero_count
 
 ByLayer = dict[str, Any]
 
@@ -67,6 +68,13 @@ class Amortisation(NamedTuple):
                 f"`statistics_steps` are some of the {self.period} of `inverse_period`, got "
                 f"{self.gathering}."
             )
+
+    def init(
+        self, kind: type[State], statistics: Callable[[], ByLayer], inverse: Callable[[], ByLayer]
+    ) -> State:
+        """The state before the first batch, of zeros for statistics and inverses."""
+        counts = zero_count(), zero_count(), zero_count()
+        return kind(*counts, statistics() if self.is_averaged else {}, inverse())
 
     def advance(
         self,

@@ -21,9 +21,16 @@ from locoprop_jax._checks import (
     is_number,
 )
 from locoprop_jax._layers import rows as _rows
-from locoprop_jax._layers.blocks import blocks, divide, dtype_of, others
-from locoprop_jax._layers.captured import Captured, LayerArrays, check_captured
+from locoprop_jax._layers.blocks import divide, dtype_of, others
+from locoprop_jax._layers.captured import LayerArrays
 from locoprop_jax._layers.layers import Layers, replace
+from locoprop_jax._layers.method import (
+    Batch,
+    blocks_like,
+    kernel_shapes,
+    transformation,
+    zero_count,
+)
 from locoprop_jax._layers.rows import Block, Inputs, gram, pull, push
 from locoprop_jax._layers.stacking import map_layers, over_stack
 from locoprop_jax._layers.structured import OneHot
@@ -124,36 +131,17 @@ def scale_by_lnb(
     )
 
     def init(params: Any) -> LnbState:
-        zero = jnp.zeros([], jnp.int32)
         if not online:
-            return LnbState(zero, {}, {})
-        if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
-            stand_in = Moments(jnp.zeros(1), jnp.zeros(1))
-            parts: dict[str, Any] = dict.fromkeys(layers, params)
-            return LnbState(zero, dict.fromkeys(layers, stand_in), parts)
-        parts = blocks(layers, params)
-        return LnbState(
-            zero,
-            {
-                name: Moments(*jnp.zeros((2, *block["kernel"].shape[:-1]), block["kernel"].dtype))
-                for name, block in parts.items()
-                if "kernel" in block
-            },
-            _linalg.zeros_like(parts),
-        )
+            return LnbState(zero_count(), {}, {})
+        moments = {
+            name: Moments(*jnp.zeros((2, *kernel.shape[:-1]), kernel.dtype))
+            for name, kernel in kernel_shapes(layers, params).items()
+        }
+        return LnbState(zero_count(), moments, _linalg.zeros_like(blocks_like(layers, params)))
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        captured: Captured | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, LnbState]:
-        del params, extra_args
-        captured = check_captured(layers, captured, "scale_by_lnb")
-        slopes = blocks(layers, updates)
-        inputs = {name: _rows_of(captured[name], slopes[name], fraction) for name in slopes}
+    def step(batch: Batch, state: LnbState) -> tuple[Any, LnbState]:
+        slopes = batch.slopes
+        inputs = {name: _rows_of(batch.captured[name], slopes[name], fraction) for name in slopes}
 
         def boost() -> tuple[Any, LnbState]:
             count = state.count + 1
@@ -175,19 +163,16 @@ def scale_by_lnb(
             solved = map_layers(layers, lambda _, system: solve(system), systems)
             thetas = {name: theta for name, (theta, _) in solved.items()}
             images = {name: image for name, (_, image) in solved.items()}
-            rest = _linalg.wide(others(layers, updates))
-            factor = metric_factor(_linalg.dot_for_many((rest, thetas), (rest, images)), floor)
-            steps = jax.tree.map(lambda theta: scaled(theta, factor), thetas)
-            direction = replace(layers, updates, steps, lambda g: scaled(g, factor))
+            direction = _of_length_one(batch, thetas, images, floor)
             return direction, LnbState(count, sums, thetas) if online else LnbState(count, {}, {})
 
         return jax.lax.cond(
-            _linalg.all_finite((updates, inputs)),
+            batch.is_finite(inputs),
             boost,
-            lambda: (_linalg.zeros_like(updates), state),
+            lambda: (_linalg.zeros_like(batch.updates), state),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation("scale_by_lnb", layers, init, step)
 
 
 def lnb(
@@ -247,6 +232,16 @@ def lnb(
         boosted,
         descend(learning_rate, weight_decay),
     )
+
+
+def _of_length_one(
+    batch: Batch, thetas: dict[str, Block], images: dict[str, Block], floor: Any
+) -> Any:
+    """The updates made of thetas with images M theta, and of all else, where M = I."""
+    rest = _linalg.wide(others(batch.layers, batch.updates))
+    factor = metric_factor(_linalg.dot_for_many((rest, thetas), (rest, images)), floor)
+    steps = jax.tree.map(lambda theta: scaled(theta, factor), thetas)
+    return replace(batch.layers, batch.updates, steps, lambda g: scaled(g, factor))
 
 
 # --- moments -------------------------------------------------------------------------------------

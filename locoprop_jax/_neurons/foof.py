@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_layers, check_not_negative
-from locoprop_jax._layers import rows as _rows
-from locoprop_jax._layers.blocks import blocks, divide, dtype_of
-from locoprop_jax._layers.captured import Captured, LayerArrays, check_captured
-from locoprop_jax._layers.layers import Layers, replace
-from locoprop_jax._layers.rows import Block, Inputs
+from locoprop_jax._layers.layers import Layers
+from locoprop_jax._layers.method import Batch, kernel_shapes, transformation
 from locoprop_jax._layers.stacking import map_layers, over_stack
-from locoprop_jax._layers.structured import OneHot, Structured, Windows
 from locoprop_jax._neurons.amortised import Amortisation, AmortisedState, keep_finite
 from locoprop_jax._neurons.metric import average_gradients, descend, scale_by_metric_norm
-
-
-class Statistics(NamedTuple):
-    """Of a layer's inputs over N rows: X'X / N (an embedding's by its diagonal) and their mean."""
-
-    second: Float[Array, "d_in d_in"] | Float[Array, " d_in"]
-    mean: Float[Array, " d_in"]
-
-
-class Metric(NamedTuple):
-    """The damped second moment M of (x, 1), or of x, with the bias eliminated.
-
-    Attributes:
-      kernel: what then remains for the kernel, or its inverse: with a free bias the damped
-        covariance of the inputs.
-      mean: of the inputs.
-      bias: the inverse of the bias's own entry, zero without a bias.
-    """
-
-    kernel: Float[Array, "d_in d_in"] | Float[Array, " d_in"]
-    mean: Float[Array, " d_in"]
-    bias: Float[Array, ""]
+from locoprop_jax._neurons.second_moment import (
+    Damping,
+    Metric,
+    Statistics,
+    apply,
+    divide_bias,
+    inverse,
+    layer_rows,
+    solve,
+    statistics_of,
+    zero_metric,
+)
 
 
 class FoofState(AmortisedState):
@@ -56,20 +39,6 @@ class FoofState(AmortisedState):
       statistics: `Statistics` by layer, their running sums. Empty for the current batch's alone.
       inverse: `Metric` by layer, with its inverse. Empty if every step solves its own.
     """
-
-
-class LayerRows(NamedTuple):
-    """One layer.
-
-    Attributes:
-      inputs: the rows of the statistics.
-      cotangents: those that the inputs meet in the updates; zeros if there are none.
-      slope: the incoming block.
-    """
-
-    inputs: Inputs
-    cotangents: Float[Array, "rows d_out"]
-    slope: Block
 
 
 def scale_by_foof(
@@ -135,81 +104,46 @@ def scale_by_foof(
     damped = Damping(damping, relative, damp_bias)
 
     def init(params: Any) -> FoofState:
-        # Each array is made on its own, because one buffer cannot be donated twice.
-        def zeros(*shape: int, dtype: Any = jnp.int32) -> Array:
-            return jnp.zeros(shape, dtype)
+        kernels = kernel_shapes(layers, params)
 
-        statistics, inverse = {}, {}
-        for name, kernel in _kernels(layers, params).items():
-            *stack, d, _ = kernel.shape
-            make = functools.partial(zeros, *stack, dtype=kernel.dtype)
-            square = (d,) if layers[name].is_lookup else (d, d)
-            if amortisation.is_averaged:
-                statistics[name] = Statistics(make(*square), make(d))
-            if is_amortised:
-                inverse[name] = Metric(make(*square), make(d), make())
-        return FoofState(zeros(), zeros(), zeros(), statistics, inverse)
+        def zeros(name: str) -> Metric:
+            return zero_metric(kernels[name], is_diagonal=layers[name].is_lookup)
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        captured: Captured | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, FoofState]:
-        del params, extra_args
-        captured = check_captured(layers, captured, "scale_by_foof")
-        slopes = blocks(layers, updates)
-        rows = {name: _layer_rows(captured[name], slopes[name], shared) for name in slopes}
-        with_kernel = {name: own for name, own in rows.items() if "kernel" in own.slope}
-        ok = _linalg.all_finite((updates, [own.inputs for own in rows.values()]))
+        return amortisation.init(
+            FoofState,
+            lambda: {name: Statistics(*zeros(name)[:2]) for name in kernels},
+            lambda: {name: zeros(name) for name in kernels} if is_amortised else {},
+        )
+
+    def step(batch: Batch, state: FoofState) -> tuple[Any, FoofState]:
+        rows = {n: layer_rows(batch.captured[n], s, shared) for n, s in batch.slopes.items()}
+        ok = batch.is_finite([own.inputs for own in rows.values()])
+        biases = {name: own for name, own in rows.items() if "kernel" not in own.slope}
+        rows = {name: own for name, own in rows.items() if name not in biases}
 
         def gather() -> dict[str, Statistics]:
-            return {
-                name: over_stack(layers[name], _statistics)(own.inputs)
-                for name, own in with_kernel.items()
-            }
+            return {n: over_stack(layers[n], statistics_of)(own.inputs) for n, own in rows.items()}
 
-        def invert(_: str, arrays: tuple[Statistics, Block]) -> Metric:
-            metric = _metric(*arrays, damped)
-            return metric._replace(kernel=_linalg.inverse(metric.kernel))
+        def invert(averages: dict[str, Statistics]) -> dict[str, Metric]:
+            sources = {name: (averages[name], rows[name].slope) for name in averages}
+            return map_layers(layers, lambda _, own: inverse(*own, damped), sources)
 
-        def invert_all(averages: dict[str, Statistics]) -> dict[str, Metric]:
-            sources = {name: (averages[name], with_kernel[name].slope) for name in averages}
-            return map_layers(layers, invert, sources) if is_amortised else {}
-
-        def apply(_: str, arrays: tuple[Block, Metric]) -> Block:
-            slope, inverse = arrays
-            return divide(
-                slope, inverse.mean, inverse.bias, lambda g: _linalg.multiply(inverse.kernel, g)
-            )
-
-        def solve(_: str, arrays: tuple[LayerRows, Statistics | None]) -> Block:
-            own, average = arrays
-            if average is None:
-                return _solve_batch(own, damped)
-            return _solve_average(average, own.slope, damped)
-
-        if amortisation.is_averaged or is_amortised:
-            state = amortisation.advance(state, ok, gather, invert_all)
-        failures = state.failures
         if is_amortised:
-            sources = {n: (own.slope, state.inverse[n]) for n, own in with_kernel.items()}
-            new = map_layers(layers, apply, sources)
+            state = amortisation.advance(state, ok, gather, invert)
+            sources = {name: (own.slope, state.inverse[name]) for name, own in rows.items()}
+            new = map_layers(layers, lambda _, own: apply(*own), sources)
         else:
+            if amortisation.is_averaged:
+                state = amortisation.advance(state, ok, gather, lambda averages: {})
             averages = amortisation.averages(state)
-            sources = {n: (own, averages.get(n)) for n, own in with_kernel.items()}
-            new = map_layers(layers, solve, sources)
-            new, failed = keep_finite(new, _linalg.zeros_like(new), failures)
-            failures = jnp.where(ok, failed, failures)
-        biases = {name: own for name, own in rows.items() if name not in with_kernel}
-        alone = map_layers(layers, lambda _, own: _divide_bias(own, damped), biases)
-        directions = replace(layers, updates, new | alone)
-        state = state._replace(count=state.count + ok.astype(jnp.int32), failures=failures)
-        return _linalg.where(ok, directions, _linalg.zeros_like(directions)), state
+            sources = {name: (own, averages.get(name)) for name, own in rows.items()}
+            new = map_layers(layers, lambda _, own: solve(*own, damped), sources)
+            new, failures = keep_finite(new, _linalg.zeros_like(new), state.failures)
+            state = state._replace(failures=jnp.where(ok, failures, state.failures))
+        alone = map_layers(layers, lambda _, own: divide_bias(own, damped), biases)
+        return batch.finish(new | alone, state, ok)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation("scale_by_foof", layers, init, step)
 
 
 def foof(
@@ -272,116 +206,6 @@ def foof(
         scale_by_metric_norm(direction, floor=floor),
         descend(learning_rate, weight_decay),
     )
-
-
-# --- statistics ----------------------------------------------------------------------------------
-
-
-def _layer_rows(arrays: LayerArrays, slope: Block, shared: str) -> LayerRows:
-    """Of one layer or of a stack."""
-    dtype = dtype_of(slope)
-    x, e = arrays.rows(dtype), arrays.cotangent_rows(dtype)
-    if shared == "reduce" and not isinstance(x, OneHot):
-        x = arrays.inputs.astype(dtype).mean(-2)
-        return LayerRows(x, jnp.zeros((*x.shape[:-1], e.shape[-1]), dtype), slope)
-    return LayerRows(x, e, slope)
-
-
-def _statistics(inputs: Inputs) -> Statistics:
-    return Statistics(_rows.second_moment(inputs) / _rows.count(inputs), _rows.mean(inputs))
-
-
-# --- solving -------------------------------------------------------------------------------------
-
-
-class Damping(NamedTuple):
-    """What is added to M's diagonal: for the kernel, and for the bias where it is damped."""
-
-    amount: Any
-    relative: bool
-    bias: bool
-
-    def of(
-        self, variances: Float[Array, " d_in"], squares: Float[Array, " d_in"]
-    ) -> Float[Array, ""]:
-        """The number to add, for inputs of these variances and mean squares.
-
-        Inputs of which none varies beyond rounding errors are damped by the amount itself:
-        gradients that never met data, of weight decay for example, are theirs all the same.
-        """
-        amount, eps = jnp.asarray(self.amount, variances.dtype), jnp.finfo(variances.dtype).eps
-        if self.relative and variances.size:
-            unit = jnp.where(variances > 10 * eps * squares, variances, 0).mean()
-            amount = amount * jnp.where(unit > eps**2, unit, 1)
-        return amount
-
-
-def _metric(now: Statistics, slope: Block, damping: Damping) -> Metric:
-    second, mean = now
-    squares = _linalg.diagonal(second)
-    amount = damping.of(squares - jnp.square(mean) if "bias" in slope else squares, squares)
-    bias = _inverse_of_bias(slope, amount, damping)
-    if "bias" in slope:
-        second = second - bias * mean[:, None] * mean[None]
-    return Metric(_linalg.damped(second, amount), mean, bias)
-
-
-def _inverse_of_bias(slope: Block, amount: Float[Array, ""], damping: Damping) -> Float[Array, ""]:
-    """M's entry for the bias is one, and its damping."""
-    if "bias" not in slope:
-        return jnp.zeros_like(amount)
-    return 1 / (1 + amount) if damping.bias else jnp.ones_like(amount)
-
-
-def _divide_bias(own: LayerRows, damping: Damping) -> Block:
-    """M^-1 slope of a bias whose kernel is masked."""
-    squares = _rows.mean_square(own.inputs)
-    amount = damping.of(squares - jnp.square(_rows.mean(own.inputs)), squares)
-    return _linalg.scale(own.slope, _inverse_of_bias(own.slope, amount, damping))
-
-
-def _solve_average(statistics: Statistics, slope: Block, damping: Damping) -> Block:
-    metric = _metric(statistics, slope, damping)
-    solve = functools.partial(_linalg.solve, metric.kernel)
-    return divide(slope, metric.mean, metric.bias, solve)
-
-
-def _solve_batch(own: LayerRows, damping: Damping) -> Block:
-    """With the current batch's statistics alone, by the smaller of two systems.
-
-    What remains for the kernel is the second moment of the centred rows, and of a row more for what
-    a damped bias leaves of the mean.
-    """
-    rows, d_in = own.inputs.shape
-    by_rows = _linalg.solves_by_rows(rows, d_in, own.slope["kernel"].shape[1])
-    if isinstance(own.inputs, Structured) and not (isinstance(own.inputs, Windows) and by_rows):
-        return _solve_average(_statistics(own.inputs), own.slope, damping)
-    x, e = _rows.write_out(own.inputs), own.cotangents
-    mean = x.mean(0)
-    if "bias" in own.slope:
-        x = x - mean[None]
-    amount = damping.of(jnp.square(x).mean(0), _rows.mean_square(own.inputs))
-    bias = _inverse_of_bias(own.slope, amount, damping)
-    if "bias" in own.slope and damping.bias:
-        rest = jnp.sqrt(1 - bias)
-        x = jnp.concatenate([x, rows**0.5 * rest * mean[None]])
-        e = jnp.concatenate([e, rest / rows**0.5 * e.sum(0, keepdims=True)])
-    weight = jnp.maximum(rows * amount, jnp.finfo(amount.dtype).tiny)
-    return divide(own.slope, mean, bias, lambda right: rows * _linalg.ridge(x, right, e, weight))
-
-
-# --- checks --------------------------------------------------------------------------------------
-
-
-def _kernels(layers: Layers, params: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of each kernel among the parameters, by layer."""
-    if not jax.tree.leaves(params):  # the stand-in of `optax.tree.map_params`
-        return dict.fromkeys(layers, jax.ShapeDtypeStruct((1, 1), jnp.float32))
-    return {
-        name: jax.ShapeDtypeStruct(block["kernel"].shape, block["kernel"].dtype)
-        for name, block in blocks(layers, params).items()
-        if "kernel" in block
-    }
 
 
 def _check(layers: Any, damping: Any, amortisation: Amortisation, shared: str) -> None:

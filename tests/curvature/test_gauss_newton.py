@@ -316,7 +316,7 @@ def test_tau_follows_levenberg_and_marquardt():
     ("ratio", "factor"), [(0.1, 2), (0.5, 1), (0.9, 0.5), (np.nan, 2), (-1, 2)]
 )
 def test_damping_grows_where_the_model_is_too_hopeful(ratio, factor):
-    from locoprop_jax._curvature.gauss_newton import levenberg_marquardt
+    from locoprop_jax._curvature.quadratic import levenberg_marquardt
 
     new = levenberg_marquardt(jnp.asarray(3.0), jnp.asarray(float(ratio)), jnp.asarray(0.5))
     assert new == 3.0 * factor

@@ -1,0 +1,170 @@
+"""The quadratic model of a loss on the span of some directions, and how far it is to be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from locoprop_jax import _linalg
+from locoprop_jax._checks import is_number
+from locoprop_jax._curvature.products import Linearised
+
+Scalar = Float[Array, ""]
+Tree = Any
+ValueFn = Callable[[Any], Array]
+
+
+class Model(NamedTuple):
+    """The quadratic model on the span of some directions.
+
+    Attributes:
+      slope: the gradient along each.
+      curvature: of the Gauss-Newton matrix.
+      lengths: the inner products of the directions.
+    """
+
+    slope: Float[Array, " k"]
+    curvature: Float[Array, "k k"]
+    lengths: Float[Array, "k k"]
+
+    @property
+    def rayleigh(self) -> Scalar:
+        """The curvature per squared length along the first direction."""
+        length = self.lengths[0, 0]
+        return jnp.where(length > 0, self.curvature[0, 0] / jnp.where(length > 0, length, 1), 0)
+
+
+def quadratic_model(network: Linearised, slope: Tree, directions: list[Tree]) -> Model:
+    """What the model knows of some directions: one forward-mode pass for each."""
+    pushed = [network.push(direction) for direction in directions]
+    bent = [network.hessian(outputs) for outputs in pushed]
+
+    def product(a: Tree, b: Tree) -> Array:
+        return _linalg.dot(_linalg.wide(a), _linalg.wide(b))
+
+    def gram(left: list[Tree], right: list[Tree]) -> Array:
+        half = {(i, j): product(left[i], right[j]) for i in range(len(left)) for j in range(i + 1)}
+        rows = [[half[max(i, j), min(i, j)] for j in range(len(left))] for i in range(len(left))]
+        return jnp.stack([jnp.stack(row) for row in rows])
+
+    return Model(
+        jnp.stack([product(slope, direction) for direction in directions]),
+        gram(pushed, bent),
+        gram(directions, directions),
+    )
+
+
+def minimum(model: Model, damping: Scalar) -> tuple[Float[Array, " k"], Scalar]:
+    """The steps (to be subtracted) that lower the damped model most, and how it then changes.
+
+    Zero where the model has no minimum: along a direction of no or negative curvature.
+    """
+    matrix = model.curvature + damping.astype(model.lengths.dtype) * model.lengths
+    diagonal = jnp.diagonal(matrix)
+    good = diagonal > 0
+    root = jnp.where(good, 1 / jnp.sqrt(jnp.where(good, diagonal, 1)), 0)
+    unit = matrix * root[:, None] * root[None]
+    # Directions may be parallel, or zero.
+    eps = float(10 * jnp.finfo(matrix.dtype).eps)
+    steps = root * _linalg.solve(_linalg.damped(unit, eps), (root * model.slope)[:, None])[:, 0]
+    steps = jnp.where(jnp.isfinite(steps).all(), steps, 0)
+    change = steps @ matrix @ steps / 2 - steps @ model.slope
+    return steps, jnp.where(jnp.isfinite(change), change, 0)
+
+
+def with_l2(gradient: Tree, params: Tree, l2: Any) -> Tree:
+    """The gradient of the loss with eta / 2 |params|^2 added."""
+    if is_number(l2) and l2 == 0:
+        return gradient
+    return jax.tree.map(lambda g, p: g + jnp.asarray(l2, g.dtype) * p, gradient, params)
+
+
+def reduction_ratio(
+    value_fn: ValueFn, value: Any, params: Tree, update: Tree, l2: Any, change: Scalar
+) -> Scalar:
+    """rho: how much the loss falls when the update is subtracted, over the model's fall (eq. 42).
+
+    The loss includes its l2 term.
+    """
+    new, dtype = jax.tree.map(jnp.subtract, params, update), change.dtype
+    fall = value_fn(new).astype(dtype) - jnp.asarray(value, dtype)
+    if not is_number(l2) or l2 > 0:
+        growth = _squares(new) - _squares(params)
+        fall = fall + jnp.asarray(l2, dtype) / 2 * growth.astype(dtype)
+    return fall / jnp.where(change < 0, change, -jnp.inf)
+
+
+def levenberg_marquardt(damping: Scalar, ratio: Scalar, factor: Scalar) -> Scalar:
+    """Less damping where the loss fell as the model said, more where it did not (B.3.1).
+
+    A ratio that is not a number counts as a loss that did not fall.
+    """
+    grown = jnp.maximum(damping, jnp.finfo(damping.dtype).tiny) / factor
+    kept = jnp.where(ratio > 0.75, damping * factor, damping)
+    return jnp.where(ratio >= 0.25, kept, grown)
+
+
+def best_of_three(change: Callable[[Scalar], Scalar], gamma: Scalar, factor: Scalar) -> Scalar:
+    """Of gamma times the factor, itself and over it, the one that lowers the model most (B.3.2).
+
+    Args:
+      change: of the model, by the step of a direction of this damping.
+      gamma: the last one, which stays where no change is a number.
+      factor: below one.
+    """
+
+    def better(k: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        other = gamma * factor ** (1 - k).astype(factor.dtype)
+        new = change(other)
+        return _linalg.where(new < best[1], (other, new), best)
+
+    return jax.lax.fori_loop(0, 3, better, (gamma, jnp.asarray(jnp.inf, factor.dtype)))[0]
+
+
+def check_line(method: str, *, value_fn: ValueFn | None, **others: Any) -> ValueFn:
+    """The loss as a function of the parameters; refuse missing arguments, and masked parameters.
+
+    Raises:
+      TypeError: one is missing.
+      ValueError: some parameters are masked.
+    """
+    missing = [f"`{name}`" for name, value in others.items() if value is None]
+    if value_fn is None or missing:
+        missing += ["`value_fn`"] if value_fn is None else []
+        raise TypeError(
+            f"`{method}` needs {', '.join(missing)}: call `tx.update(grads, state, params, "
+            f"captured=captured, value=loss, grad=grads, value_fn=lambda p: loss_fn(p, batch))`, "
+            f"with the batch of the gradients."
+        )
+    leaves = jax.tree.leaves(others["params"], is_leaf=_is_masked)
+    if any(map(_is_masked, leaves)):
+        raise ValueError(
+            f"`{method}` needs all parameters, because it runs the whole network: use it outside "
+            f"of `optax.masked`, `optax.partition` and `with_fallback`, which may stand before it "
+            f"in a chain. Parameters in no layer then follow their gradient."
+        )
+    return value_fn
+
+
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def like(tree: Tree, other: Tree) -> Tree:
+    """The tree in the dtypes of another."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, other)
+
+
+def dtype_of_model(params: Tree) -> Any:
+    """Of the quadratic model's numbers: float64 if a parameter is, else float32."""
+    wide = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(params))
+    return jnp.float64 if wide else jnp.float32
+
+
+def _squares(params: Tree) -> Scalar:
+    return _linalg.dot(_linalg.wide(params), _linalg.wide(params))

@@ -1,0 +1,129 @@
+"""What methods do alike around what is their own: from Optax's arguments to blocks, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int
+
+from locoprop_jax import _linalg
+from locoprop_jax._layers.blocks import blocks, matrix
+from locoprop_jax._layers.captured import Captured, check_captured
+from locoprop_jax._layers.layers import Layers, replace
+from locoprop_jax._layers.rows import Block
+from locoprop_jax._layers.stacking import over_stack
+
+State = TypeVar("State", bound=Any)  # a NamedTuple with a `count` of finite batches
+
+
+class Batch(NamedTuple):
+    """One batch as a method sees it.
+
+    Attributes:
+      layers: all of them.
+      updates: the incoming ones, a tree like the parameters.
+      slopes: those of them that are in layers, as blocks; without masked ones.
+      captured: the arrays of the batch.
+      params: the parameters; None where none were passed.
+      extra_args: what else was passed, meant for this method or for others.
+    """
+
+    layers: Layers
+    updates: Any
+    slopes: dict[str, Block]
+    captured: Captured
+    params: Any
+    extra_args: Mapping[str, Any]
+
+    def is_finite(self, arrays: Any = ()) -> Bool[Array, ""]:
+        """Whether the updates are, and these arrays of the batch."""
+        return _linalg.all_finite((self.updates, arrays))
+
+    def finish(
+        self, new: Mapping[str, Block], state: State, ok: Bool[Array, ""]
+    ) -> tuple[Any, State]:
+        """The updates with new blocks, and the state with this batch counted.
+
+        Parameters in no layer keep their gradient. A batch that is not ok updates nothing and is
+        not counted; what else the state keeps of it is up to the method.
+        """
+        directions = replace(self.layers, self.updates, new)
+        state = state._replace(count=state.count + ok.astype(jnp.int32))
+        return _linalg.where(ok, directions, _linalg.zeros_like(directions)), state
+
+
+def transformation(
+    method: str,
+    layers: Layers,
+    init: optax.TransformInitFn,
+    step: Callable[[Batch, State], tuple[Any, State]],
+) -> optax.GradientTransformationExtraArgs:
+    """A method as an Optax transformation whose `update` needs `captured`.
+
+    Args:
+      method: its name, for errors.
+      layers: that it was built with.
+      init: from the parameters, their shapes, or Optax's stand-in for them, to the state.
+      step: from a batch and the state to the updates and the new state.
+    """
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        captured: Captured | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        own = check_captured(layers, captured, method)
+        batch = Batch(layers, updates, blocks(layers, updates), own, params, extra_args)
+        return step(batch, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# --- what `init` is made of ----------------------------------------------------------------------
+
+
+def zero_count() -> Int[Array, ""]:
+    """A counter at its start; one for each, because a buffer cannot be donated twice."""
+    return jnp.zeros([], jnp.int32)
+
+
+def _is_stand_in(params: Any) -> bool:
+    """Whether these are no parameters, but what `optax.tree.map_params` marks their places with."""
+    return not jax.tree.leaves(params)
+
+
+def blocks_like(layers: Layers, params: Any) -> dict[str, Any]:
+    """The blocks of the parameters, for state laid out like them; a stand-in itself for each."""
+    return dict.fromkeys(layers, params) if _is_stand_in(params) else dict(blocks(layers, params))
+
+
+def kernel_shapes(layers: Layers, params: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape (*stack, d_in, d_out) and dtype of each kernel that is not masked, by layer."""
+    if _is_stand_in(params):
+        return dict.fromkeys(layers, _STAND_IN)
+    own = blocks(layers, params)
+    return {
+        name: jax.ShapeDtypeStruct(block["kernel"].shape, block["kernel"].dtype)
+        for name, block in own.items()
+        if "kernel" in block
+    }
+
+
+def matrix_shapes(layers: Layers, params: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape (*stack, d, d_out) and dtype of each block as one matrix, by layer."""
+    if _is_stand_in(params):
+        return dict.fromkeys(layers, _STAND_IN)
+    return {
+        name: jax.eval_shape(over_stack(layers[name], matrix), block)
+        for name, block in blocks(layers, params).items()
+    }
+
+
+_STAND_IN = jax.ShapeDtypeStruct((1, 1), jnp.float32)
