@@ -14,10 +14,11 @@ from locoprop_jax import _linalg, losses
 from locoprop_jax._capture import curvature
 from locoprop_jax._capture.curvature import Point
 from locoprop_jax._capture.targets import Target, plan
-from locoprop_jax._layers.layers import Layers, path_name
+from locoprop_jax._layers.layers import Layers
 from locoprop_jax._tracing import jaxpr
 from locoprop_jax._tracing.heads import Cut, addresses, cut
 from locoprop_jax._tracing.trace import layer_names, trace
+from locoprop_jax._trees import path_name
 
 Tree = Any
 Outputs = list[Array]  # one array for each target

@@ -31,6 +31,7 @@ from locoprop_jax._layers.uses import Layout, Use
 from locoprop_jax._tracing import chains, jaxpr
 from locoprop_jax._tracing.jaxpr import Path
 from locoprop_jax._tracing.operands import OneHotReader
+from locoprop_jax._trees import wide_dtype
 
 
 class StaticJaxpr:
@@ -308,8 +309,7 @@ def _joined(arrays: Sequence[Array]) -> Array:
     if len(arrays) == 1:
         return arrays[0]
     if len({x.dtype for x in arrays}) > 1:
-        is_double = any(x.dtype == jnp.float64 for x in arrays)
-        arrays = [x.astype(jnp.float64 if is_double else jnp.float32) for x in arrays]
+        arrays = [x.astype(wide_dtype(arrays)) for x in arrays]
     if len({x.shape[-3] for x in arrays}) == 1:
         return jnp.concatenate(arrays, -2)
     return jnp.concatenate([join_rows(x)[..., None, :] for x in arrays], -3)
