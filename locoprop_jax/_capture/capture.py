@@ -27,11 +27,13 @@ from locoprop_jax._capture.targets import Target
 from locoprop_jax._layers.captured import Captured, Deferred, Head, LayerArrays, StaticJaxpr
 from locoprop_jax._layers.transposed import Transposed
 from locoprop_jax._layers.uses import Layout, Use
-from locoprop_jax._tracing import detect, flow, jaxpr
+from locoprop_jax._tracing import detect, flow
 from locoprop_jax._tracing.chains import Shape
+from locoprop_jax._tracing.evaluate import Address, evaluate
 from locoprop_jax._tracing.flow import Piece
 from locoprop_jax._tracing.heads import Cut, addresses, cut
-from locoprop_jax._tracing.jaxpr import Address, Path, Program
+from locoprop_jax._tracing.jaxpr import Path
+from locoprop_jax._tracing.program import Program
 from locoprop_jax._tracing.sites import Site, input_addresses, output_address
 from locoprop_jax._tracing.trace import Traced, layer_names, trace
 
@@ -160,7 +162,7 @@ def value_grad_and_capture(
 
         def forward(params: Any, perturbations: dict) -> tuple[Any, Any]:
             flat = [*jax.tree.leaves(params), *traced.arguments]
-            results, recorded = jaxpr.evaluate(traced.closed, flat, record, perturbations)
+            results, recorded = evaluate(traced.closed, flat, record, perturbations)
             at_targets = [recorded[injected[target.value]] for target in targets]
             return (results[0], at_targets), (results[1:], recorded)
 

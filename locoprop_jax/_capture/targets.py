@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from locoprop_jax import losses
-from locoprop_jax._tracing import detect, jaxpr, separable
+from locoprop_jax._tracing import detect, primitives, separable
 from locoprop_jax._tracing.chains import Chain, Shape
 from locoprop_jax._tracing.heads import other_params
-from locoprop_jax._tracing.jaxpr import Equation, Program
+from locoprop_jax._tracing.program import Equation, Program
 from locoprop_jax._tracing.trace import Traced
 
 KINDS = ("fisher_mc", "fisher_empirical", "ggn_mc", "ggn_exact", "ggn_output")
@@ -152,9 +152,9 @@ def linear_ends(program: Program, of_params: set[int], stop: set[int]) -> list[i
         moving = [v for v in equation.inputs if v in of_params]
         if equation.primitive in _LINEAR:
             pending.extend(moving)
-        elif equation.primitive in jaxpr.MUL | jaxpr.DOT_GENERAL and len(moving) == 1:
+        elif equation.primitive in primitives.MUL | primitives.DOT_GENERAL and len(moving) == 1:
             pending.extend(moving)
-        elif equation.primitive in jaxpr.DIV and equation.inputs[1] not in of_params:
+        elif equation.primitive in primitives.DIV and equation.inputs[1] not in of_params:
             pending.extend(moving)
         else:
             ends[value] = None
@@ -162,14 +162,14 @@ def linear_ends(program: Program, of_params: set[int], stop: set[int]) -> list[i
 
 
 _LINEAR = (
-    jaxpr.SUMS
-    | jaxpr.TRANSPOSE
-    | jaxpr.SELECT
-    | jaxpr.SLICE
-    | jaxpr.PAD
-    | jaxpr.CONCATENATE
-    | jaxpr.GATHER
-    | jaxpr.SPLIT
+    primitives.SUMS
+    | primitives.TRANSPOSE
+    | primitives.SELECT
+    | primitives.SLICE
+    | primitives.PAD
+    | primitives.CONCATENATE
+    | primitives.GATHER
+    | primitives.SPLIT
 )
 
 

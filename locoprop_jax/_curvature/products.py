@@ -15,7 +15,7 @@ from locoprop_jax._capture import curvature
 from locoprop_jax._capture.curvature import Point
 from locoprop_jax._capture.targets import Target, plan
 from locoprop_jax._layers.layers import Layers
-from locoprop_jax._tracing import jaxpr
+from locoprop_jax._tracing.evaluate import evaluate
 from locoprop_jax._tracing.heads import Cut, addresses, cut
 from locoprop_jax._tracing.trace import layer_names, trace
 from locoprop_jax._trees import path_name
@@ -186,7 +186,7 @@ def linearise(
 
     def forward(params: Tree) -> tuple[Outputs, dict]:
         flat = [*jax.tree.leaves(params), *traced.arguments]
-        _, recorded = jaxpr.evaluate(traced.closed, flat, frozenset(wanted.values()), {})
+        _, recorded = evaluate(traced.closed, flat, frozenset(wanted.values()), {})
         return [recorded[wanted[target.value]] for target in targets], recorded
 
     # By the transpose of the pass backward, which also exists where only that one is defined.

@@ -14,9 +14,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from locoprop_jax._tracing import chains, flow, jaxpr
+from locoprop_jax._tracing import chains, flow, jaxpr, primitives
 from locoprop_jax._tracing.chains import Part, Shape
-from locoprop_jax._tracing.jaxpr import Equation, Program
 from locoprop_jax._tracing.labels import (
     CONSTANT,
     DATA,
@@ -32,6 +31,7 @@ from locoprop_jax._tracing.labels import (
     parts,
     without_number,
 )
+from locoprop_jax._tracing.program import END, Equation, Program
 from locoprop_jax._tracing.reasons import (
     ADDED_AFTER_BROADCAST,
     ADDED_TO_NO_OUTPUT,
@@ -210,7 +210,7 @@ class _Labels:
             hows = [k.how for k in kinds if isinstance(k, Derived)] or [str(equation.primitive)]
             moved = _rearranged(self.program, equation, kinds)
             return moved or parts(self.program, position, kinds) or Derived(leaves, hows[0])
-        is_term = equation.primitive in jaxpr.SUMS and equation.outputs[0] in self.known.terms
+        is_term = equation.primitive in primitives.SUMS and equation.outputs[0] in self.known.terms
         if isinstance(found, Reason) and not is_term:
             # A sum inside the loss adds a regularizer.
             self.reasons.update((leaf, found) for leaf in leaves if leaf not in self.reasons)
@@ -219,10 +219,10 @@ class _Labels:
     def _before_data(self, position: int, kinds: Sequence[Label]) -> Label | None:
         """A parameter times a constant; rows of a table that are added to data."""
         primitive = self.program.equations[position].primitive
-        if primitive in jaxpr.MUL and CONSTANT in kinds:
+        if primitive in primitives.MUL and CONSTANT in kinds:
             product = scaled(self.program, position, kinds, self.sites)
             return None if isinstance(product, Reason) else product
-        if primitive in jaxpr.GATHER and self._is_added_to_data(position):
+        if primitive in primitives.GATHER and self._is_added_to_data(position):
             if not changed(self.program, position, kinds):
                 found = embedding(self.program, position, kinds)
                 return None if isinstance(found, Reason) else self._append(found)
@@ -231,9 +231,9 @@ class _Labels:
     def _is_added_to_data(self, position: int) -> bool:
         """Whether an equation's result, perhaps rearranged, is added to what grows."""
         value = self.program.equations[position].outputs[0]
-        while len(uses := self.consumers.get(value, [])) == 1 and uses != [jaxpr.END]:
+        while len(uses := self.consumers.get(value, [])) == 1 and uses != [END]:
             after = self.program.equations[uses[0]]
-            if after.primitive in jaxpr.ADD:
+            if after.primitive in primitives.ADD:
                 return self._grows(after.outputs[0])
             if flow.rearranged(self.program, after, ()) is None:
                 return False
@@ -245,27 +245,27 @@ class _Labels:
         program, equation = self.program, self.program.equations[position]
         primitive = equation.primitive
         found: Site | Reason | None = None
-        if primitive in jaxpr.GATHER:
+        if primitive in primitives.GATHER:
             why = changed(program, position, kinds)
             found = why or embedding(program, position, kinds)
-        elif primitive in jaxpr.DOT_GENERAL | jaxpr.CONVOLUTION:
-            read = dense if primitive in jaxpr.DOT_GENERAL else convolution
+        elif primitive in primitives.DOT_GENERAL | primitives.CONVOLUTION:
+            read = dense if primitive in primitives.DOT_GENERAL else convolution
             plain = [without_number(program, kind) for kind in kinds]
             why = changed(program, position, plain)
             found = why or read(program, position, plain, self.batch_axes)
             found = times_number(found, kinds)
         if found is not None:
             return found if isinstance(found, Reason) else self._append(found)
-        if primitive in jaxpr.MUL:
+        if primitive in primitives.MUL:
             return self._scale(position, kinds)
-        if primitive in jaxpr.ADD:
+        if primitive in primitives.ADD:
             attached: Output | Reason = ADDED_TO_NO_OUTPUT
             if self.known.unattached.isdisjoint(frozenset().union(*map(leaves_of, kinds))):
                 attached = _attach_bias(program, position, kinds, self.sites, self.consumers)
             if isinstance(attached, Output):
                 return attached
             return self._bias(position, 0, kinds) or attached
-        if primitive in jaxpr.CONCATENATE | jaxpr.SELECT:
+        if primitive in primitives.CONCATENATE | primitives.SELECT:
             return self._entering(equation, kinds) or self._unsupported(position, kinds)
         return self._unsupported(position, kinds)
 
@@ -349,7 +349,7 @@ class _Labels:
         """One more factor of data for a scale whose product goes nowhere else."""
         equation = self.program.equations[position]
         outputs = [k for k in kinds if isinstance(k, Output)]
-        if equation.primitive not in jaxpr.MUL or len(outputs) != 1:
+        if equation.primitive not in primitives.MUL or len(outputs) != 1:
             return None
         (output,), site = outputs, self.sites[outputs[0].site]
         if site.kind != "scale" or site.added is not None or not self._only_use(site, position):
@@ -366,7 +366,7 @@ class _Labels:
     def _only_use(self, site: Site, position: int) -> bool:
         """Whether a site's output goes, perhaps rearranged, to this equation and nowhere else."""
         value = site.output
-        while len(uses := self.consumers.get(value, [])) == 1 and uses != [jaxpr.END]:
+        while len(uses := self.consumers.get(value, [])) == 1 and uses != [END]:
             if uses[0] == position:
                 return True
             value = self.program.equations[uses[0]].outputs[0]
@@ -400,7 +400,7 @@ class _Labels:
 
     def _unsupported(self, position: int, kinds: Sequence[Label]) -> Reason:
         equation = self.program.equations[position]
-        if equation.primitive in jaxpr.CUSTOM:
+        if equation.primitive in primitives.CUSTOM:
             return own_derivative(str(equation.primitive))
         why = changed(self.program, position, kinds)
         return why or no_layer(str(equation.primitive))
@@ -478,7 +478,7 @@ def _attach_bias(
     # The raw output must go nowhere else, or the layer would have two outputs.
     value = site.output
     target = next(v for v, k in zip(equation.inputs, kinds, strict=True) if k is output)
-    while len(consumers[value]) == 1 and value != target and consumers[value] != [jaxpr.END]:
+    while len(consumers[value]) == 1 and value != target and consumers[value] != [END]:
         value = program.equations[consumers[value][0]].outputs[0]
     if consumers[value] != [position]:
         return USED_WITHOUT_IT

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from locoprop_jax._tracing import flow, jaxpr
-from locoprop_jax._tracing.jaxpr import Address, Program
+from locoprop_jax._tracing.evaluate import Address
+from locoprop_jax._tracing.program import Program
 from locoprop_jax._tracing.trace import Traced
 
 

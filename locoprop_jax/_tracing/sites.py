@@ -16,7 +16,7 @@ import numpy as np
 
 from locoprop_jax._tracing import chains, reasons
 from locoprop_jax._tracing.chains import Chain, Shape
-from locoprop_jax._tracing.jaxpr import Address, Program
+from locoprop_jax._tracing.evaluate import Address
 from locoprop_jax._tracing.labels import (
     Derived,
     Label,
@@ -38,6 +38,7 @@ from locoprop_jax._tracing.operands import (
     Stage,
     Times,
 )
+from locoprop_jax._tracing.program import Program
 from locoprop_jax._tracing.reasons import Reason
 
 BatchAxes = Sequence[Shape] | None  # for each value, the axes that grow with the batch
