@@ -27,11 +27,11 @@ from locoprop_jax._capture.targets import Target
 from locoprop_jax._layers.captured import Captured, Deferred, Head, LayerArrays, StaticJaxpr
 from locoprop_jax._layers.transposed import Transposed
 from locoprop_jax._layers.uses import Layout, Use
-from locoprop_jax._tracing import detect, flow
+from locoprop_jax._tracing import flow
 from locoprop_jax._tracing.chains import Shape
 from locoprop_jax._tracing.evaluate import Address, evaluate
 from locoprop_jax._tracing.flow import Piece
-from locoprop_jax._tracing.heads import Cut, addresses, cut
+from locoprop_jax._tracing.heads import Cut, addresses, cut, output_sites
 from locoprop_jax._tracing.jaxpr import Path
 from locoprop_jax._tracing.program import Program
 from locoprop_jax._tracing.sites import Site, input_addresses, output_address
@@ -121,7 +121,7 @@ def value_grad_and_capture(
             _curvature.check_no_rng(curvature, loss_fn)
         traced = trace(loss_fn, params, args, kwargs, has_aux)
         program, sites, names = traced.program, traced.detection.sites, layer_names(traced)
-        ends = sorted(detect.output_sites(program, traced.detection))
+        ends = output_sites(traced)
         heads = {i: cut(traced, sites[i].output, program.outputs[0]) for i in ends}
         alone = {group[0] for group in traced.detection.groups if len(group) == 1}
         found = [

@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from locoprop_jax._capture.layouts import piece_of, transferred_of, weights_of
 from locoprop_jax._layers.layers import Layer, Layers, Uncaptured
 from locoprop_jax._layers.transfer import TracedPiece, Transfer, given, identity, recognise
-from locoprop_jax._tracing import chains, detect
-from locoprop_jax._tracing.chains import Chain, Shape
+from locoprop_jax._tracing import chains
 from locoprop_jax._tracing.flow import Piece
-from locoprop_jax._tracing.heads import as_struct
+from locoprop_jax._tracing.heads import as_struct, bypasses, output_sites
 from locoprop_jax._tracing.operands import AsItIs
 from locoprop_jax._tracing.sites import grouped_axes, raw_output
 from locoprop_jax._tracing.trace import Traced, layer_names, trace
@@ -77,7 +75,7 @@ def find_layers(
             f"`transfer` names {', '.join(sorted(unknown))}, but the layers found are "
             f"{', '.join(names) or 'none'}."
         )
-    ends = detect.output_sites(traced.program, traced.detection)
+    ends = output_sites(traced)
     pieces = [piece_of(traced, site) for site in traced.detection.sites]
     sources = _sources(traced, names, pieces)
 
@@ -94,9 +92,9 @@ def find_layers(
             **weights_of(traced, group),
             rows=_rows_per_example(traced, group),
             transfer=transfer_function,
-            is_output=not ends.isdisjoint(group),
+            is_output=any(i in ends for i in group),
             source=sources[first],
-            bypasses=any(detect.bypasses(traced.program, traced.detection, i) for i in group),
+            bypasses=any(bypasses(traced, i) for i in group),
             window=traced.detection.sites[first].window,
         )
 
@@ -182,17 +180,9 @@ def _sources(traced: Traced, names: Sequence[str], pieces: Sequence[Piece]) -> l
             name, chain = ends[value]
             shape = program.shape(value)
             data, _ = grouped_axes(sites[i], traced.batch_axes)
-            if _same_order(chains.group((), shape, data), chain, shape):
+            if chains.are_same(chains.group((), shape, data), chain, shape):
                 result[i] = name
     return result
-
-
-def _same_order(one: Chain, other: Chain, shape: Shape) -> bool:
-    """Whether two chains do the same to an array of this shape."""
-    if one == other:
-        return True
-    order = np.arange(math.prod(shape)).reshape(shape)
-    return np.array_equal(chains.apply(one, order), chains.apply(other, order))
 
 
 def _transfer_of(traced: Traced, piece: Piece) -> Transfer:

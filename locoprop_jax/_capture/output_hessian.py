@@ -22,8 +22,9 @@ from locoprop_jax._capture import targets as _targets
 from locoprop_jax._capture.curvature import Point
 from locoprop_jax._capture.targets import Target
 from locoprop_jax._layers.uses import Layout
-from locoprop_jax._tracing import chains, detect, separable
+from locoprop_jax._tracing import chains, separable
 from locoprop_jax._tracing.chains import Chain
+from locoprop_jax._tracing.heads import output_sites, reached_past
 from locoprop_jax._tracing.trace import Traced
 
 REMEDY = (
@@ -61,7 +62,7 @@ def plan(traced: Traced, names: Sequence[str], to_rows: Sequence[Chain]) -> Outp
         rows meet in the loss.
     """
     program, detection = traced.program, traced.detection
-    ends = sorted(detect.output_sites(program, detection))
+    ends = output_sites(traced)
     if len(ends) > 1:
         listed = ", ".join(names[i] for i in ends)
         raise ValueError(
@@ -70,7 +71,7 @@ def plan(traced: Traced, names: Sequence[str], to_rows: Sequence[Chain]) -> Outp
     targets = _targets.plan(traced, "ggn_output", names, to_rows)
     (site,) = ends
     output, name = detection.sites[site].output, names[site]
-    if program.outputs[0] in _targets.reached_past(traced, output):
+    if program.outputs[0] in reached_past(traced, output):
         raise ValueError(
             f"`curvature='ggn_output'` needs a loss that depends on all layers through {name}, the "
             f"last, but another one also reaches it in another way. {REMEDY}."

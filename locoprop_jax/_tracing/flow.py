@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -45,6 +45,17 @@ def reached_from(program: Program, sources: Iterable[int]) -> set[int]:
     for equation in program.equations:
         if reached.intersection(equation.inputs):
             reached.update(equation.outputs)
+    return reached
+
+
+def reached_live(
+    program: Program, live: Sequence[bool], sources: Iterable[int], without: Container[int] = ()
+) -> set[int]:
+    """The same in a way that a gradient sees, and not through the equations at some positions."""
+    reached = set(sources)
+    for i, equation in enumerate(program.equations):
+        if live[i] and i not in without and reached.intersection(equation.inputs):
+            reached.update(v for v in equation.outputs if program.is_inexact(v))
     return reached
 
 
