@@ -24,7 +24,9 @@ from locoprop_jax._capture.curvature import Point
 from locoprop_jax._capture.layouts import layout_of, piece_of, weights_of
 from locoprop_jax._capture.output_hessian import OutputPlan
 from locoprop_jax._capture.targets import Target
-from locoprop_jax._layers.captured import Captured, Deferred, Head, LayerArrays, StaticJaxpr
+from locoprop_jax._layers.arrays import Deferred, LayerArrays
+from locoprop_jax._layers.captured import Captured
+from locoprop_jax._layers.head import Head, StaticJaxpr
 from locoprop_jax._layers.transposed import Transposed
 from locoprop_jax._layers.uses import Layout, Use
 from locoprop_jax._tracing import flow

@@ -83,11 +83,8 @@ def plan(
     sites = traced.detection.sites
     of_params = reached_live(program, live, program.inputs[: traced.n_leaves])
     # Products need no layers where the loss says what the outputs are.
-    of_layers = (
-        reached_live(program, live, [v for site in sites for v in site.outside])
-        if sites
-        else of_params
-    )
+    outputs = [v for site in sites for v in site.outside]
+    of_layers = reached_live(program, live, outputs) if sites else of_params
     marked: dict[int, tuple[Equation, losses.OutputLoss]] = {}
     for call in program.calls:
         loss = losses.find(str(call.params.get("name", "")))

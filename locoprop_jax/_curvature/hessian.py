@@ -13,7 +13,9 @@ from locoprop_jax import losses
 from locoprop_jax._capture import targets
 from locoprop_jax._checks import check_layers
 from locoprop_jax._curvature.sequences import check_sequence, kernels
-from locoprop_jax._layers.captured import Captured, Head, LayerArrays, check_captured
+from locoprop_jax._layers.arrays import LayerArrays
+from locoprop_jax._layers.captured import Captured, check_captured
+from locoprop_jax._layers.head import Head
 from locoprop_jax._layers.layers import Layer, Layers
 from locoprop_jax._layers.rows import as_rows
 from locoprop_jax._tracing import separable

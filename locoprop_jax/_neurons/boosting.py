@@ -21,8 +21,9 @@ from locoprop_jax._checks import (
     is_number,
 )
 from locoprop_jax._layers import rows as _rows
+from locoprop_jax._layers.arrays import LayerArrays
 from locoprop_jax._layers.blocks import blocks, divide, dtype_of, others
-from locoprop_jax._layers.captured import Captured, LayerArrays, check_captured
+from locoprop_jax._layers.captured import Captured, check_captured
 from locoprop_jax._layers.layers import Layers, replace
 from locoprop_jax._layers.rows import Block, Inputs, gram, pull, push
 from locoprop_jax._layers.stacking import map_layers, over_stack

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._layers import rows as _rows
+from locoprop_jax._layers.arrays import LayerArrays
 from locoprop_jax._layers.blocks import blocks, divide, dtype_of
-from locoprop_jax._layers.captured import Captured, LayerArrays, check_captured
+from locoprop_jax._layers.captured import Captured, check_captured
 from locoprop_jax._layers.layers import Layers, replace
 from locoprop_jax._layers.rows import Block, Inputs
 from locoprop_jax._layers.stacking import map_layers, over_stack

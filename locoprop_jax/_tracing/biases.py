@@ -57,11 +57,7 @@ def attach_bias(
     if chain is None:
         return NOT_THE_OUTPUTS
     site.added, site.bias_chain = weight, chain
-    site.output, site.output_chain, site.tapped = (
-        equation.outputs[0],
-        output.chain,
-        position,
-    )
+    site.output, site.output_chain, site.tapped = equation.outputs[0], output.chain, position
     return output
 
 

@@ -9,7 +9,7 @@ from locoprop_jax._tracing import chains, flow, primitives
 from locoprop_jax._tracing.biases import attach_bias
 from locoprop_jax._tracing.jaxpr import scan_of
 from locoprop_jax._tracing.kinds.convolution import convolution
-from locoprop_jax._tracing.kinds.dense import dense, times_number
+from locoprop_jax._tracing.kinds.dense import dense
 from locoprop_jax._tracing.kinds.embedding import embedding
 from locoprop_jax._tracing.kinds.entries import bias, scale, scaled
 from locoprop_jax._tracing.labels import (
@@ -27,6 +27,7 @@ from locoprop_jax._tracing.labels import (
     parts,
     without_number,
 )
+from locoprop_jax._tracing.operands import AsItIs, Patches, Times
 from locoprop_jax._tracing.program import END, Equation, Program
 from locoprop_jax._tracing.reasons import (
     ADDED_TO_NO_OUTPUT,
@@ -150,7 +151,7 @@ class Labelling:
             plain = [without_number(program, kind) for kind in kinds]
             why = changed(program, position, plain)
             found = why or read(program, position, plain, self.batch_axes)
-            found = times_number(found, kinds)
+            found = _times_number(found, kinds)
         if found is not None:
             return found if isinstance(found, Reason) else self._append(found)
         if primitive in primitives.MUL:
@@ -309,3 +310,14 @@ def _rearranged(program: Program, equation: Equation, kinds: Sequence[Label]) ->
         return None
     chain = flow.rearranged(program, equation, kinds[0].chain)
     return None if chain is None else kinds[0]._replace(chain=chain)
+
+
+def _times_number(site: Site | Reason, kinds: Sequence[Label]) -> Site | Reason:
+    """The site with its inputs multiplied by the number that its kernel was, if there is one."""
+    if isinstance(site, Reason):
+        return site
+    factors = [operand for k in kinds if isinstance(k, Scaled) for operand in k.factors]
+    if factors:
+        assert isinstance(site.reader, AsItIs | Patches)
+        site.operands, site.reader = (*site.operands, *factors), Times(site.reader)
+    return site

@@ -6,20 +6,10 @@ import math
 from collections.abc import Sequence
 
 from locoprop_jax._tracing import chains
-from locoprop_jax._tracing.labels import (
-    Label,
-    Operand,
-    Weight,
-)
-from locoprop_jax._tracing.operands import (
-    Patches,
-)
+from locoprop_jax._tracing.labels import Label, Operand, Weight
+from locoprop_jax._tracing.operands import Patches
 from locoprop_jax._tracing.program import Program
-from locoprop_jax._tracing.reasons import (
-    BATCH_IN_GROUPS,
-    MOVED_OVER,
-    Reason,
-)
+from locoprop_jax._tracing.reasons import BATCH_IN_GROUPS, MOVED_OVER, Reason
 from locoprop_jax._tracing.sites import Axes, BatchAxes, Site, refused
 
 
@@ -56,12 +46,7 @@ def convolution(
         (batch, *pixels),
         (feature + 1,) if groups > 1 else (feature,),
     )
-    by_group = chains.extend(
-        label.chain,
-        shape,
-        "transpose",
-        (to_outputs, to_inputs, *spatial),
-    )
+    by_group = chains.extend(label.chain, shape, "transpose", (to_outputs, to_inputs, *spatial))
     d_in = shape[to_inputs] * math.prod(window)
     by_group = chains.extend(
         by_group,

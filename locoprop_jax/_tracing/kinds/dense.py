@@ -9,21 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from locoprop_jax._tracing import chains
-from locoprop_jax._tracing.labels import (
-    Label,
-    Operand,
-    Scaled,
-    Weight,
-)
-from locoprop_jax._tracing.operands import (
-    AsItIs,
-    Patches,
-    Times,
-)
+from locoprop_jax._tracing.labels import Label, Operand, Weight
+from locoprop_jax._tracing.operands import AsItIs
 from locoprop_jax._tracing.program import Program
-from locoprop_jax._tracing.reasons import (
-    Reason,
-)
+from locoprop_jax._tracing.reasons import Reason
 from locoprop_jax._tracing.sites import Axes, BatchAxes, Site, refused
 
 
@@ -67,14 +56,3 @@ def dense(
         output=equation.outputs[0],
         row_axes=out_rows,
     )
-
-
-def times_number(site: Site | Reason, kinds: Sequence[Label]) -> Site | Reason:
-    """The site with its inputs multiplied by the number that its kernel was, if there is one."""
-    if isinstance(site, Reason):
-        return site
-    factors = [operand for k in kinds if isinstance(k, Scaled) for operand in k.factors]
-    if factors:
-        assert isinstance(site.reader, AsItIs | Patches)
-        site.operands, site.reader = (*site.operands, *factors), Times(site.reader)
-    return site

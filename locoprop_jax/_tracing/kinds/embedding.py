@@ -6,21 +6,10 @@ import math
 from collections.abc import Sequence
 
 from locoprop_jax._tracing import chains
-from locoprop_jax._tracing.labels import (
-    Label,
-    Operand,
-    Weight,
-)
-from locoprop_jax._tracing.operands import (
-    OneHotReader,
-)
+from locoprop_jax._tracing.labels import Label, Operand, Weight
+from locoprop_jax._tracing.operands import OneHotReader
 from locoprop_jax._tracing.program import Program
-from locoprop_jax._tracing.reasons import (
-    BROADCAST,
-    NOT_ROWS,
-    PARTS_OF_ROWS,
-    Reason,
-)
+from locoprop_jax._tracing.reasons import BROADCAST, NOT_ROWS, PARTS_OF_ROWS, Reason
 from locoprop_jax._tracing.sites import Axes, Site
 
 

@@ -18,16 +18,9 @@ from locoprop_jax._tracing.labels import (
     changed,
     leaves_of,
 )
-from locoprop_jax._tracing.operands import (
-    Nothing,
-    Product,
-    Stage,
-)
+from locoprop_jax._tracing.operands import Nothing, Product, Stage
 from locoprop_jax._tracing.program import Program
-from locoprop_jax._tracing.reasons import (
-    ENTRIES,
-    Reason,
-)
+from locoprop_jax._tracing.reasons import ENTRIES, Reason
 from locoprop_jax._tracing.sites import Axes, Site
 
 
@@ -62,8 +55,7 @@ def scaled(
 
 def scale(program: Program, position: int, product: Scaled) -> Site | Reason:
     """A product of data and a parameter, entry by entry: as many layers with one input each."""
-    shape = product.weight.own
-    numbers = chains.numbers(shape)
+    numbers = chains.numbers(product.weight.own)
     for stage in product.stages:
         numbers = np.broadcast_to(chains.apply(stage.chain, numbers), stage.shape)
     value = program.equations[position].outputs[0]
@@ -79,11 +71,9 @@ def bias(program: Program, position: int, result: int, weight: Weight) -> Site |
       result: which result of it the parameter's entries are spread over.
       weight: the parameter.
     """
-    shape = weight.own
     value = program.equations[position].outputs[result]
-    numbers = np.broadcast_to(
-        chains.apply(weight.chain, chains.numbers(shape)), program.shape(value)
-    )
+    numbers = chains.apply(weight.chain, chains.numbers(weight.own))
+    numbers = np.broadcast_to(numbers, program.shape(value))
     return _by_entry("bias", program, position, value, weight, numbers)
 
 
@@ -136,9 +126,8 @@ def _by_entry(
 
 def _entry_axes(numbers: np.ndarray, size: int) -> Axes | None:
     """Along which axes an array of entries' numbers varies, if these have all entries in order."""
-    stack = tuple(
-        i for i, size in enumerate(numbers.shape) if size > 1 and chains.varies(numbers, i)
-    )
+    sizes = enumerate(numbers.shape)
+    stack = tuple(i for i, size in sizes if size > 1 and chains.varies(numbers, i))
     rows = chains.others(numbers.shape, stack)
     entries = numbers[tuple(slice(None) if i in stack else 0 for i in range(numbers.ndim))]
     if not np.array_equal(entries.ravel(), np.arange(size)):
