@@ -64,7 +64,7 @@ class Target(NamedTuple):
         return () if self.call is None else self.call.inputs
 
 
-def plan(
+def find_targets(
     traced: Traced, curvature: str, names: Sequence[str], to_rows: Sequence[Chain]
 ) -> tuple[Target, ...]:
     """Find the targets of a traced loss.
