@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import locoprop_jax as lp
-from locoprop_jax._tracing import jaxpr
+from locoprop_jax._tracing.program import flatten
 from tests.helpers import normal, quick_jit
 
 LOSSES = {
@@ -65,7 +65,7 @@ def test_without_curvature_a_marked_loss_compiles_to_optaxs_program(name):
         def mean(z, y):
             return loss(z, y).mean()
 
-        inlined = jaxpr.flatten(jax.make_jaxpr(mean)(outputs, labels))
+        inlined = flatten(jax.make_jaxpr(mean)(outputs, labels))
         compiled = jax.jit(jax.value_and_grad(mean)).lower(outputs, labels).compile()
         memory = compiled.memory_analysis()
         # Not the flops: XLA folds a constant into one or the other product.

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 
 import locoprop_jax as lp
 from locoprop_jax._tracing import separable
-from locoprop_jax._tracing.jaxpr import flatten
+from locoprop_jax._tracing.program import flatten
 from tests.helpers import (
     FRONT_ENDS,
     HEADS,
