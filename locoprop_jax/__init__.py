@@ -31,8 +31,8 @@ from locoprop_jax._curvature.products import fisher_vector_product as fisher_vec
 from locoprop_jax._curvature.products import (
     gauss_newton_vector_product as gauss_newton_vector_product,
 )
+from locoprop_jax._layers.arrays import LayerArrays as LayerArrays
 from locoprop_jax._layers.captured import Captured as Captured
-from locoprop_jax._layers.captured import LayerArrays as LayerArrays
 from locoprop_jax._layers.layers import Layer as Layer
 from locoprop_jax._layers.layers import Layers as Layers
 from locoprop_jax._layers.transfer import Transfer as Transfer

@@ -17,6 +17,8 @@ from jax.lax import Precision
 from jax.lax.linalg import triangular_solve
 from jaxtyping import Array, Bool, Float, Int
 
+from locoprop_jax._trees import wide_dtype
+
 Tree = Any
 Dot = Callable[[Tree, Tree], Array]
 
@@ -43,9 +45,7 @@ def zeros_like(tree: Tree) -> Tree:
 
 def wide(tree: Tree) -> Tree:
     """In float32 at least, where products of half-precision entries do not overflow."""
-    return jax.tree.map(
-        lambda x: x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32), tree
-    )
+    return jax.tree.map(lambda x: x.astype(wide_dtype([x])), tree)
 
 
 def dot(a: Tree, b: Tree) -> Float[Array, ""]:
@@ -87,7 +87,7 @@ def total(terms: Sequence[Float[Array, ""]], dtype: Any = None) -> Float[Array, 
 def all_finite(tree: Tree) -> Bool[Array, ""]:
     """Whether all entries are finite, by their sums: far quicker to compile than `isfinite`."""
     leaves = jax.tree.leaves(tree)
-    dtype = jnp.float64 if any(x.dtype == jnp.float64 for x in leaves) else jnp.float32
+    dtype = wide_dtype(leaves)
     return jnp.isfinite(total([jnp.sum(x, dtype=dtype) for x in leaves], dtype))
 
 

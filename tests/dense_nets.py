@@ -192,6 +192,23 @@ def assert_blocks(net, params, blocks, error=1e-10):
     assert_equal_to_rounding({name: net.block(params, name) for name in net.names}, blocks, error)
 
 
+def averaged_factors(factors, decay, gathered, due):
+    """After each step, the two factors of each layer as averaged at the last step that was due.
+
+    Both are sums over the steps gathered, forgotten by `decay` a step, over what their weights are.
+    """
+    total, last, result = {name: (0.0, 0.0) for name in factors[0]}, 0, {}
+    for count, now in enumerate(factors):
+        if count in gathered:
+            kept, last = decay ** (count + 1 - last), count + 1
+            for name, pair in total.items():
+                pairs = zip(pair, now[name][:2], strict=True)
+                total[name] = tuple(kept * old + (1 - kept) * new for old, new in pairs)
+        if count in due:
+            result = {n: [f / (1 - decay**last) for f in pair] for n, pair in total.items()}
+        yield result
+
+
 @st.composite
 def nets(draw):
     depth = draw(st.integers(1, 3))

@@ -193,6 +193,10 @@ def reference(network: Network, blocks: list, x: Any, y: Any) -> tuple[float, li
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+def normal(seed, *shape, dtype=float):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
 def block_gradient(arrays: lp.LayerArrays, has_bias: bool) -> jax.Array:
     """X'E over all rows, X extended by a one if the layer has a bias; of each layer of a stack."""
     cotangents = arrays.cotangents

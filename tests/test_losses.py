@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +10,8 @@ import optax
 import pytest
 
 import locoprop_jax as lp
-from locoprop_jax._tracing import jaxpr
-from tests.helpers import quick_jit
+from locoprop_jax._tracing.program import flatten
+from tests.helpers import normal, quick_jit
 
 LOSSES = {
     "softmax_cross_entropy": optax.softmax_cross_entropy,
@@ -24,10 +25,6 @@ ELEMENTWISE = ("sigmoid_binary_cross_entropy", "squared_error")
 
 def loss_of(name):
     return getattr(lp.losses, name)
-
-
-def normal(seed, *shape, dtype=float):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def labels_for(name, outputs, seed=1):
@@ -55,7 +52,7 @@ def test_values_and_gradients_are_those_of_optax(name, shape, dtype):
         return jax.jit(jax.value_and_grad(lambda z: loss(z, labels).mean()))(outputs)
 
     ours, theirs = value_and_grad(loss_of(name)), value_and_grad(LOSSES[name])
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    chex.assert_trees_all_equal(ours, theirs)
     assert loss_of(name)(outputs, labels).dtype == dtype
 
 
@@ -68,7 +65,7 @@ def test_without_curvature_a_marked_loss_compiles_to_optaxs_program(name):
         def mean(z, y):
             return loss(z, y).mean()
 
-        inlined = jaxpr.flatten(jax.make_jaxpr(mean)(outputs, labels))
+        inlined = flatten(jax.make_jaxpr(mean)(outputs, labels))
         compiled = jax.jit(jax.value_and_grad(mean)).lower(outputs, labels).compile()
         memory = compiled.memory_analysis()
         # Not the flops: XLA folds a constant into one or the other product.

@@ -9,31 +9,14 @@ pass, at the cost of the gradients alone.
 from __future__ import annotations
 
 import functools
-import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from locoprop_jax._capture import curvature as _curvature
-from locoprop_jax._capture import output_hessian
-from locoprop_jax._capture import targets as _targets
-from locoprop_jax._capture.curvature import Point
-from locoprop_jax._capture.layouts import layout_of, piece_of, weights_of
-from locoprop_jax._capture.output_hessian import OutputPlan
-from locoprop_jax._capture.targets import Target
-from locoprop_jax._layers.captured import Captured, Deferred, Head, LayerArrays, StaticJaxpr
-from locoprop_jax._layers.transposed import Transposed
-from locoprop_jax._layers.uses import Layout, Use
-from locoprop_jax._tracing import detect, flow, jaxpr
-from locoprop_jax._tracing.chains import Shape
-from locoprop_jax._tracing.flow import Piece
-from locoprop_jax._tracing.heads import Cut, addresses, cut
-from locoprop_jax._tracing.jaxpr import Address, Path, Program
-from locoprop_jax._tracing.sites import Site, input_addresses, output_address
-from locoprop_jax._tracing.trace import Traced, layer_names, trace
+from locoprop_jax._capture.assemble import assemble
+from locoprop_jax._capture.curvature import check_arguments, take_rng
+from locoprop_jax._capture.passes import plan_passes, run
+from locoprop_jax._capture.plan import plan_layers
+from locoprop_jax._layers.captured import Captured
 
 
 def value_grad_and_capture(
@@ -107,208 +90,16 @@ def value_grad_and_capture(
       >>> captured["kernel"].cotangents.shape
       (4, 1, 2)
     """
-    _curvature.check_arguments(curvature, samples)
+    check_arguments(curvature, samples)
 
     @functools.wraps(loss_fn)
     def wrapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Captured]:
-        rng = None
-        if curvature in _curvature.SAMPLED:
-            rng = kwargs.pop("rng", None)
-            _curvature.check_rng(curvature, rng)
-        elif curvature is not None and "rng" in kwargs:
-            _curvature.check_no_rng(curvature, loss_fn)
-        traced = trace(loss_fn, params, args, kwargs, has_aux)
-        program, sites, names = traced.program, traced.detection.sites, layer_names(traced)
-        ends = sorted(detect.output_sites(program, traced.detection))
-        heads = {i: cut(traced, sites[i].output, program.outputs[0]) for i in ends}
-        alone = {group[0] for group in traced.detection.groups if len(group) == 1}
-        found = [
-            piece_of(traced, site) if transferred and i in alone.difference(ends) else None
-            for i, site in enumerate(sites)
-        ]
-        pieces = [piece if piece and piece.equations else None for piece in found]
-        layouts = [
-            layout_of(traced, site, piece) for site, piece in zip(sites, pieces, strict=True)
-        ]
-        targets: tuple[Target, ...] = ()
-        to_rows = [layout.outputs for layout in layouts]
-        if curvature in _curvature.PULLED:
-            targets = _targets.plan(traced, curvature, names, to_rows)
-        output: OutputPlan | None = None
-        between: dict[int, Cut] = {}
-        if curvature == "ggn_output":
-            output = output_hessian.plan(traced, names, to_rows)
-            targets = output.targets
-            values = {target.value for target in targets}
-            between = {value: cut(traced, output.output, value) for value in values}
-        inputs = [input_addresses(site) for site in sites]
-        outputs = [output_address(site) for site in sites]
-        piece_ends: dict[int, Address] = {}
-        for site, piece in zip(sites, pieces, strict=True):
-            if piece is not None:
-                piece_ends |= addresses(site.program, [piece.end])
-        fixed = addresses(
-            program,
-            [v for plan in (*heads.values(), *between.values()) for v in plan.free]
-            + [v for target in targets for v in target.operands],
-        )
-        injected = addresses(program, [target.value for target in targets])
-        terms = addresses(program, [target.terms for target in targets if target.call])
-        record = frozenset(
-            [*itertools.chain(*inputs), *outputs, *fixed.values(), *injected.values()]
-        )
-
-        def forward(params: Any, perturbations: dict) -> tuple[Any, Any]:
-            flat = [*jax.tree.leaves(params), *traced.arguments]
-            results, recorded = jaxpr.evaluate(traced.closed, flat, record, perturbations)
-            at_targets = [recorded[injected[target.value]] for target in targets]
-            return (results[0], at_targets), (results[1:], recorded)
-
-        zeros = {}
-        for site, address, piece in zip(sites, outputs, pieces, strict=True):
-            zeros[address.path] = _zeros(program, site.output, site.lengths)
-            if piece is not None:
-                path = piece_ends[piece.end].path
-                zeros[path] = _zeros(program, piece.end, site.lengths)
-        for value, address in terms.items():
-            zeros[address.path] = _zeros(program, value, ())
-        if curvature in _curvature.PULLED:
-            (loss, at_targets), pull, (rest, recorded) = jax.vjp(
-                forward, params, zeros, has_aux=True
-            )
-            nothing = jax.tree.map(jnp.zeros_like, at_targets)
-            grads, cotangents = pull((jnp.ones_like(loss), nothing))
-        else:
-            pull = None
-            (loss, (rest, recorded)), (grads, cotangents) = jax.value_and_grad(
-                lambda *args: _first_of_pair(forward(*args)), argnums=(0, 1), has_aux=True
-            )(params, zeros)
-
-        given = [*jax.tree.leaves(params), *traced.arguments]
-        known = dict(zip(program.inputs, given, strict=True))
-        known |= {v: recorded[address] for v, address in fixed.items()}
-        known |= program.constants
-        of_heads = {i: _head(traced, sites[i], heads[i], layouts[i], known) for i in ends}
-
-        curved: Mapping[Path, jax.Array] = {}
-        deferred: Deferred | None = None
-        if curvature == "fisher_empirical":
-            root = math.sqrt(_averaged_terms(of_heads, names))
-            curved = {path: (root * e)[None] for path, e in cotangents.items()}
-        points = [
-            _point(target, recorded[injected[target.value]], cotangents, terms, known, heads)
-            for target in targets
-        ]
-        hessian = None
-        if output is not None:
-            functions = [between[target.value].function(known) for target in targets]
-            hessian = output_hessian.total(
-                output, points, functions, recorded[outputs[output.site]], layouts[output.site]
-            )
-        if pull is not None and curvature is not None:
-            columns = _curvature.cotangents(targets, points, curvature, samples, rng)
-            deferred = Deferred(jax.tree_util.Partial(_pull_perturbations, pull, loss), columns)
-
-        def use(i: int, site: Site, piece: Piece | None) -> Use:
-            after = None if piece is None else piece_ends[piece.end].path
-            return Use(
-                operands=tuple(recorded[address] for address in inputs[i]),
-                outputs=recorded[outputs[i]],
-                cotangents=cotangents[outputs[i].path],
-                transferred_cotangents=None if after is None else cotangents[after],
-                layout=layouts[i],
-                paths=(outputs[i].path, after),
-            )
-
-        uses = [use(i, *both) for i, both in enumerate(zip(sites, pieces, strict=True))]
-
-        def turned(i: int, group: Sequence[int]) -> Use | Transposed:
-            if i not in traced.detection.transposed:
-                return uses[i]
-            kernel, leaf = weights_of(traced, group)["kernel"], sites[group[0]].leaf
-            assert leaf is not None
-            return Transposed(uses[i], kernel.read(jnp.asarray(given[leaf])))
-
-        arrays = tuple(
-            LayerArrays(
-                uses=tuple(turned(i, group) for i in group),
-                head=of_heads.get(group[0]) if len(group) == 1 else None,
-                signature=tuple(weights_of(traced, group).values()),
-                has_transferred=transferred,
-                output_hessian=hessian if output is not None and output.site in group else None,
-            ).with_curvature(curved)
-            for group in traced.detection.groups
-        )
-        joint = any(target.joins_positions for target in targets)
-        own_names = tuple(names[group[0]] for group in traced.detection.groups)
-        counts = {head.terms for head in of_heads.values()}
-        captured = Captured(
-            own_names, arrays, joint, deferred, counts.pop() if len(counts) == 1 else None
-        )
+        rng = take_rng(curvature, loss_fn, kwargs)
+        layers = plan_layers(loss_fn, params, args, kwargs, has_aux)
+        plan = plan_passes(layers, transferred, curvature)
+        passes = run(plan, params)
+        captured = assemble(plan, params, passes, samples, rng)
         captured = captured if defer_curvature else captured.pulled()
-        return traced.rebuild_output([loss, *rest]), grads, captured
+        return layers.traced.rebuild_output(passes.results), passes.grads, captured
 
     return wrapped
-
-
-def _zeros(program: Program, value: int, lengths: Shape) -> jax.Array:
-    """A perturbation of a value, for each turn of the loops around it."""
-    aval = program.avals[value]
-    # Like the value itself where that is possible, because its sharding counts too.
-    return jnp.zeros_like(aval) if not lengths else jnp.zeros((*lengths, *aval.shape), aval.dtype)
-
-
-def _pull_perturbations(pull: Callable, loss: jax.Array, at_targets: Any) -> Any:
-    """The cotangents by path of what is injected at the targets alone."""
-    return pull((jnp.zeros_like(loss), at_targets))[1]
-
-
-def _first_of_pair(results: tuple[tuple[Any, Any], Any]) -> tuple[Any, Any]:
-    (loss, _), others = results
-    return loss, others
-
-
-def _averaged_terms(heads: Mapping[int, Head], names: Sequence[str]) -> float:
-    """Over how many terms the loss averages (mathematics: c), if it is one number.
-
-    Raises:
-      ValueError: the output layers differ in it.
-    """
-    counts = {names[i]: head.terms for i, head in heads.items()}
-    if len(set(counts.values())) != 1:
-        listed = ", ".join(f"{count:g} at {name}" for name, count in counts.items())
-        raise ValueError(
-            "`curvature='fisher_empirical'` needs one number of terms that the loss averages "
-            f"over, but there are {listed or 'none'}. Use `curvature='fisher_mc'`, with the losses "
-            f"of `locoprop_jax.losses`."
-        )
-    return next(iter(counts.values()))
-
-
-def _point(
-    target: Target,
-    value: jax.Array,
-    cotangents: Mapping[Path, jax.Array],
-    terms: Mapping[int, Address],
-    known: Mapping[int, Any],
-    heads: Mapping[int, Cut],
-) -> Point:
-    """The arrays of a target of curvature cotangents."""
-    if target.call is not None:
-        weights = cotangents[terms[target.terms].path]
-        return Point(value, tuple(known[v] for v in target.operands), weights)
-    (plan,) = heads.values()
-    return Point(value, head=plan.function(known))
-
-
-def _head(traced: Traced, site: Site, plan: Cut, layout: Layout, known: Mapping[int, Any]) -> Head:
-    program = traced.program
-    terms = flow.averaged_terms(program, traced.detection.terms, site.output)
-    rows = math.prod(program.shape(site.output)) // site.d_out
-    return Head(
-        free=tuple(known[v] for v in plan.free),
-        function=StaticJaxpr(plan.closed),
-        layout=layout,
-        dtype=program.avals[site.output].dtype,
-        terms=float(rows) if math.isnan(terms) else terms,
-    )

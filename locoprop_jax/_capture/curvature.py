@@ -49,32 +49,29 @@ def check_arguments(curvature: str | None, samples: int) -> None:
         )
 
 
-def check_rng(curvature: str, rng: Any) -> None:
-    """Refuse a missing key.
+def take_rng(curvature: str | None, loss_fn: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    """The key of a sampled curvature, taken out of the keyword arguments; None for any other.
 
     Raises:
-      TypeError: there is none.
+      TypeError: it is missing, or there is one that neither curvature nor loss takes.
     """
-    if rng is None:
-        raise TypeError(
-            f"`curvature={curvature!r}` draws random numbers: pass a key as the keyword `rng`, "
-            f"`value_grad_and_capture(loss_fn, curvature={curvature!r})(params, batch, "
-            f"rng=jax.random.key(0))`, another one at each step. The loss does not get it."
-        )
-
-
-def check_no_rng(curvature: str, loss_fn: Callable[..., Any]) -> None:
-    """Refuse a key that nobody takes.
-
-    Raises:
-      TypeError: the loss has no such keyword.
-    """
-    known = inspect.signature(loss_fn).parameters
-    if "rng" not in known and all(p.kind != p.VAR_KEYWORD for p in known.values()):
-        raise TypeError(
-            f"`curvature={curvature!r}` draws no random numbers, and the loss has no keyword "
-            f"`rng`: leave it out."
-        )
+    if curvature in SAMPLED:
+        rng = kwargs.pop("rng", None)
+        if rng is None:
+            raise TypeError(
+                f"`curvature={curvature!r}` draws random numbers: pass a key as the keyword `rng`, "
+                f"`value_grad_and_capture(loss_fn, curvature={curvature!r})(params, batch, "
+                f"rng=jax.random.key(0))`, another one at each step. The loss does not get it."
+            )
+        return rng
+    if curvature is not None and "rng" in kwargs:
+        known = inspect.signature(loss_fn).parameters
+        if "rng" not in known and all(p.kind != p.VAR_KEYWORD for p in known.values()):
+            raise TypeError(
+                f"`curvature={curvature!r}` draws no random numbers, and the loss has no keyword "
+                f"`rng`: leave it out."
+            )
+    return None
 
 
 class Point(NamedTuple):
@@ -103,7 +100,7 @@ def cotangents(
     """What to inject at each target, of shape (samples, *outputs) each.
 
     Args:
-      targets: from `_targets.plan`.
+      targets: from `find_targets`.
       points: the arrays of each.
       curvature: one of `PULLED`.
       samples: how many for a sampled one.

@@ -7,18 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from locoprop_jax._capture.layouts import piece_of, transferred_of, weights_of
+from locoprop_jax._capture.plan import LayerPlan, plan_layers
 from locoprop_jax._layers.layers import Layer, Layers, Uncaptured
 from locoprop_jax._layers.transfer import TracedPiece, Transfer, given, identity, recognise
-from locoprop_jax._tracing import chains, detect
-from locoprop_jax._tracing.chains import Chain, Shape
+from locoprop_jax._tracing import chains
 from locoprop_jax._tracing.flow import Piece
-from locoprop_jax._tracing.heads import as_struct
+from locoprop_jax._tracing.heads import as_struct, bypasses
 from locoprop_jax._tracing.operands import AsItIs
 from locoprop_jax._tracing.sites import grouped_axes, raw_output
-from locoprop_jax._tracing.trace import Traced, layer_names, trace
+from locoprop_jax._tracing.trace import Traced
 
 
 def find_layers(
@@ -69,39 +67,20 @@ def find_layers(
     """
     if on_uncaptured not in ("error", "pass"):
         raise ValueError(f"`on_uncaptured` is 'error' or 'pass', got {on_uncaptured!r}.")
-    traced = trace(loss_fn, params, args, kwargs, has_aux)
-    names = layer_names(traced)
+    plan = plan_layers(loss_fn, params, args, kwargs, has_aux)
     overrides = dict(transfer or {})
-    if unknown := set(overrides) - set(names):
+    if unknown := set(overrides) - set(plan.names):
         raise ValueError(
             f"`transfer` names {', '.join(sorted(unknown))}, but the layers found are "
-            f"{', '.join(names) or 'none'}."
+            f"{', '.join(plan.names) or 'none'}."
         )
-    ends = detect.output_sites(traced.program, traced.detection)
-    pieces = [piece_of(traced, site) for site in traced.detection.sites]
-    sources = _sources(traced, names, pieces)
-
-    def layer(group: tuple[int, ...]) -> Layer:
-        first = group[0]
-        if (name := names[first]) in overrides:
-            transfer_function = given(overrides[name])
-        elif len(group) > 1:
-            transfer_function = identity(f"it is used {len(group)} times")
-        else:
-            transfer_function = _transfer_of(traced, pieces[first])
-        return Layer(
-            name=name,
-            **weights_of(traced, group),
-            rows=_rows_per_example(traced, group),
-            transfer=transfer_function,
-            is_output=not ends.isdisjoint(group),
-            source=sources[first],
-            bypasses=any(detect.bypasses(traced.program, traced.detection, i) for i in group),
-            window=traced.detection.sites[first].window,
-        )
-
-    layers = [layer(group) for group in traced.detection.groups]
-    result = Layers(layers, _uncaptured(traced))
+    pieces = [plan.piece(site) for site in plan.sites]
+    sources = _sources(plan, pieces)
+    layers = [
+        _layer(plan, group, sources[group[0]], _transfer_of(plan, group, pieces, overrides))
+        for group in plan.groups
+    ]
+    result = Layers(layers, _uncaptured(plan.traced))
     _check_found(result, on_uncaptured)
     return result
 
@@ -138,66 +117,80 @@ def _check_found(layers: Layers, on_uncaptured: str) -> None:
 # --- one layer -----------------------------------------------------------------------------------
 
 
-def _rows_per_example(traced: Traced, group: Sequence[int]) -> int | None:
-    if traced.batch_axes is None:
+def _layer(plan: LayerPlan, group: Sequence[int], source: str | None, transfer: Transfer) -> Layer:
+    return Layer(
+        name=plan.names[group[0]],
+        **plan.weights(group),
+        rows=_rows_per_example(plan, group),
+        transfer=transfer,
+        is_output=any(i in plan.ends for i in group),
+        source=source,
+        bypasses=any(bypasses(plan.traced, i) for i in group),
+        window=plan.sites[group[0]].window,
+    )
+
+
+def _rows_per_example(plan: LayerPlan, group: Sequence[int]) -> int | None:
+    batch_axes = plan.traced.batch_axes
+    if batch_axes is None:
         return None
-    program, total = traced.program, 0
-    first = traced.detection.sites[group[0]]
+    total = 0
     for i in group:
-        site = traced.detection.sites[i]
-        if i in traced.detection.transposed:
-            total += first.d_in  # see `_transposed`
+        site = plan.sites[i]
+        if plan.is_transposed(i):
+            total += plan.sites[group[0]].d_in  # see `Transposed`
             continue
         raw = raw_output(site)
-        shared = set(site.row_axes) - set(traced.batch_axes[raw])
+        shared = set(site.row_axes) - set(batch_axes[raw])
         pairs = zip(site.lengths, site.sliced, strict=True)
         times = math.prod(length for length, is_sliced in pairs if not is_sliced)
-        total += times * math.prod(program.shape(raw)[i] for i in shared)
+        shape = plan.traced.program.shape(raw)
+        total += times * math.prod(shape[axis] for axis in shared)
     return total
 
 
-def _is_plain(traced: Traced, group: Sequence[int]) -> bool:
+def _is_plain(plan: LayerPlan, group: Sequence[int]) -> bool:
     """Whether a layer is one dense layer, applied once."""
-    site = traced.detection.sites[group[0]]
+    site = plan.sites[group[0]]
     is_one = len(group) == 1 and site.stack is None and not site.loops
     return is_one and site.kind == "dense" and site.reader == AsItIs()
 
 
-def _sources(traced: Traced, names: Sequence[str], pieces: Sequence[Piece]) -> list[str | None]:
+def _sources(plan: LayerPlan, pieces: Sequence[Piece]) -> list[str | None]:
     """For each site the layer that feeds it, with nothing but the transfer function in between.
 
     Both have to see the same rows and features in the same order.
     """
-    program, sites = traced.program, traced.detection.sites
-    plain = {g[0] for g in traced.detection.groups if _is_plain(traced, g)}
+    program, sites = plan.traced.program, plan.sites
+    plain = sorted({group[0] for group in plan.groups if _is_plain(plan, group)})
     ends = {
-        pieces[i].end: (names[i], transferred_of(traced, sites[i], pieces[i]))
-        for i in sorted(plain)
+        pieces[i].end: (plan.names[i], plan.transferred_to_rows(sites[i], pieces[i])) for i in plain
     }
     result: list[str | None] = [None] * len(sites)
-    for i in sorted(plain):
+    for i in plain:
         (operand,) = sites[i].operands
         value = program.equations[operand.position].inputs[operand.index]
         if value in ends:
             name, chain = ends[value]
             shape = program.shape(value)
-            data, _ = grouped_axes(sites[i], traced.batch_axes)
-            if _same_order(chains.group((), shape, data), chain, shape):
+            data, _ = grouped_axes(sites[i], plan.traced.batch_axes)
+            if chains.are_same(chains.group((), shape, data), chain, shape):
                 result[i] = name
     return result
 
 
-def _same_order(one: Chain, other: Chain, shape: Shape) -> bool:
-    """Whether two chains do the same to an array of this shape."""
-    if one == other:
-        return True
-    order = np.arange(math.prod(shape)).reshape(shape)
-    return np.array_equal(chains.apply(one, order), chains.apply(other, order))
-
-
-def _transfer_of(traced: Traced, piece: Piece) -> Transfer:
-    """Find what the network applies to a layer's outputs."""
-    program = traced.program
+def _transfer_of(
+    plan: LayerPlan,
+    group: Sequence[int],
+    pieces: Sequence[Piece],
+    overrides: Mapping[str, Callable],
+) -> Transfer:
+    """What the network applies to a layer's outputs, or what the user says instead."""
+    if (name := plan.names[group[0]]) in overrides:
+        return given(overrides[name])
+    if len(group) > 1:
+        return identity(f"it is used {len(group)} times")
+    program, piece = plan.traced.program, pieces[group[0]]
     if not piece.equations:
         return identity(piece.note)
 

@@ -1,6 +1,6 @@
 """The Gauss-Newton factor of the output layer: its rows' Hessians of the loss, added up.
 
-At the target of curvature (`_targets`) the Hessian of the loss as written is R R', and J leads
+At the target of curvature (`targets`) the Hessian of the loss as written is R R', and J leads
 there from the layer's outputs: the factor is the sum of J' R R' J over rows, J most often the
 identity (practical Gauss-Newton, equation 16 and section 3.5, where the recursion starts).
 """
@@ -18,12 +18,12 @@ from jaxtyping import Array, Float
 
 from locoprop_jax import losses
 from locoprop_jax._capture import curvature
-from locoprop_jax._capture import targets as _targets
 from locoprop_jax._capture.curvature import Point
-from locoprop_jax._capture.targets import Target
+from locoprop_jax._capture.targets import Target, find_targets
 from locoprop_jax._layers.uses import Layout
-from locoprop_jax._tracing import chains, detect, separable
+from locoprop_jax._tracing import chains, separable
 from locoprop_jax._tracing.chains import Chain
+from locoprop_jax._tracing.heads import output_sites, reached_past
 from locoprop_jax._tracing.trace import Traced
 
 REMEDY = (
@@ -61,16 +61,16 @@ def plan(traced: Traced, names: Sequence[str], to_rows: Sequence[Chain]) -> Outp
         rows meet in the loss.
     """
     program, detection = traced.program, traced.detection
-    ends = sorted(detect.output_sites(program, detection))
+    ends = output_sites(traced)
     if len(ends) > 1:
         listed = ", ".join(names[i] for i in ends)
         raise ValueError(
             f"`curvature='ggn_output'` needs one output layer, but several are: {listed}. {REMEDY}."
         )
-    targets = _targets.plan(traced, "ggn_output", names, to_rows)
+    targets = find_targets(traced, "ggn_output", names, to_rows)
     (site,) = ends
     output, name = detection.sites[site].output, names[site]
-    if program.outputs[0] in _targets.reached_past(traced, output):
+    if program.outputs[0] in reached_past(traced, output):
         raise ValueError(
             f"`curvature='ggn_output'` needs a loss that depends on all layers through {name}, the "
             f"last, but another one also reaches it in another way. {REMEDY}."

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from locoprop_jax import losses
-from locoprop_jax._tracing import detect, jaxpr, separable
+from locoprop_jax._tracing import primitives, separable
 from locoprop_jax._tracing.chains import Chain, Shape
-from locoprop_jax._tracing.heads import other_params
-from locoprop_jax._tracing.jaxpr import Equation, Program
+from locoprop_jax._tracing.flow import reached_live
+from locoprop_jax._tracing.heads import other_params, output_sites, reached_past
+from locoprop_jax._tracing.program import Equation, Program
 from locoprop_jax._tracing.trace import Traced
 
 KINDS = ("fisher_mc", "fisher_empirical", "ggn_mc", "ggn_exact", "ggn_output")
@@ -63,7 +64,7 @@ class Target(NamedTuple):
         return () if self.call is None else self.call.inputs
 
 
-def plan(
+def find_targets(
     traced: Traced, curvature: str, names: Sequence[str], to_rows: Sequence[Chain]
 ) -> tuple[Target, ...]:
     """Find the targets of a traced loss.
@@ -80,11 +81,10 @@ def plan(
     """
     program, live = traced.program, traced.detection.live
     sites = traced.detection.sites
-    of_params = _reached(program, live, program.inputs[: traced.n_leaves])
+    of_params = reached_live(program, live, program.inputs[: traced.n_leaves])
     # Products need no layers where the loss says what the outputs are.
-    of_layers = (
-        _reached(program, live, [v for site in sites for v in site.outside]) if sites else of_params
-    )
+    outputs = [v for site in sites for v in site.outside]
+    of_layers = reached_live(program, live, outputs) if sites else of_params
     marked: dict[int, tuple[Equation, losses.OutputLoss]] = {}
     for call in program.calls:
         loss = losses.find(str(call.params.get("name", "")))
@@ -118,15 +118,6 @@ def _asker(curvature: str) -> str:
     return f"`curvature={curvature!r}`" if curvature in KINDS else f"`{curvature}`"
 
 
-def _reached(program: Program, live: Sequence[bool], sources: Sequence[int]) -> set[int]:
-    """The values that depend on one of `sources` in a way that a gradient sees."""
-    reached = set(sources)
-    for i, equation in enumerate(program.equations):
-        if live[i] and reached.intersection(equation.inputs):
-            reached.update(v for v in equation.outputs if program.is_inexact(v))
-    return reached
-
-
 def _producer(program: Program, value: int) -> str:
     position = program.producers.get(value)
     return "a parameter" if position is None else str(program.equations[position].primitive)
@@ -152,9 +143,9 @@ def linear_ends(program: Program, of_params: set[int], stop: set[int]) -> list[i
         moving = [v for v in equation.inputs if v in of_params]
         if equation.primitive in _LINEAR:
             pending.extend(moving)
-        elif equation.primitive in jaxpr.MUL | jaxpr.DOT_GENERAL and len(moving) == 1:
+        elif equation.primitive in primitives.MUL | primitives.DOT_GENERAL and len(moving) == 1:
             pending.extend(moving)
-        elif equation.primitive in jaxpr.DIV and equation.inputs[1] not in of_params:
+        elif equation.primitive in primitives.DIV and equation.inputs[1] not in of_params:
             pending.extend(moving)
         else:
             ends[value] = None
@@ -162,14 +153,14 @@ def linear_ends(program: Program, of_params: set[int], stop: set[int]) -> list[i
 
 
 _LINEAR = (
-    jaxpr.SUMS
-    | jaxpr.TRANSPOSE
-    | jaxpr.SELECT
-    | jaxpr.SLICE
-    | jaxpr.PAD
-    | jaxpr.CONCATENATE
-    | jaxpr.GATHER
-    | jaxpr.SPLIT
+    primitives.SUMS
+    | primitives.TRANSPOSE
+    | primitives.SELECT
+    | primitives.SLICE
+    | primitives.PAD
+    | primitives.CONCATENATE
+    | primitives.GATHER
+    | primitives.SPLIT
 )
 
 
@@ -247,7 +238,7 @@ def _layer_target(
 ) -> Target:
     """The output of the one output layer, whose head is not marked."""
     program, detection = traced.program, traced.detection
-    heads = sorted(detect.output_sites(program, detection))
+    heads = output_sites(traced)
     needs = f"{_asker(curvature)} needs the Hessian of the loss by the network's outputs, but"
     if len(heads) != 1:
         listed = ", ".join(names[i] for i in heads)
@@ -288,17 +279,6 @@ def is_separate(axis: separable.Axis) -> bool:
     return all(factor.axis is not None for factor in axis)
 
 
-def reached_past(traced: Traced, output: int) -> set[int]:
-    """What the other layers reach without passing through a layer's output."""
-    program, live = traced.program, traced.detection.live
-    reached = {v for site in traced.detection.sites for v in site.outside} - {output}
-    for i, equation in enumerate(program.equations):
-        passes = live[i] and output not in equation.outputs
-        if passes and reached.intersection(equation.inputs):
-            reached.update(v for v in equation.outputs if program.is_inexact(v))
-    return reached
-
-
 def _batch(traced: Traced, value: int) -> set[int]:
     """The batch axes of a value that are longer than one."""
     if traced.batch_axes is None:
@@ -334,7 +314,7 @@ def _with_columns(
     if mixed:
         axis = mixed[0]
         outputs = [v for site in sites for v in site.outside]
-        of_layers = _reached(program, traced.detection.live, outputs)
+        of_layers = reached_live(program, traced.detection.live, outputs)
         through = [primitive for value, primitive in lost.get(axis, []) if value in of_layers]
         by = f" (at a `{through[0]}`)" if through else ""
         raise ValueError(

@@ -13,11 +13,14 @@ from locoprop_jax import losses
 from locoprop_jax._capture import targets
 from locoprop_jax._checks import check_layers
 from locoprop_jax._curvature.sequences import check_sequence, kernels
-from locoprop_jax._layers.captured import Captured, Head, LayerArrays, check_captured
+from locoprop_jax._layers.arrays import LayerArrays
+from locoprop_jax._layers.captured import Captured, check_captured
+from locoprop_jax._layers.head import Head
 from locoprop_jax._layers.layers import Layer, Layers
 from locoprop_jax._layers.rows import as_rows
-from locoprop_jax._tracing import jaxpr, separable
+from locoprop_jax._tracing import separable
 from locoprop_jax._tracing.flow import live_equations, reached_from
+from locoprop_jax._tracing.program import flatten
 
 REMEDY = "Use `jax.hessian` for other networks"
 
@@ -99,7 +102,7 @@ def _check_rows(head: Head, name: str) -> None:
     Raises:
       ValueError: they may.
     """
-    program = jaxpr.flatten(head.function.closed)
+    program = flatten(head.function.closed)
     live, outputs = live_equations(program, program.outputs[0]), program.inputs[0]
     ends = targets.linear_ends(program, reached_from(program, [outputs]), set())
     for end in ends:

@@ -20,6 +20,7 @@ from locoprop_jax._layers.captured import check_captured
 from locoprop_jax._layers.layers import Layers
 from locoprop_jax._layers.method import Batch, matrix_shapes, transformation, zero_count
 from locoprop_jax._neurons.amortised import keep_finite
+from locoprop_jax._trees import wide_dtype
 
 METHOD = "scale_by_natural_gradient"
 
@@ -214,8 +215,7 @@ def _empty(
 ) -> dict[str, System]:
     """Systems of zeros."""
     sizes = matrix_shapes(layers, params)
-    is_wide = any(block.dtype == jnp.float64 for block in sizes.values())
-    dtype = jnp.float64 if is_wide else jnp.float32
+    dtype = wide_dtype(sizes.values())
 
     def of_layer(name: str) -> Columns:
         (*stack, d, d_out), shared = sizes[name].shape, layers[name].rows

@@ -13,11 +13,12 @@ from jax import Array
 from locoprop_jax import _linalg, losses
 from locoprop_jax._capture import curvature
 from locoprop_jax._capture.curvature import Point
-from locoprop_jax._capture.targets import Target, plan
-from locoprop_jax._layers.layers import Layers, path_name
-from locoprop_jax._tracing import jaxpr
+from locoprop_jax._capture.targets import Target, find_targets
+from locoprop_jax._layers.layers import Layers
+from locoprop_jax._tracing.evaluate import evaluate
 from locoprop_jax._tracing.heads import Cut, addresses, cut
 from locoprop_jax._tracing.trace import layer_names, trace
+from locoprop_jax._trees import path_name
 
 Tree = Any
 Outputs = list[Array]  # one array for each target
@@ -176,7 +177,7 @@ def linearise(
     """
     traced = trace(loss_fn, params, tuple(args), kwargs, has_aux)
     program = traced.program
-    targets = plan(traced, asked, layer_names(traced), ())
+    targets = find_targets(traced, asked, layer_names(traced), ())
     starts = [target.value if target.call is None else target.terms for target in targets]
     heads = [cut(traced, start, program.outputs[0]) for start in starts]
     free = [v for head in heads for v in head.free]
@@ -185,7 +186,7 @@ def linearise(
 
     def forward(params: Tree) -> tuple[Outputs, dict]:
         flat = [*jax.tree.leaves(params), *traced.arguments]
-        _, recorded = jaxpr.evaluate(traced.closed, flat, frozenset(wanted.values()), {})
+        _, recorded = evaluate(traced.closed, flat, frozenset(wanted.values()), {})
         return [recorded[wanted[target.value]] for target in targets], recorded
 
     # By the transpose of the pass backward, which also exists where only that one is defined.

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from locoprop_jax import _linalg
 from locoprop_jax._checks import is_number
 from locoprop_jax._curvature.products import Linearised
+from locoprop_jax._trees import wide_dtype
 
 Scalar = Float[Array, ""]
 Tree = Any
@@ -181,8 +182,7 @@ def like(tree: Tree, other: Tree) -> Tree:
 
 def dtype_of_model(params: Tree) -> Any:
     """Of the quadratic model's numbers: float64 if a parameter is, else float32."""
-    wide = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(params))
-    return jnp.float64 if wide else jnp.float32
+    return wide_dtype(jax.tree.leaves(params))
 
 
 def _squares(params: Tree) -> Scalar:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_jax._layers.captured import Captured
-from locoprop_jax._layers.layers import Layers, leaves_by_path, parameter_paths
+from locoprop_jax._layers.layers import Layers, parameter_paths
 from locoprop_jax._layers.rows import Block, join_rows
+from locoprop_jax._trees import leaves_by_path, wide_dtype
 
 # --- parameters ----------------------------------------------------------------------------------
 
@@ -35,8 +36,7 @@ def blocks(layers: Layers, tree: Any) -> dict[str, Block]:
             if parameter.path in leaves
         }
         if found:
-            wide = any(leaf.dtype == jnp.float64 for leaf in found.values())
-            dtype = jnp.float64 if wide else jnp.float32
+            dtype = wide_dtype(found.values())
             found_blocks[name] = {part: leaf.astype(dtype) for part, leaf in found.items()}
     return found_blocks
 

@@ -15,18 +15,7 @@ from locoprop_jax._layers.transfer import Transfer
 from locoprop_jax._tracing import chains
 from locoprop_jax._tracing.chains import Chain, Part, Shape
 from locoprop_jax._tracing.reasons import Reason
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """A parameter's path as text: "encoder/Dense_0/kernel". NNX's trailing `.value` is left out."""
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
-
-
-def leaves_by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a parameter tree by path; masked-out ones (`optax.MaskedNode`) are absent."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+from locoprop_jax._trees import leaves_by_path, path_name
 
 
 @dataclasses.dataclass(frozen=True)

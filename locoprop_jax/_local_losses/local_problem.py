@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from locoprop_jax import _linalg
+from locoprop_jax._layers.arrays import LayerArrays
 from locoprop_jax._layers.blocks import curvature_rows, dtype_of
-from locoprop_jax._layers.captured import Captured, LayerArrays
+from locoprop_jax._layers.captured import Captured
 from locoprop_jax._layers.layers import Layer
 from locoprop_jax._layers.rows import Block, Inputs, Rows, as_rows, pull, push
 from locoprop_jax._layers.transfer import identity

@@ -21,8 +21,8 @@ from locoprop_jax._checks import (
     is_number,
 )
 from locoprop_jax._layers import rows as _rows
+from locoprop_jax._layers.arrays import LayerArrays
 from locoprop_jax._layers.blocks import divide, dtype_of, others
-from locoprop_jax._layers.captured import LayerArrays
 from locoprop_jax._layers.layers import Layers, replace
 from locoprop_jax._layers.method import (
     Batch,

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
 from locoprop_jax._layers import rows as _rows
+from locoprop_jax._layers.arrays import LayerArrays
 from locoprop_jax._layers.blocks import divide, dtype_of
-from locoprop_jax._layers.captured import LayerArrays
 from locoprop_jax._layers.rows import Block, Inputs
 from locoprop_jax._layers.structured import OneHot, Structured, Windows
 

@@ -69,6 +69,32 @@ def inverse(chain: Chain, shape: Shape) -> Chain:
     return tuple(reversed(steps))
 
 
+def others(shape: Shape, axes: Shape) -> Shape:
+    """The axes of an array of `shape` but for these."""
+    return tuple(i for i in range(len(shape)) if i not in axes)
+
+
+def numbers(shape: Shape) -> np.ndarray:
+    """Each entry's number: followed through rearrangements it says where the entry goes."""
+    return np.arange(math.prod(shape)).reshape(shape)
+
+
+def are_same(one: Chain, other: Chain, shape: Shape) -> bool:
+    """Whether two chains do the same to an array of this shape."""
+    if one == other:
+        return True
+    entries = numbers(shape)
+    return np.array_equal(apply(one, entries), apply(other, entries))
+
+
+def varies(x: np.ndarray, axis: int) -> bool:
+    """Whether an array changes along an axis; what was broadcast does not and is not looked at."""
+    if x.strides[axis] == 0:
+        return False
+    x = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.strides)]
+    return bool(np.any(np.diff(x, axis=axis)))
+
+
 class Part(NamedTuple):
     """A box out of an array.
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from locoprop_jax._tracing import chains, jaxpr
+from locoprop_jax._tracing import chains, jaxpr, primitives
 from locoprop_jax._tracing.chains import Chain
-from locoprop_jax._tracing.jaxpr import Equation, Program
+from locoprop_jax._tracing.program import END, Equation, Program
 
 
 def live_equations(program: Program, *targets: int) -> tuple[bool, ...]:
@@ -26,7 +26,7 @@ def live_equations(program: Program, *targets: int) -> tuple[bool, ...]:
     needed, live = set(targets), [False] * len(program.equations)
     for i in reversed(range(len(program.equations))):
         equation = program.equations[i]
-        if equation.primitive in jaxpr.STOP_GRADIENT:
+        if equation.primitive in primitives.STOP_GRADIENT:
             continue
         if any(v in needed and program.is_inexact(v) for v in equation.outputs):
             live[i] = True
@@ -36,7 +36,7 @@ def live_equations(program: Program, *targets: int) -> tuple[bool, ...]:
 
 def live_consumers(program: Program, live: Sequence[bool]) -> dict[int, list[int]]:
     """For each value, the positions of the live equations that read it, and `END`."""
-    return {v: [i for i in at if i == jaxpr.END or live[i]] for v, at in program.consumers.items()}
+    return {v: [i for i in at if i == END or live[i]] for v, at in program.consumers.items()}
 
 
 def reached_from(program: Program, sources: Iterable[int]) -> set[int]:
@@ -45,6 +45,17 @@ def reached_from(program: Program, sources: Iterable[int]) -> set[int]:
     for equation in program.equations:
         if reached.intersection(equation.inputs):
             reached.update(equation.outputs)
+    return reached
+
+
+def reached_live(
+    program: Program, live: Sequence[bool], sources: Iterable[int], without: Container[int] = ()
+) -> set[int]:
+    """The same in a way that a gradient sees, and not through the equations at some positions."""
+    reached = set(sources)
+    for i, equation in enumerate(program.equations):
+        if live[i] and i not in without and reached.intersection(equation.inputs):
+            reached.update(v for v in equation.outputs if program.is_inexact(v))
     return reached
 
 
@@ -67,12 +78,12 @@ def loss_terms(
             continue
         equation, count = program.equations[producers[value]], terms[value]
         operands = equation.inputs
-        if equation.primitive in jaxpr.DIV:
+        if equation.primitive in primitives.DIV:
             if operands[1] in of_params:
                 continue
             divisors = (*divisors, known_number(program, operands[1]))
             operands = operands[:1]
-        elif equation.primitive in jaxpr.MUL:
+        elif equation.primitive in primitives.MUL:
             factors = [v for v in operands if v in constants]
             operands = tuple(v for v in operands if v not in constants)
             if len(factors) != 1:
@@ -81,11 +92,11 @@ def loss_terms(
             # One half is no mean of two but the half of a square; no other number hides a mean.
             if factor not in (0.0, 0.5) and not math.isnan(factor):
                 divisors = (*divisors, 1 / factor)
-        elif equation.primitive in jaxpr.REDUCE_SUM:
+        elif equation.primitive in primitives.REDUCE_SUM:
             shape = program.shape(operands[0])
             count *= _averaged(divisors, [shape[i] for i in equation.params["axes"]])
             divisors = ()
-        elif equation.primitive not in jaxpr.SUMS:
+        elif equation.primitive not in primitives.SUMS:
             continue
         for v in operands:
             if v not in terms and v not in constants:
@@ -154,13 +165,13 @@ def rearranged(program: Program, equation: Equation, chain: Chain) -> Chain | No
     """The chain through one more equation, None if that does more than rearrange."""
     shape = program.shape(equation.inputs[0])
     result = program.shape(equation.outputs[0])
-    if equation.primitive in jaxpr.CAST | jaxpr.SAME:
+    if equation.primitive in primitives.CAST | primitives.SAME:
         return chain
-    if equation.primitive in jaxpr.TRANSPOSE:
+    if equation.primitive in primitives.TRANSPOSE:
         return chains.extend(chain, shape, "transpose", tuple(equation.params["permutation"]))
-    if equation.primitive in jaxpr.RESHAPE:
+    if equation.primitive in primitives.RESHAPE:
         return chains.extend(chain, shape, "reshape", result)
-    if equation.primitive in jaxpr.BROADCAST:
+    if equation.primitive in primitives.BROADCAST:
         axes = equation.params["broadcast_dimensions"]
         spread = [1] * len(result)
         for size, axis in zip(shape, axes, strict=True):
@@ -193,18 +204,18 @@ def transfer_piece(program: Program, live: Sequence[bool], output: int) -> Piece
     chain: Chain = ()
 
     def uses_of(value: int) -> list[int]:
-        return [i for i in program.consumers.get(value, ()) if i == jaxpr.END or live[i]]
+        return [i for i in program.consumers.get(value, ()) if i == END or live[i]]
 
-    while len(uses := uses_of(output)) == 1 and uses != [jaxpr.END]:
+    while len(uses := uses_of(output)) == 1 and uses != [END]:
         after = program.equations[uses[0]]
-        if after.primitive not in jaxpr.TRANSPOSE | jaxpr.RESHAPE:
+        if after.primitive not in primitives.TRANSPOSE | primitives.RESHAPE:
             break
         chain = rearranged(program, after, chain) or ()
         output = after.outputs[0]
     shape = program.shape(output)
     uniform = program.uniform
     inside: dict[int, int] = {}  # value -> position of its equation
-    pending = sorted(set(program.consumers.get(output, ())) - {jaxpr.END})  # a heap
+    pending = sorted(set(program.consumers.get(output, ())) - {END})  # a heap
     while pending:
         i = heapq.heappop(pending)
         while pending and pending[0] == i:
@@ -218,7 +229,7 @@ def transfer_piece(program: Program, live: Sequence[bool], output: int) -> Piece
             inside.update(dict.fromkeys(equation.outputs, i))
             for v in equation.outputs:
                 for after in program.consumers.get(v, ()):
-                    if after != jaxpr.END:
+                    if after != END:
                         heapq.heappush(pending, after)
 
     def ancestors(value: int) -> set[int]:
@@ -240,7 +251,7 @@ def transfer_piece(program: Program, live: Sequence[bool], output: int) -> Piece
     after = uses_of(output)
     if len(after) > 1:
         return Piece(output, chain, [], output, f"used by {len(after)} operations")
-    following = [program.equations[i].primitive for i in after if i != jaxpr.END]
-    if not following or following[0] in jaxpr.DOT_GENERAL:
+    following = [program.equations[i].primitive for i in after if i != END]
+    if not following or following[0] in primitives.DOT_GENERAL:
         return Piece(output, chain, [], output)
     return Piece(output, chain, [], output, f"then `{following[0]}`")

@@ -1,4 +1,7 @@
-"""Parts of a traced loss as functions of one value, and where a run of it computes a value."""
+"""What lies between the layers and the loss: which of them are outputs, and their heads.
+
+A head is cut out of the program as a function of one value.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,45 @@ from typing import Any, NamedTuple
 import jax
 
 from locoprop_jax._tracing import flow, jaxpr
-from locoprop_jax._tracing.jaxpr import Address, Program
+from locoprop_jax._tracing.evaluate import Address
+from locoprop_jax._tracing.program import Program
 from locoprop_jax._tracing.trace import Traced
+
+
+def _positions(traced: Traced) -> set[int]:
+    """Where sites are in the whole program: those in a loop at the loop."""
+    sites = traced.detection.sites
+    return {site.loops[0].position if site.loops else site.position for site in sites}
+
+
+def output_sites(traced: Traced) -> list[int]:
+    """The sites whose outputs reach the loss without passing another site; none in a loop."""
+    program, detection = traced.program, traced.detection
+    positions, feeding = _positions(traced), set[int]()  # the values that reach a site
+    for i in reversed(range(len(program.equations))):
+        equation = program.equations[i]
+        if detection.live[i] and (i in positions or not feeding.isdisjoint(equation.outputs)):
+            feeding.update(equation.inputs)
+    return [
+        i for i, site in enumerate(detection.sites) if not site.loops and site.output not in feeding
+    ]
+
+
+def bypasses(traced: Traced, site: int) -> bool:
+    """Whether a site's outputs reach the loss past all sites, beside those that they feed."""
+    program, live, positions = traced.program, traced.detection.live, _positions(traced)
+    outputs = traced.detection.sites[site].outside
+    reached = flow.reached_live(program, live, outputs, without=positions)
+    feeds = any(live[i] and reached.intersection(program.equations[i].inputs) for i in positions)
+    return feeds and program.outputs[0] in reached
+
+
+def reached_past(traced: Traced, output: int) -> set[int]:
+    """What the other layers reach without passing through a layer's output."""
+    program = traced.program
+    others = {v for site in traced.detection.sites for v in site.outside} - {output}
+    own = {program.producers[output]}
+    return flow.reached_live(program, traced.detection.live, others, without=own)
 
 
 class Cut(NamedTuple):

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from locoprop_jax._tracing import chains, flow, jaxpr, reasons
+from locoprop_jax._tracing import chains, flow, primitives, reasons
 from locoprop_jax._tracing.chains import Chain, Part, Shape
-from locoprop_jax._tracing.jaxpr import Path, Program
+from locoprop_jax._tracing.jaxpr import Path
 from locoprop_jax._tracing.operands import Stage
+from locoprop_jax._tracing.program import Program
 from locoprop_jax._tracing.reasons import Reason
 
 
@@ -151,14 +152,14 @@ def parts(program: Program, position: int, kinds: Sequence[Label]) -> list[Label
         return None
     shape = program.shape(equation.inputs[0])
     boxes: list[tuple[list[int], list[int]]] = []
-    if equation.primitive in jaxpr.SPLIT:
+    if equation.primitive in primitives.SPLIT:
         start, axis = 0, params["axis"]
         for size in params["sizes"]:
             starts, limits = [0] * len(shape), list(shape)
             starts[axis], limits[axis] = start, start + size
             boxes.append((starts, limits))
             start += size
-    elif equation.primitive in jaxpr.DYNAMIC_SLICE:
+    elif equation.primitive in primitives.DYNAMIC_SLICE:
         known = [flow.known_number(program, v) for v in equation.inputs[1:]]
         if any(map(math.isnan, known)):
             return None
@@ -166,7 +167,7 @@ def parts(program: Program, position: int, kinds: Sequence[Label]) -> list[Label
         bounds = zip(known, shape, sizes, strict=True)
         starts = [min(max(int(start), 0), n - size) for start, n, size in bounds]
         boxes.append((starts, [a + size for a, size in zip(starts, sizes, strict=True)]))
-    elif equation.primitive in jaxpr.SLICE and params["strides"] in (None, (1,) * len(shape)):
+    elif equation.primitive in primitives.SLICE and params["strides"] in (None, (1,) * len(shape)):
         boxes.append((list(params["start_indices"]), list(params["limit_indices"])))
     else:
         return None

@@ -13,9 +13,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from locoprop_jax._tracing import jaxpr
+from locoprop_jax._tracing import jaxpr, primitives
 from locoprop_jax._tracing.chains import Chain, Shape
-from locoprop_jax._tracing.jaxpr import Equation, Program
+from locoprop_jax._tracing.program import Equation, Program, flatten
 
 UNKNOWN = -1  # an axis behind an equation that is not understood
 
@@ -154,9 +154,9 @@ def _operands(program: Program, equation: Equation, env: dict[int, Axes]) -> lis
     """The axes of each operand, as this equation's results see them; None if they do not."""
     shapes = [program.shape(v) for v in equation.inputs]
     primitive, params = equation.primitive, equation.params
-    if primitive in jaxpr.CUSTOM:
+    if primitive in primitives.CUSTOM:
         return _inside(equation, env) or [_all(shape, UNKNOWN) for shape in shapes]
-    if primitive in jaxpr.SPLIT:
+    if primitive in primitives.SPLIT:
         parts = [v for v in equation.outputs if v in env]
         kept = {i: i for i in range(len(shapes[0])) if i != params["axis"]}
         uses = [_kept(shapes[0], env[v], kept) for v in parts]
@@ -166,37 +166,37 @@ def _operands(program: Program, equation: Equation, env: dict[int, Axes]) -> lis
     after, result = env[equation.outputs[0]], program.shape(equation.outputs[0])
     if jaxpr.is_elementwise(equation.eqn):
         return [_aligned(shape, result, after, range(len(shape))) for shape in shapes]
-    if primitive in jaxpr.RESHAPE:
+    if primitive in primitives.RESHAPE:
         return [_regroup([f for axis in after for f in axis], shapes[0])]
-    if primitive in jaxpr.TRANSPOSE:
+    if primitive in primitives.TRANSPOSE:
         kept = {source: i for i, source in enumerate(params["permutation"])}
-    elif primitive in jaxpr.BROADCAST:
+    elif primitive in primitives.BROADCAST:
         kept = dict(enumerate(params["broadcast_dimensions"]))
         return [_aligned(shapes[0], result, after, kept.values()), *[None] * (len(shapes) - 1)]
-    elif primitive in jaxpr.REDUCE:
+    elif primitive in primitives.REDUCE:
         left = [i for i in range(len(shapes[0])) if i not in params["axes"]]
         kept = {source: i for i, source in enumerate(left)}
-    elif primitive in jaxpr.DOT_GENERAL:
+    elif primitive in primitives.DOT_GENERAL:
         return _of_dot(shapes, params["dimension_numbers"], after)
-    elif primitive in jaxpr.CONVOLUTION and params["batch_group_count"] == 1:
+    elif primitive in primitives.CONVOLUTION and params["batch_group_count"] == 1:
         numbers = params["dimension_numbers"]
         batch = {numbers.lhs_spec[0]: numbers.out_spec[0]}
         return [_kept(shapes[0], after, batch), _all(shapes[1], None)]
-    elif primitive in jaxpr.GATHER:
+    elif primitive in primitives.GATHER:
         kept = _of_gather(shapes, params, result)
-    elif primitive in jaxpr.CONCATENATE | jaxpr.CUMULATIVE:
-        axis = params["dimension" if primitive in jaxpr.CONCATENATE else "axis"]
+    elif primitive in primitives.CONCATENATE | primitives.CUMULATIVE:
+        axis = params["dimension" if primitive in primitives.CONCATENATE else "axis"]
         kept = {i: i for i in range(len(result)) if i != axis}
-    elif primitive in jaxpr.REVERSE:
+    elif primitive in primitives.REVERSE:
         kept = {i: i for i in range(len(result)) if i not in params["dimensions"]}
-    elif primitive in jaxpr.SLICE:
+    elif primitive in primitives.SLICE:
         kept = {i: i for i, size in enumerate(shapes[0]) if size == result[i]}
-    elif primitive in jaxpr.PAD:
+    elif primitive in primitives.PAD:
         kept = {i: i for i, (*by,) in enumerate(params["padding_config"]) if not any(by)}
     else:
         return [_all(shape, UNKNOWN) for shape in shapes]
     same = [shape for shape in shapes if len(shape) == len(shapes[0])]
-    if primitive in jaxpr.CONCATENATE:
+    if primitive in primitives.CONCATENATE:
         return [_kept(shape, after, kept) for shape in same]
     rest: list[Axes | None] = [_all(shape, None) for shape in shapes[1:]]
     return [_kept(shapes[0], after, kept), *rest]
@@ -301,7 +301,7 @@ def _inside(equation: Equation, env: dict[int, Axes]) -> list[Axes | None] | Non
     bodies = jaxpr.inner_jaxprs(equation.eqn)
     if len(bodies) != 1:
         return None
-    program = jaxpr.flatten(bodies[0])
+    program = flatten(bodies[0])
     if len(program.inputs) != len(equation.inputs):
         return None
     ends: dict[int, Axes] = {}

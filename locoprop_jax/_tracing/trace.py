@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from locoprop_jax._layers import layers
-from locoprop_jax._tracing import chains, detect, jaxpr
+from locoprop_jax._tracing import chains, detect
 from locoprop_jax._tracing.chains import Part, Shape
 from locoprop_jax._tracing.detect import Detection
-from locoprop_jax._tracing.jaxpr import Program
+from locoprop_jax._tracing.program import Program, flatten
+from locoprop_jax._trees import leaves_by_path
 
 
 class Traced(NamedTuple):
@@ -68,7 +68,7 @@ def _is_array(leaf: Any) -> bool:
 
 def trace(loss_fn: Callable, params: Any, args: tuple, kwargs: dict, has_aux: bool) -> Traced:
     """Trace a loss, at its own batch size and once more at twice that to find the batch axes."""
-    names = list(layers.leaves_by_path(params))
+    names = list(leaves_by_path(params))
     leaves, params_tree = jax.tree.flatten(params)
     _check_params(names, leaves)
     others, others_tree = jax.tree.flatten((args, kwargs))
@@ -97,7 +97,7 @@ def trace(loss_fn: Callable, params: Any, args: tuple, kwargs: dict, has_aux: bo
         merged = [next(rest) if a else x for x, a in zip(static, arrays, strict=True)]
         return jax.tree.unflatten(tree, merged)
 
-    program = jaxpr.flatten(closed)
+    program = flatten(closed)
     kinds = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in (*leaves, *dynamic))
     fixed = tuple(leaf for leaf, is_traced in zip(others, is_traced, strict=True) if not is_traced)
     batch_axes = _once(
@@ -216,7 +216,7 @@ def _grown(
         for leaf, grows in zip(abstract, chosen, strict=True)
     ]
     try:
-        other = jaxpr.flatten(jax.make_jaxpr(flat)(*doubled))
+        other = flatten(jax.make_jaxpr(flat)(*doubled))
     except Exception:
         return None
     same = [e.path for e in other.all_equations()] == [e.path for e in program.all_equations()]

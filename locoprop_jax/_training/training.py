@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import optax
 
-from locoprop_jax._layers.layers import Layers, parameter_paths, path_name
+from locoprop_jax._layers.layers import Layers, parameter_paths
+from locoprop_jax._trees import path_name
 
 
 def with_fallback(

@@ -2,19 +2,16 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import locoprop_jax as lp
-from tests.helpers import quick_jit
+from tests.helpers import normal, quick_jit
 
 PARTS, EXAMPLES = 3, 2
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
 PARAMS = {
@@ -61,9 +58,7 @@ def both(options, read):
 
 
 def assert_close(pair):
-    one, other = pair
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), one, other)
+    chex.assert_trees_all_close(*pair, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("curvature", [None, "fisher_empirical", "ggn_exact", "ggn_output"])

@@ -4,6 +4,7 @@ import gc
 import weakref
 from typing import Any
 
+import chex
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -22,6 +23,7 @@ from tests.helpers import (
     WRAPPERS,
     Network,
     block_gradient,
+    normal,
     problems,
     quick_jit,
     reference,
@@ -31,15 +33,8 @@ from tests.helpers import (
 each_front_end = pytest.mark.parametrize("front_end", FRONT_ENDS)
 
 
-def assert_bit_equal(tree, expected):
-    jax.tree.map(np.testing.assert_array_equal, tree, expected)
-
-
 def assert_close(tree, expected, tolerance=1e-10):
-    def close(a, b):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
-
-    jax.tree.map(close, tree, expected)
+    chex.assert_trees_all_close(tree, expected, rtol=tolerance, atol=tolerance)
 
 
 def value_and_grad(loss_fn, *args, **kwargs):
@@ -62,10 +57,6 @@ def squared(outputs, y):
 
 def mlp_loss(params, x, y):
     return squared(mlp(params, x), y)
-
-
-def normal(seed, *shape, dtype=float):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def mlp_params(dtype=float):
@@ -159,7 +150,7 @@ def test_gradients_are_bit_for_bit_those_of_value_and_grad_under_jit(front_end):
     capture = lp.value_grad_and_capture(network.loss)
     # Arrays that leave the compiled function change what XLA fuses, whoever computes them.
     found = jax.jit(lambda *args: capture(*args)[:2])(params, *batch)
-    assert_bit_equal(found, value_and_grad(network.loss, params, *batch))
+    chex.assert_trees_all_equal(found, value_and_grad(network.loss, params, *batch))
 
 
 @pytest.mark.parametrize("wrapper", sorted(WRAPPERS.keys() - {"nothing"}))
@@ -168,7 +159,7 @@ def test_gradients_are_bit_for_bit_those_of_value_and_grad_through_wrappers(wrap
     params, batch = network.params(), network.data()
     capture = lp.value_grad_and_capture(network.loss)
     found = jax.jit(lambda *args: capture(*args)[:2])(params, *batch)
-    assert_bit_equal(found, value_and_grad(network.loss, params, *batch))
+    chex.assert_trees_all_equal(found, value_and_grad(network.loss, params, *batch))
 
 
 def test_without_jit_gradients_are_those_of_value_and_grad_to_rounding():
@@ -344,7 +335,7 @@ def test_mixed_precision_computes_in_bfloat16_on_float32_parameters():
     layers = lp.find_layers(loss, params, x, y)
     assert [v.transfer.name for v in layers.values()] == ["tanh", "identity"]
     capture = lp.value_grad_and_capture(loss)
-    assert_bit_equal(
+    chex.assert_trees_all_equal(
         jax.jit(lambda *args: capture(*args)[:2])(params, x, y), value_and_grad(loss, params, x, y)
     )
     _, grads, captured = quick_jit(capture)(params, x, y)
@@ -422,7 +413,7 @@ def test_auxiliary_results_come_back_beside_the_loss():
     (value, aux), grads, captured = without_name(params, X, Y)
     assert_close((value, grads), value_and_grad(mlp_loss, params, X, Y))
     assert_close(aux["outputs"], captured["second"].outputs[:, 0])
-    assert_bit_equal(aux["first"], params["first"])
+    chex.assert_trees_all_equal(aux["first"], params["first"])
 
 
 def test_what_only_auxiliary_results_use_has_no_gradient():
@@ -726,25 +717,15 @@ def test_capture_runs_in_jaxs_debugging_modes():
 
 
 def test_a_second_call_traces_nothing():
-    traces = []
-
-    def loss(params, x, y):
-        traces.append(x.shape)
-        return mlp_loss(params, x, y)
-
-    step = jax.jit(lp.value_grad_and_capture(loss))
+    step = jax.jit(chex.assert_max_traces(lp.value_grad_and_capture(mlp_loss), n=1))
     step(mlp_params(), X, Y)
-    first = len(traces)
     step(mlp_params(), X + 1, Y)
-    assert len(traces) == first
 
 
 def test_captured_arrays_of_the_next_batch_do_not_retrace_an_update():
-    traces = []
-
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def update(captured):
-        traces.append(list(captured))
         last = captured["second"]
         return last.head.gradient(last.outputs)
 
@@ -754,7 +735,6 @@ def test_captured_arrays_of_the_next_batch_do_not_retrace_an_update():
         assert_close(update(captured), captured["second"].cotangents)
     captured = jax.jit(capture)(mlp_params(), X, Y)[2]
     assert_close(update(captured), captured["second"].cotangents)
-    assert len(traces) == 1
 
 
 @pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray, lambda y: y[0, 0]])
@@ -780,7 +760,7 @@ def test_captured_crosses_jit_as_a_pytree():
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
     again = jax.tree.unflatten(tree, leaves)
     assert dict(again).keys() == dict(captured).keys()
-    assert_bit_equal(again["first"].inputs, captured["first"].inputs)
+    chex.assert_trees_all_equal(again["first"].inputs, captured["first"].inputs)
 
 
 def test_find_layers_keeps_no_array_alive():

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -390,7 +391,7 @@ def test_a_gradient_of_zero_and_a_batch_that_is_not_finite_move_nothing(momentum
     params, (x, y) = NET.params(), NET.data()
     update, new = line(NET, None)(tx, params, state, (x.at[0, 0].set(jnp.nan), y))
     assert not flat(update).any()
-    jax.tree.map(np.testing.assert_array_equal, new, state)
+    chex.assert_trees_all_equal(new, state)
 
 
 def test_errors_of_steps_say_what_is_missing():

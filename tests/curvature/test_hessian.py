@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -60,10 +61,7 @@ def as_blocks(net, params, matrix):
 
 
 def assert_close(actual, desired, error=1e-8):
-    def close(a, b):
-        np.testing.assert_allclose(a, b, rtol=error, atol=error)
-
-    jax.tree.map(close, dict(actual), dict(desired))
+    chex.assert_trees_all_close(dict(actual), dict(desired), rtol=error, atol=error)
 
 
 @settings(max_examples=6)

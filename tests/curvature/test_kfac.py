@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 
 import locoprop_jax as lp
 from locoprop_jax import _linalg
-from tests.dense_nets import DEEP, HEADS, Net, assert_blocks, assert_equal_to_rounding, nets
+from tests.dense_nets import (
+    DEEP,
+    HEADS,
+    Net,
+    assert_blocks,
+    assert_equal_to_rounding,
+    averaged_factors,
+    nets,
+)
 
 EMPIRICAL = {"curvature": "empirical"}
 
@@ -146,21 +155,11 @@ def test_factors_are_averaged_and_inverted_when_they_are_due():
         **EMPIRICAL,
     )
     params, state = net.params(), tx.init(net.params())
-    total = dict.fromkeys(net.names, (0.0, 0.0))
-    inverse, last = {}, 0
-    for count in range(9):
-        batch = net.data(count)
-        now = factors(net, params, batch, "fisher_empirical")
-        due = count in (0, 1, 2, 4, 8)
-        if due or count in (3, 7):
-            kept, last = decay ** (count + 1 - last), count + 1
-            for name, parts in now.items():
-                total[name] = tuple(
-                    kept * old + (1 - kept) * new
-                    for old, new in zip(total[name], parts[:2], strict=True)
-                )
-        if due:
-            inverse = {n: [f / (1 - decay**last) for f in total[n]] for n in net.names}
+    batches = [net.data(count) for count in range(9)]
+    found = [factors(net, params, batch, "fisher_empirical") for batch in batches]
+    due = (0, 1, 2, 4, 8)
+    averages = averaged_factors(found, decay, {*due, 3, 7}, due)
+    for batch, now, inverse in zip(batches, found, averages, strict=True):
         updates, state = step(net, tx, params, state, batch)
         expected = {n: divided((*inverse[n], now[n][2]), damping) for n in net.names}
         assert_blocks(net, updates, expected, 1e-8)
@@ -211,8 +210,7 @@ def test_dead_layers_have_finite_updates_and_weight_decay_of_its_own_size(exact_
         )
         _, grads, captured = lp.value_grad_and_capture(loss_fn)(params, x)
         updates, state = tx.update(grads, tx.init(params), params, captured=captured)
-        leaves = jax.tree.leaves((updates, state))
-        assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
+        chex.assert_tree_all_finite((updates, state))
         assert max(np.abs(u).max() for u in jax.tree.leaves(updates)) < 10
 
 
@@ -230,7 +228,7 @@ def test_a_failed_inversion_is_counted_and_keeps_the_last_inverse(monkeypatch):
         for name in net.names
     ]
     assert same == [False, True]
-    assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
+    chex.assert_tree_all_finite(updates)
 
 
 def test_a_batch_that_is_not_finite_leaves_everything_as_it_was():
@@ -239,8 +237,8 @@ def test_a_batch_that_is_not_finite_leaves_everything_as_it_was():
     tx = lp.scale_by_kfac(net.layers(), **EMPIRICAL)
     _, before = step(net, tx, params, tx.init(params), (x, y))
     updates, after = step(net, tx, params, before, (x.at[0, 0].set(np.nan), y))
-    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(updates))
+    chex.assert_trees_all_equal(after, before)
 
 
 def test_statistics_that_overflow_are_not_gathered():
@@ -256,9 +254,9 @@ def test_statistics_that_overflow_are_not_gathered():
     arrays = tuple(huge if name == first else captured[name] for name in captured)
     captured = dataclasses.replace(captured, _arrays=arrays)
     updates, after = tx.update(grads, before, params, captured=captured)
-    jax.tree.map(np.testing.assert_array_equal, after.statistics, before.statistics)
+    chex.assert_trees_all_equal(after.statistics, before.statistics)
     assert (after.count, after.gathered, after.failures) == (2, 1, 0)
-    assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
+    chex.assert_tree_all_finite(updates)
 
 
 def products_outside_conditionals(jaxpr):

@@ -1,5 +1,6 @@
 """KFRA against the recursion in NumPy and the exact Gauss-Newton matrix (oracle 8)."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 import locoprop_jax as lp
 from locoprop_jax._curvature.kfra import scale_by_kfra
 from tests.curvature.test_kfac import divided, mean
-from tests.dense_nets import DEEP, HEADS, TRANSFERS, Net, assert_blocks, nets, softmax
+from tests.dense_nets import (
+    DEEP,
+    HEADS,
+    TRANSFERS,
+    Net,
+    assert_blocks,
+    averaged_factors,
+    nets,
+    softmax,
+)
 
 CURVATURE = "ggn_output"
 
@@ -117,20 +127,11 @@ def test_factors_are_averaged_and_inverted_when_they_are_due():
         net.layers(), damping=damping, decay=decay, inverse_period=4, statistics_steps=2
     )
     update, params, state = update_function(net, tx), net.params(), tx.init(net.params())
-    total, inverse, last = dict.fromkeys(net.names, (0.0, 0.0)), {}, 0
-    for count in range(6):
-        batch = net.data(count)
-        now = recursion(net, params, batch)
-        due = count in (0, 1, 2, 4)
-        if due or count == 3:
-            kept, last = decay ** (count + 1 - last), count + 1
-            for name, parts in now.items():
-                total[name] = tuple(
-                    kept * old + (1 - kept) * new
-                    for old, new in zip(total[name], parts[:2], strict=True)
-                )
-        if due:
-            inverse = {n: [f / (1 - decay**last) for f in total[n]] for n in net.names}
+    batches = [net.data(count) for count in range(6)]
+    found = [recursion(net, params, batch) for batch in batches]
+    due = (0, 1, 2, 4)
+    averages = averaged_factors(found, decay, {*due, 3}, due)
+    for batch, now, inverse in zip(batches, found, averages, strict=True):
         updates, state = update(params, state, *batch)
         expected = {n: divided((*inverse[n], now[n][2]), damping) for n in net.names}
         assert_blocks(net, updates, expected, 1e-8)
@@ -163,7 +164,7 @@ def test_without_the_output_factor_the_input_factor_keeps_its_damping(
     _, grads, captured = capture(params, *batch)
     state = tx.init(params)
     updates, after = tx.update(grads, state, params, captured=captured)
-    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), state, after)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
     found = (kflr if method == "kfac" else recursion)(net, params, batch)
     expected = {}
     for name, parts in found.items():
@@ -189,8 +190,8 @@ def test_a_batch_that_is_not_finite_leaves_everything_as_it_was():
     tx = scale_by_kfra(net.layers())
     _, before = step(net, tx, params, tx.init(params), (x, y))
     updates, after = step(net, tx, params, before, (x.at[0, 0].set(np.nan), y))
-    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(updates))
+    chex.assert_trees_all_equal(after, before)
 
 
 def test_dead_layers_have_finite_updates():
@@ -200,7 +201,7 @@ def test_dead_layers_have_finite_updates():
     for x in (-jnp.ones((5, 3)), jnp.zeros((5, 3))):
         tx = scale_by_kfra(net.layers())
         updates, state = step(net, tx, params, tx.init(params), (x, y))
-        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((updates, state)))
+        chex.assert_tree_all_finite((updates, state))
         assert max(np.abs(u).max() for u in jax.tree.leaves(updates)) < 10
 
 
@@ -242,7 +243,7 @@ def test_parameters_keep_their_dtype():
     updates, state = step(net, tx, params, tx.init(params), batch)
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
     assert {s.dtype for s in jax.tree.leaves(state.statistics)} == {jnp.dtype(jnp.float32)}
-    assert all(np.all(np.isfinite(u.astype(float))) for u in jax.tree.leaves(updates))
+    chex.assert_tree_all_finite(updates)
 
 
 # --- errors --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import chex
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -427,8 +428,7 @@ def test_dead_layers_have_finite_updates(batch_size, block_diagonal):
         run = jax.jit(lp.value_grad_and_capture(loss_fn, curvature="ggn_exact"))
         _, grads, captured = run(params, x)
         updates, state = jax.jit(tx.update)(grads, tx.init(params), captured=captured)
-        leaves = jax.tree.leaves((updates, state))
-        assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
+        chex.assert_tree_all_finite((updates, state))
         assert state.failures == 0
         assert all(u.dtype == jnp.float32 for u in jax.tree.leaves(updates))
         if value <= 0:  # a Fisher of zeros counts as one
@@ -445,8 +445,8 @@ def test_a_batch_that_is_not_finite_leaves_everything_as_it_was(batch_size):
     x, y = net.data(7)
     grads, captured = capture(net, params, (x.at[0, 0].set(np.nan), y))
     updates, after = update(grads, before, captured=captured)
-    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
-    jax.tree.map(np.testing.assert_array_equal, after, before)
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(updates))
+    chex.assert_trees_all_equal(after, before)
 
 
 def failing(cholesky, matrix):
@@ -467,7 +467,7 @@ def test_a_failed_factorisation_is_counted_and_keeps_the_last_one(monkeypatch):
         patch.setattr(_linalg, "cholesky", broken)
         updates, nothing = compiled(tx)(grads, tx.init(params), captured=captured)
     assert nothing.failures == 1
-    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(updates))
     # Tried again at once, because there is none to go on with.
     update = compiled(tx)
     updates, before = update(grads, nothing, captured=captured)
@@ -480,7 +480,7 @@ def test_a_failed_factorisation_is_counted_and_keeps_the_last_one(monkeypatch):
         patch.setattr(_linalg, "cholesky", broken)
         updates, after = compiled(tx)(others, before, captured=later)
     assert after.failures == 2
-    jax.tree.map(np.testing.assert_array_equal, after.systems, before.systems)
+    chex.assert_trees_all_equal(after.systems, before.systems)
     expected, _ = compiled(own)(others, own.init(params), captured=later, fisher=captured)
     assert_equal_to_rounding(updates, expected)
 
@@ -492,7 +492,7 @@ def test_a_failure_with_nothing_kept_updates_nothing(monkeypatch):
     tx = scale_by_natural_gradient(net.layers())
     updates, state = jax.jit(tx.update)(grads, tx.init(params), captured=captured)
     assert state.failures == 1
-    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(updates))
 
 
 def test_seeds_can_be_mapped_over():
@@ -579,7 +579,7 @@ def test_layers_that_differ_in_their_examples_have_no_common_fisher():
         tx.update(grads, tx.init(params), captured=captured)
     apart = scale_by_natural_gradient(layers, block_diagonal=True)
     updates, _ = apart.update(grads, apart.init(params), captured=captured)
-    assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
+    chex.assert_tree_all_finite(updates)
 
 
 def test_a_fisher_beside_the_one_kept_is_an_error():

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +16,7 @@ from hypothesis import strategies as st
 import locoprop_jax as lp
 from locoprop_jax import _linalg
 from locoprop_jax._layers import rows as _rows
-from tests.helpers import block_gradient, quick_jit
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+from tests.helpers import block_gradient, normal, quick_jit
 
 
 def spread(v, x):
@@ -27,7 +24,7 @@ def spread(v, x):
 
 
 def close(a, b, tolerance=1e-9):
-    np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+    chex.assert_trees_all_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def head(h, y):
@@ -44,7 +41,7 @@ def check_arrays(loss, params, batch):
             jax.value_and_grad(loss)(p, *b),
         )
     )(params, batch)
-    jax.tree.map(close, (value, grads), expected)
+    close((value, grads), expected)
     for name, layer in layers.items():
         arrays, weights = captured[name], layers.block(params, name)
         x = arrays.inputs.astype(weights.dtype)
@@ -82,7 +79,7 @@ def check_products(rows, x):
     block = {"kernel": normal(0, x.shape[1], 3), "bias": normal(1, 3)}
     e = normal(2, len(x), 3)
     close(_rows.push(rows, block), _rows.push(x, block))
-    jax.tree.map(close, _rows.pull(rows, e, block), _rows.pull(x, e, block))
+    close(_rows.pull(rows, e, block), _rows.pull(x, e, block))
     close(_rows.between_rows(rows), _rows.between_rows(x))
     for of in (_rows.mean, _rows.mean_square):
         close(rows.count * of(rows), len(x) * of(x))
@@ -555,11 +552,11 @@ def test_every_method_takes_every_kind(name):
 
     grads, results = step(params, states)
     for method, (updates, state) in results.items():
-        assert jax.tree.structure(state) == jax.tree.structure(states[method])
-        jax.tree.map(lambda a, b: close(a.shape, b.shape), state, states[method])
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, states[method])
         assert jnp.real(optax.tree.vdot(grads, updates)) > 0, method
-        for leaf, grad in zip(jax.tree.leaves(updates), jax.tree.leaves(grads), strict=True):
-            assert np.all(np.isfinite(leaf)) and leaf.shape == grad.shape and np.any(leaf)
+        chex.assert_trees_all_equal_shapes(updates, grads)
+        chex.assert_tree_all_finite(updates)
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(updates))
 
 
 def windows(x, window, strides):
@@ -598,7 +595,7 @@ def test_a_convolution_is_a_dense_layer_of_its_windows(batch):
             for method, tx in ((name, make(layers)) for name, make in METHODS.items())
         }
 
-    jax.tree.map(functools.partial(close, tolerance=1e-7), updates(convolution), updates(dense))
+    close(updates(convolution), updates(dense), 1e-7)
 
 
 @pytest.mark.parametrize("name", ["foof", "lnb", "kfac", "locoprop_s", "locoprop_m"])

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,13 +15,9 @@ from hypothesis import strategies as st
 import locoprop_jax as lp
 from locoprop_jax._tracing import reasons
 from locoprop_jax._tracing.reasons import NO_GRADIENT, Reason
-from tests.helpers import FRONT_ENDS, Network, block_gradient, networks, quick_jit
+from tests.helpers import FRONT_ENDS, Network, block_gradient, networks, normal, quick_jit
 
 # --- a network whose middle is replaced, case by case --------------------------------------------
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
 X, Y = normal(0, 5, 3), normal(1, 5, 2)
@@ -228,9 +225,7 @@ def test_a_parameter_that_is_not_understood_is_named_and_passed_over_on_request(
         return loss_and_grads, jax.value_and_grad(loss)(params, X, Y)
 
     (value, grads, captured), expected = everything(params)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), (value, grads), expected
-    )
+    chex.assert_trees_all_close((value, grads), expected, rtol=1e-12)
     for name in layers:
         found = block_gradient(captured[name], True)
         np.testing.assert_allclose(found, layers.block(grads, name), rtol=1e-10, atol=1e-12)
@@ -464,10 +459,8 @@ def test_layers_differ_where_a_constant_of_a_transfer_function_does(as_array):
 
 
 def test_layers_are_static_arguments_of_jit():
-    traces = []
-
+    @chex.assert_max_traces(n=1)
     def norm(layers, params):
-        traces.append(layers)
         return sum(jnp.sum(layers.block(params, name) ** 2) for name in layers)
 
     norm = jax.jit(norm, static_argnums=0)
@@ -476,7 +469,6 @@ def test_layers_are_static_arguments_of_jit():
         layers = lp.find_layers(network.loss, network.params(), *network.data())
         norm(layers, network.params())
         network = dataclasses.replace(network, batch=batch)
-    assert len(traces) == 1
 
 
 def reachable(value):
@@ -598,9 +590,9 @@ def test_unblock_is_the_inverse_of_block(front_end):
 
     found, expected = by_shape(leaves.values()), by_shape(jax.tree.leaves(params))
     assert len(found) == 4
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    chex.assert_trees_all_equal(found, expected)
     doubled = layers.replace(params, {name: 2 * layers.block(params, name) for name in layers})
-    jax.tree.map(np.testing.assert_array_equal, doubled, jax.tree.map(lambda p: 2 * p, params))
+    chex.assert_trees_all_equal(doubled, jax.tree.map(lambda p: 2 * p, params))
 
 
 def test_a_block_is_the_kernel_as_inputs_by_outputs_with_the_bias_as_last_row():

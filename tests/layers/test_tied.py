@@ -1,5 +1,6 @@
 """Weights used transposed besides: their rows stand for what the gradient and the metric are."""
 
+import chex
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -8,17 +9,13 @@ import optax
 import pytest
 
 import locoprop_jax as lp
-from tests.helpers import block_gradient, quick_jit
+from tests.helpers import block_gradient, normal, quick_jit
 
 EXAMPLES, LENGTH, WORDS, WIDTH = 6, 5, 7, 3
 
 
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
-
-
 def close(actual, desired):
-    np.testing.assert_allclose(actual, desired, rtol=1e-8, atol=1e-12)
+    chex.assert_trees_all_close(actual, desired, rtol=1e-8, atol=1e-12)
 
 
 PARAMS = {"table": normal(0, WORDS, WIDTH), "mix": normal(1, WIDTH, WIDTH)}
@@ -116,7 +113,7 @@ def test_micro_batches_are_captured_as_the_batch_that_they_make(layers):
     for name in ("output_rows", "cotangent_rows"):
         one, other = getattr(arrays, name)(float), getattr(whole, name)(float)
         close(one, other)
-    jax.tree.map(close, arrays.rows(float), whole.rows(float))
+    close(arrays.rows(float), whole.rows(float))
     assert arrays.rows(float).count == whole.rows(float).count == 2 * EXAMPLES * LENGTH
 
 

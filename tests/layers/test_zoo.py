@@ -3,6 +3,7 @@
 import functools
 import re
 
+import chex
 import jax
 import numpy as np
 import optax
@@ -84,9 +85,7 @@ def test_gradients_are_those_of_jax_and_of_the_captured_arrays(name):
         return (value, grads), jax.value_and_grad(loss)(params, batch), products
 
     found, expected, products = everything(params, batch)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
-    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
     for product, block in products.values():
         np.testing.assert_allclose(product, block, rtol=1e-3, atol=1e-5)
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -745,7 +746,7 @@ def test_all_others_take_a_finite_step_and_leave_nothing_behind_after_a_bad_batc
         ]
 
     for _, updates, state in steps(good_grads, good):
-        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((updates, state)))
+        chex.assert_tree_all_finite((updates, state))
         assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(updates))
     for before, updates, state in steps(*wrong):
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))

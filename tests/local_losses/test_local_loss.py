@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -448,10 +449,10 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_count(value):
     params, (x, y) = DEEP.params(), DEEP.data()
     _, state = update(params, tx.init(params), x, y)
     updates, after = update(params, state, x.at[0, 0].set(value), y)
-    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(updates))
     assert int(optax.tree.get(after, "count")) == 2
     before, now = (optax.tree.get(s, "inner") for s in (state, after))
-    jax.tree.map(np.testing.assert_array_equal, now, before)
+    chex.assert_trees_all_equal(now, before)
 
 
 @functools.cache
@@ -482,7 +483,7 @@ def test_parameters_in_no_layer_take_the_step_that_backprop_takes():
 def test_a_batch_that_is_not_finite_does_not_move_parameters_in_no_layer():
     step, (x, y) = step_with_a_parameter_in_no_layer()
     updates, _ = step(x.at[0, 0].set(np.nan), y)
-    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(updates))
 
 
 @pytest.mark.parametrize("name, batch", [("locoprop_s", 1), ("locoprop_m", 1), ("locoprop_m", 4)])
@@ -493,7 +494,7 @@ def test_zero_inputs_constant_rows_and_single_rows_give_a_finite_update(name, ba
     params, (x, y) = net.params(), net.data()
     for inputs in (jnp.zeros_like(x), jnp.ones_like(x), 1e6 * x):
         updates, state = update(params, tx.init(params), inputs, y)
-        assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves((updates, state)))
+        chex.assert_tree_all_finite((updates, state))
         assert any(np.any(u != 0) for u in jax.tree.leaves(updates))
 
 

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -207,13 +208,13 @@ def test_a_failed_factorisation_is_counted_and_keeps_the_last_inverse(monkeypatc
         np.array_equal(after.inverse[name].kernel, state.inverse[name].kernel) for name in net.names
     ]
     assert same == [True, False]
-    assert all(np.all(np.isfinite(u)) for u in jax.tree.leaves(updates))
+    chex.assert_tree_all_finite(updates)
 
     solve = _linalg.solve
     monkeypatch.setattr(_linalg, "solve", lambda m, r: solve(m, r) * np.nan)
     updates, state = direction(net, lp.scale_by_foof(net.layers()))
     assert state.failures == 2
-    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+    chex.assert_trees_all_equal(updates, optax.tree.zeros_like(updates))
 
 
 # --- oracle 6: equivalences ----------------------------------------------------------------------
@@ -631,8 +632,7 @@ def test_degenerate_inputs_give_finite_updates_in_float32(method, rows):
         state = tx.init(params)
         for _ in range(4):
             params, state, updates = step(params, state, x)
-            leaves = jax.tree.leaves((updates, state))
-            assert all(np.all(np.isfinite(leaf)) for leaf in leaves), name
+            chex.assert_tree_all_finite({name: (updates, state)})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -643,11 +643,11 @@ def test_a_batch_that_is_not_finite_leaves_everything_as_it_was(method):
     params, before, _ = step(params, tx.init(params), x)
     for value in (np.nan, np.inf):
         _, after, updates = step(params, before, x.at[0, 0].set(value))
-        assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+        chex.assert_trees_all_equal(updates, optax.tree.zeros_like(updates))
         kept = before
         if not isinstance(after, lp.FoofState):  # a chain: its last part counts for a schedule
             after, kept = after[:-1], before[:-1]
-        jax.tree.map(np.testing.assert_array_equal, after, kept)
+        chex.assert_trees_all_equal(after, kept)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -661,7 +661,7 @@ def test_dead_layers_do_not_turn_weight_decay_in_the_loss_into_large_steps(metho
     tx = METHODS[method](lp.find_layers(decayed, params, x))
     _, grads, captured = lp.value_grad_and_capture(decayed)(params, x)
     updates, state = tx.update(grads, tx.init(params), params, captured=captured)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((updates, state)))
+    chex.assert_tree_all_finite((updates, state))
     if "undamped" not in method:
         assert max(np.abs(u).max() for u in jax.tree.leaves(updates)) < 10
 

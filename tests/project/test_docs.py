@@ -15,8 +15,9 @@ from benchmarks.costs.capture_cost import images
 from benchmarks.shared.models import ViT
 
 MODULES = [module.name for module in pkgutil.walk_packages(locoprop_jax.__path__, "locoprop_jax.")]
-README = Path(__file__).parents[2] / "README.md"
-DOCS = README.parent / "docs"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 
 
 @pytest.mark.standard_promotion
@@ -64,10 +65,24 @@ def test_every_public_name_is_in_the_reference_and_has_a_docstring():
 
 
 def test_the_tests_that_the_mathematics_names_exist():
-    named = re.findall(r"`(test_\w+\.py)::(\w+)`", (DOCS / "mathematics.md").read_text())
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (DOCS / "mathematics.md").read_text())
     assert len(named) > 30
     for file, test in named:
-        assert f"def {test}(" in (DOCS.parent / "tests" / file).read_text(), test
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), test
+
+
+def test_what_the_tour_names_exists():
+    text = (DOCS / "contributing.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 50
+    for file, name in named:
+        (path,) = [p for p in (ROOT / file, ROOT / "locoprop_jax" / file) if p.exists()]
+        assert not name or re.search(rf"^(def|class) {name}\b", path.read_text(), re.M), (
+            file,
+            name,
+        )
+    for path in re.findall(r"make\.py test ([^#\n]+)", text):
+        assert [word for word in path.split() if "/" in word and not (ROOT / word).exists()] == []
 
 
 def test_links_between_files_of_the_repository_lead_somewhere():

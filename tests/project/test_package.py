@@ -13,7 +13,7 @@ import pytest
 import locoprop_jax as lp
 
 ROOT = Path(__file__).parents[2]
-SOURCES = {f"locoprop_jax/{path.name}" for path in (ROOT / "locoprop_jax").glob("*.py")}
+SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "locoprop_jax").rglob("*.py")}
 SOURCES.add("locoprop_jax/py.typed")
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import chex
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -37,8 +38,7 @@ def assert_falling(losses):
 
 
 def assert_close(actual, desired):
-    assert jax.tree.structure(actual) == jax.tree.structure(desired)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), actual, desired)
+    chex.assert_trees_all_close(actual, desired, rtol=1e-10)
 
 
 class Autoencoder(nn.Module):

@@ -1,0 +1,128 @@
+"""The running view of a traced function: values recorded on the way, perturbations let in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from locoprop_jax._tracing.jaxpr import Path, body, is_literal, open_jaxpr, run_equation, scan_of
+from locoprop_jax._tracing.primitives import CALLS, SCAN
+
+
+class Address(NamedTuple):
+    """A value of a running program: operand or result `index` of the equation at `path`."""
+
+    path: Path
+    side: str  # "in" or "out"
+    index: int
+
+
+@jax.custom_jvp
+def tap(x: jax.Array, perturbation: jax.Array) -> jax.Array:
+    """`x` itself; only derivatives see the perturbation.
+
+    Adding zeros instead would change -0.0, cross the optimization barriers of rematerialisation
+    and keep an addition in the compiled forward pass.
+    """
+    del perturbation
+    return x
+
+
+@tap.defjvp
+def _tap_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return primals[0], jax.tree.map(jax.numpy.add, tangents[0], tangents[1])
+
+
+def evaluate(
+    closed: Any,
+    args: Sequence[Any],
+    record: frozenset[Address],
+    perturbations: Mapping[Path, jax.Array],
+) -> tuple[list[Any], dict[Address, jax.Array]]:
+    """Run a traced function, record the values at `record`, perturb first results.
+
+    Args:
+      closed: the jaxpr of the function.
+      args: its flat arguments.
+      record: which values to return besides the results.
+      perturbations: for an equation's path, what to add (to derivatives only) to its first
+        result, of that result's shape and dtype.
+
+    Returns:
+      The flat results, and the recorded values by address.
+    """
+    entered = {address.path[:n] for address in record for n in range(1, len(address.path))}
+    entered |= {path[:n] for path in perturbations for n in range(1, len(path))}
+
+    def run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], z: Mapping, path: Path):
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        recorded: dict[Address, jax.Array] = {}
+
+        def read(atom: Any) -> Any:
+            return atom.val if is_literal(atom) else env[atom]
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            here = (*path, i)
+            operands = [read(v) for v in eqn.invars]
+            if here in entered:
+                results, inner = enter(eqn, operands, z, here)
+                recorded.update(inner)
+            else:
+                results = run_equation(jaxpr, eqn, operands)
+            if here in z:
+                results[0] = tap(results[0], z[here])
+            values = {"in": operands, "out": results}
+            for side, index in by_path.get(here, ()):
+                recorded[Address(here, side, index)] = values[side][index]
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(v) for v in jaxpr.outvars], recorded
+
+    def enter(eqn: Any, operands: Sequence[Any], z: Mapping, here: Path):
+        if eqn.primitive in CALLS:
+            return run(*open_jaxpr(body(eqn)), operands, z, here)
+        # What is rematerialised stays so: the perturbations enter as arguments, the records leave
+        # as results. Those of a loop have an axis for it in front.
+        inner = {path: value for path, value in z.items() if path[: len(here)] == here}
+        inside = [a for a in sorted(record) if a.path[: len(here)] == here != a.path]
+        if eqn.primitive in SCAN:
+            return scanned(eqn, operands, inner, inside, here)
+        jaxpr, consts = open_jaxpr(body(eqn))
+        policy = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
+
+        def rematerialised(operands, values):
+            z = dict(zip(inner, values, strict=True))
+            results, recorded = run(jaxpr, consts, operands, z, here)
+            return results, [recorded[address] for address in inside]
+
+        results, values = jax.checkpoint(rematerialised, **policy)(operands, list(inner.values()))
+        return results, dict(zip(inside, values, strict=True))
+
+    def scanned(
+        eqn: Any,
+        operands: Sequence[Any],
+        inner: Mapping[Path, jax.Array],
+        inside: Sequence[Address],
+        here: Path,
+    ):
+        (jaxpr, consts), scan = open_jaxpr(eqn.params["jaxpr"]), scan_of(eqn)
+        fixed, start = operands[: scan.consts], operands[scan.consts : scan.consts + scan.carry]
+
+        def step(carry: Any, given: Any):
+            xs, values = given
+            z = dict(zip(inner, values, strict=True))
+            results, recorded = run(jaxpr, consts, [*fixed, *carry, *xs], z, here)
+            return results[: scan.carry], (results[scan.carry :], [recorded[a] for a in inside])
+
+        options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
+        given = (operands[scan.consts + scan.carry :], list(inner.values()))
+        carry, (ys, values) = jax.lax.scan(step, list(start), given, **options)
+        return [*carry, *ys], dict(zip(inside, values, strict=True))
+
+    by_path: dict[Path, list[tuple[str, int]]] = {}
+    for address in sorted(record):
+        by_path.setdefault(address.path, []).append((address.side, address.index))
+    jaxpr, consts = open_jaxpr(closed)
+    return run(jaxpr, consts, args, perturbations, ())

@@ -1,0 +1,73 @@
+"""Which sites are one layer, and which parameters are used in ways that do not agree."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from locoprop_jax._tracing import chains
+from locoprop_jax._tracing.chains import Part
+from locoprop_jax._tracing.reasons import Reason, used_differently
+from locoprop_jax._tracing.sites import Site
+
+
+def groups_of(sites: Sequence[Site]) -> tuple[tuple[tuple[int, ...], ...], frozenset[int]]:
+    """The sites of each layer, and which of them apply its weights transposed.
+
+    Those with fewer inputs are the layer's own, and a lookup is none of them.
+    """
+    by_key: dict[tuple, list[int]] = {}
+    for i, site in enumerate(sites):
+        by_key.setdefault(site.key(), []).append(i)
+    groups, transposed = list(by_key.values()), set()
+    same: dict[int | None, list[list[int]]] = {}
+    for group in groups:
+        same.setdefault(sites[group[0]].leaf, []).append(group)
+    for alike in same.values():
+        alike.sort(key=lambda group: (sites[group[0]].kind == "embedding", sites[group[0]].d_in))
+        for group, other in itertools.combinations(alike, 2):
+            both = group in groups and other in groups
+            if both and _is_transposed(sites[group[0]], sites[other[0]]):
+                transposed.update(other)
+                groups.remove(other)
+                group += other
+    return tuple(map(tuple, groups)), frozenset(transposed)
+
+
+def misused(sites: Sequence[Site], groups: Sequence[Sequence[int]]) -> dict[int, Reason]:
+    """The parameters whose uses do not agree."""
+    uses: dict[int, set[tuple[Part | None, int, str]]] = {}
+    roles: dict[int, list[str]] = {}
+    for number, i in ((number, i) for number, group in enumerate(groups) for i in sorted(group)):
+        site = sites[i]
+        for weight, part in ((site.weight, "kernel"), (site.added, "bias")):
+            if weight is not None:
+                uses.setdefault(weight.leaf, set()).add((weight.part, number, part))
+                roles.setdefault(weight.leaf, []).append(site.kind if part == "kernel" else part)
+    reasons = {}
+    for leaf, found in uses.items():
+        pairs = itertools.combinations(found, 2)
+        if any(a is None or b is None or a.overlaps(b) for (a, *_), (b, *_) in pairs):
+            reasons[leaf] = used_differently(roles[leaf])
+    return reasons
+
+
+def _is_transposed(site: Site, other: Site) -> bool:
+    """Whether the other applies the same kernel transposed."""
+    pair = (site, other)
+    if any(s.kind not in ("dense", "embedding") or s.stack is not None for s in pair):
+        return False
+    weight = site.weight
+    if site.kind == "embedding" or weight is None or other.weight is None:
+        return False
+    same = (weight.leaf, weight.part) == (other.weight.leaf, other.weight.part)
+    if not same or (site.d_in, site.d_out) != (other.d_out, other.d_in):
+        return False
+    sizes = (site.d_in, site.d_out)
+    if chains.extend(site.kernel, sizes, "transpose", (1, 0)) == other.kernel:
+        return True
+    numbers = chains.numbers(weight.own)
+    kernels = (chains.apply(s.kernel, numbers) for s in pair)
+    return np.array_equal(next(kernels), next(kernels).T)

@@ -1,0 +1,323 @@
+"""One pass over a program: what each value is made of, and the sites met on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from locoprop_jax._tracing import chains, flow, primitives
+from locoprop_jax._tracing.biases import attach_bias
+from locoprop_jax._tracing.jaxpr import scan_of
+from locoprop_jax._tracing.kinds.convolution import convolution
+from locoprop_jax._tracing.kinds.dense import dense
+from locoprop_jax._tracing.kinds.embedding import embedding
+from locoprop_jax._tracing.kinds.entries import bias, scale, scaled
+from locoprop_jax._tracing.labels import (
+    CONSTANT,
+    DATA,
+    Derived,
+    Label,
+    Loop,
+    Output,
+    Scaled,
+    Weight,
+    changed,
+    is_data,
+    leaves_of,
+    parts,
+    without_number,
+)
+from locoprop_jax._tracing.operands import AsItIs, Patches, Times
+from locoprop_jax._tracing.program import END, Equation, Program
+from locoprop_jax._tracing.reasons import (
+    ADDED_TO_NO_OUTPUT,
+    BATCH_NOT_KNOWN,
+    LOOP_START,
+    SHARED_BY_THE_BATCH,
+    Reason,
+    no_layer,
+    own_derivative,
+)
+from locoprop_jax._tracing.sites import BatchAxes, Site
+
+
+class Known(NamedTuple):
+    """What the passes over the program and over the bodies of its loops share.
+
+    Attributes:
+      batch_axes: for each value, the axes that grow with the batch.
+      terms: see `flow.loss_terms`.
+      excluded: the parameters that were not understood in an earlier pass.
+      unattached: biases that are layers of their own wherever they are added.
+      sites: those found so far.
+      reasons: those found so far.
+      pending: why a parameter is in no layer if its product with data meets no more of it.
+    """
+
+    batch_axes: BatchAxes
+    terms: Mapping[int, float]
+    excluded: frozenset[int]
+    unattached: frozenset[int]
+    sites: list[Site]
+    reasons: dict[int, Reason]
+    pending: dict[int, Reason]
+
+
+class Labelling:
+    """One pass of labels over a program, and the parameters it cannot account for."""
+
+    def __init__(
+        self,
+        known: Known,
+        program: Program,
+        labels: dict[int, Label],
+        live: Sequence[bool],
+        loops: tuple[Loop, ...] = (),
+        returned: tuple[int, ...] = (),
+    ):
+        self.known, self.program, self.labels, self.live = known, program, labels, live
+        self.loops, self.returned = loops, returned
+        self.sites, self.reasons, self.batch_axes = known.sites, known.reasons, known.batch_axes
+        self.consumers = flow.live_consumers(program, live)
+
+    def run(self) -> None:
+        for position, equation in enumerate(self.program.equations):
+            label = self._label(position, equation)
+            labels = label if isinstance(label, list) else [label] * len(equation.outputs)
+            self.labels.update(zip(equation.outputs, labels, strict=True))
+
+    def _label(self, position: int, equation: Equation) -> Label | list[Label]:
+        """The label of an equation's results; a parameter used beyond it gets its reason."""
+        kinds = [self.labels[v] for v in equation.inputs]
+        leaves = frozenset().union(*map(leaves_of, kinds))
+        meets_data = any(map(is_data, kinds))
+        plain = DATA if meets_data else CONSTANT
+        is_alive = self.live[position] and not leaves & self.known.excluded
+        if leaves and is_alive and position in self.program.bodies:
+            return self._loop(position, kinds)
+        if not leaves:
+            moved = _rearranged(self.program, equation, kinds)
+            return moved or (self._factor(position, kinds) if is_alive else None) or plain
+        found: Label | Reason | None = None
+        if is_alive:
+            reader = self._site if meets_data else self._before_data
+            found = reader(position, kinds)
+        if isinstance(found, Scaled | Output):
+            return found
+        if not meets_data:
+            hows = [k.how for k in kinds if isinstance(k, Derived)] or [str(equation.primitive)]
+            moved = _rearranged(self.program, equation, kinds)
+            return moved or parts(self.program, position, kinds) or Derived(leaves, hows[0])
+        is_term = equation.primitive in primitives.SUMS and equation.outputs[0] in self.known.terms
+        if isinstance(found, Reason) and not is_term:
+            # A sum inside the loss adds a regularizer.
+            self.reasons.update((leaf, found) for leaf in leaves if leaf not in self.reasons)
+        return plain
+
+    def _before_data(self, position: int, kinds: Sequence[Label]) -> Label | None:
+        """A parameter times a constant; rows of a table that are added to data."""
+        primitive = self.program.equations[position].primitive
+        if primitive in primitives.MUL and CONSTANT in kinds:
+            product = scaled(self.program, position, kinds, self.sites)
+            return None if isinstance(product, Reason) else product
+        if primitive in primitives.GATHER and self._is_added_to_data(position):
+            if not changed(self.program, position, kinds):
+                found = embedding(self.program, position, kinds)
+                return None if isinstance(found, Reason) else self._append(found)
+        return None
+
+    def _is_added_to_data(self, position: int) -> bool:
+        """Whether an equation's result, perhaps rearranged, is added to what grows."""
+        value = self.program.equations[position].outputs[0]
+        while len(uses := self.consumers.get(value, [])) == 1 and uses != [END]:
+            after = self.program.equations[uses[0]]
+            if after.primitive in primitives.ADD:
+                return self._grows(after.outputs[0])
+            if flow.rearranged(self.program, after, ()) is None:
+                return False
+            value = after.outputs[0]
+        return False
+
+    def _site(self, position: int, kinds: Sequence[Label]) -> Label | Reason:
+        """The label of a layer's output, or in words why this equation gives none."""
+        program, equation = self.program, self.program.equations[position]
+        primitive = equation.primitive
+        found: Site | Reason | None = None
+        if primitive in primitives.GATHER:
+            why = changed(program, position, kinds)
+            found = why or embedding(program, position, kinds)
+        elif primitive in primitives.DOT_GENERAL | primitives.CONVOLUTION:
+            read = dense if primitive in primitives.DOT_GENERAL else convolution
+            plain = [without_number(program, kind) for kind in kinds]
+            why = changed(program, position, plain)
+            found = why or read(program, position, plain, self.batch_axes)
+            found = _times_number(found, kinds)
+        if found is not None:
+            return found if isinstance(found, Reason) else self._append(found)
+        if primitive in primitives.MUL:
+            return self._scale(position, kinds)
+        if primitive in primitives.ADD:
+            attached: Output | Reason = ADDED_TO_NO_OUTPUT
+            if self.known.unattached.isdisjoint(frozenset().union(*map(leaves_of, kinds))):
+                attached = attach_bias(program, position, kinds, self.sites, self.consumers)
+            if isinstance(attached, Output):
+                return attached
+            return self._bias(position, 0, kinds) or attached
+        if primitive in primitives.CONCATENATE | primitives.SELECT:
+            return self._entering(equation, kinds) or self._unsupported(position, kinds)
+        return self._unsupported(position, kinds)
+
+    def _append(self, site: Site) -> Output:
+        self.sites.append(self._placed(site))
+        return Output(len(self.sites) - 1, ())
+
+    def _placed(self, site: Site) -> Site:
+        """The site in the loops that are around this program."""
+        site.loops, site.returned = self.loops, self.returned
+        return site
+
+    def _loop(self, position: int, kinds: Sequence[Label]) -> list[Label]:
+        """The labels of what a `scan` returns, its body gone through as a program of its own."""
+        equation, body = self.program.equations[position], self.program.bodies[position]
+        scan = scan_of(equation.eqn)
+        loop = Loop(equation.path, equation.params["length"], position)
+        end = scan.consts + scan.carry
+        labels: list[Label] = []
+        for i, (value, label) in enumerate(zip(equation.inputs, kinds, strict=True)):
+            shape = self.program.shape(value)
+            if isinstance(label, Scaled):
+                label = Derived(leaves_of(label), "mul")
+            elif isinstance(label, Output):
+                label = DATA
+            if isinstance(label, Weight) and scan.consts <= i:
+                passed = i < end and body.outputs[i - scan.consts] == body.inputs[i]
+                if i >= end:
+                    is_stack = chains.is_invertible(label.chain)
+                    label = (
+                        label.slices(shape, loop) if is_stack else Derived(leaves_of(label), "scan")
+                    )
+                elif not passed:
+                    label = self._started(position, i, label)
+            labels.append(label)
+        # What is carried becomes data where the loop meets data at all.
+        meets_data = any(map(is_data, labels))
+        for i in range(scan.consts, end):
+            if labels[i] is CONSTANT and meets_data:
+                labels[i] = DATA
+        inner = {v: self.labels[v] for v in body.constants}
+        inner |= zip(body.inputs, labels, strict=True)
+        live = flow.live_equations(body, *body.outputs)
+        returned = self.returned or equation.outputs
+        Labelling(self.known, body, inner, live, (*self.loops, loop), returned).run()
+        leaves = frozenset().union(*map(leaves_of, labels))
+        result: list[Label] = [DATA if meets_data else Derived(leaves, "scan")]
+        result *= len(equation.outputs)
+        for i in range(scan.carry):
+            if isinstance(labels[scan.consts + i], Weight):
+                result[i] = kinds[scan.consts + i]
+        return result
+
+    def _started(self, position: int, operand: int, label: Weight) -> Label:
+        """A parameter that a loop starts from: a layer at its own value, one for each example."""
+        value = self.program.equations[position].inputs[operand]
+        found = self._at_value(value, [label])
+        if isinstance(found, Output):
+            return DATA
+        why = found if isinstance(found, Reason) else LOOP_START
+        self.reasons.setdefault(label.leaf, why)
+        return DATA
+
+    def _grows(self, value: int) -> bool:
+        return self.batch_axes is not None and bool(self.batch_axes[value])
+
+    def _scale(self, position: int, kinds: Sequence[Label]) -> Label | Reason:
+        if self.batch_axes is None:
+            return BATCH_NOT_KNOWN
+        product = scaled(self.program, position, kinds, self.sites)
+        if isinstance(product, Reason):
+            return product
+        if not self._grows(self.program.equations[position].outputs[0]):
+            # Statistics of the batch, whose product is yet to meet the data.
+            self.known.pending[product.weight.leaf] = SHARED_BY_THE_BATCH
+            return product
+        found = scale(self.program, position, product)
+        return found if isinstance(found, Reason) else self._append(found)
+
+    def _factor(self, position: int, kinds: Sequence[Label]) -> Label | None:
+        """One more factor of data for a scale whose product goes nowhere else."""
+        equation = self.program.equations[position]
+        outputs = [k for k in kinds if isinstance(k, Output)]
+        if equation.primitive not in primitives.MUL or len(outputs) != 1:
+            return None
+        (output,), site = outputs, self.sites[outputs[0].site]
+        if site.kind != "scale" or site.added is not None or not self._only_use(site, position):
+            return None
+        product = scaled(self.program, position, kinds, self.sites)
+        if isinstance(product, Reason):
+            return None
+        found = scale(self.program, position, product)
+        if isinstance(found, Reason):
+            return None
+        self.sites[output.site] = self._placed(found)
+        return Output(output.site, ())
+
+    def _only_use(self, site: Site, position: int) -> bool:
+        """Whether a site's output goes, perhaps rearranged, to this equation and nowhere else."""
+        value = site.output
+        while len(uses := self.consumers.get(value, [])) == 1 and uses != [END]:
+            if uses[0] == position:
+                return True
+            value = self.program.equations[uses[0]].outputs[0]
+        return False
+
+    def _bias(self, position: int, result: int, kinds: Sequence[Label]) -> Label | Reason | None:
+        """A parameter that is added to data as a layer of its own, None where it is no such."""
+        weights = [k for k in kinds if isinstance(k, Weight)]
+        specials = [k for k in kinds if leaves_of(k)]
+        value = self.program.equations[position].outputs[result]
+        if len(weights) != 1 or len(specials) != 1 or not self._grows(value):
+            return None
+        found = bias(self.program, position, result, weights[0])
+        return found if isinstance(found, Reason) else self._append(found)
+
+    def _entering(self, equation: Equation, kinds: Sequence[Label]) -> Label | Reason | None:
+        """A parameter that is put beside data, once for each example: a layer at its own value."""
+        entering = [v for v, k in zip(equation.inputs, kinds, strict=True) if leaves_of(k)]
+        if len(entering) != 1:
+            return None
+        found = self._at_value(entering[0], [k for k in kinds if leaves_of(k)])
+        return DATA if isinstance(found, Output) else found
+
+    def _at_value(self, value: int, kinds: Sequence[Label]) -> Label | Reason | None:
+        """A parameter that is data itself, spread over the examples before it is used once."""
+        position = self.program.producers.get(value)
+        if position is None or len(self.consumers.get(value, [])) != 1 or not self._grows(value):
+            return None
+        result = self.program.equations[position].outputs.index(value)
+        return self._bias(position, result, kinds)
+
+    def _unsupported(self, position: int, kinds: Sequence[Label]) -> Reason:
+        equation = self.program.equations[position]
+        if equation.primitive in primitives.CUSTOM:
+            return own_derivative(str(equation.primitive))
+        why = changed(self.program, position, kinds)
+        return why or no_layer(str(equation.primitive))
+
+
+def _rearranged(program: Program, equation: Equation, kinds: Sequence[Label]) -> Label | None:
+    """The label of a rearranged parameter or layer output; None for any other equation."""
+    if len(kinds) != 1 or not isinstance(kinds[0], Weight | Scaled | Output):
+        return None
+    chain = flow.rearranged(program, equation, kinds[0].chain)
+    return None if chain is None else kinds[0]._replace(chain=chain)
+
+
+def _times_number(site: Site | Reason, kinds: Sequence[Label]) -> Site | Reason:
+    """The site with its inputs multiplied by the number that its kernel was, if there is one."""
+    if isinstance(site, Reason):
+        return site
+    factors = [operand for k in kinds if isinstance(k, Scaled) for operand in k.factors]
+    if factors:
+        assert isinstance(site.reader, AsItIs | Patches)
+        site.operands, site.reader = (*site.operands, *factors), Times(site.reader)
+    return site

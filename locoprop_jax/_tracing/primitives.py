@@ -1,0 +1,55 @@
+"""What the primitives of JAX do, as far as reading a loss takes it: tables of them."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.extend.core import primitives
+
+
+def _primitives(*names: str) -> frozenset:
+    """The primitives of these names that this JAX has; they are compared as objects ever after."""
+    found = (getattr(primitives, f"{name}_p", None) for name in names)
+    return frozenset(primitive for primitive in found if primitive is not None)
+
+
+# Calls whose body is evaluated in place, and rematerialisation, which is rebuilt around its body.
+CALLS = _primitives("jit", "pjit", "closed_call", "core_call")
+REMAT = _primitives("remat")
+SCAN = _primitives("scan")
+CUSTOM = _primitives("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+STOP_GRADIENT = _primitives("stop_gradient")
+DOT_GENERAL = _primitives("dot_general")
+ADD = _primitives("add", "add_any")
+TRANSPOSE = _primitives("transpose")
+RESHAPE = _primitives("reshape", "squeeze")
+BROADCAST = _primitives("broadcast_in_dim")
+CAST = _primitives("convert_element_type", "reduce_precision")
+SAME = _primitives("copy", "copy_p", "name", "sharding_constraint")
+MUL = _primitives("mul")
+DIV = _primitives("div")
+REDUCE_SUM = _primitives("reduce_sum")
+REDUCE = REDUCE_SUM | _primitives("reduce_max", "reduce_min", "reduce_prod")
+CUMULATIVE = _primitives("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+DYNAMIC_SLICE = _primitives("dynamic_slice")
+SLICE = DYNAMIC_SLICE | _primitives("slice")
+PAD = _primitives("pad")
+REVERSE = _primitives("rev")
+CONCATENATE = _primitives("concatenate")
+GATHER = _primitives("gather")
+SELECT = _primitives("select_n")
+CONVOLUTION = _primitives("conv_general_dilated")
+# Not exported by name.
+SPLIT = frozenset(
+    eqn.primitive
+    for eqn in jax.make_jaxpr(lambda x: jax.lax.split(x, (1, 1)))(np.zeros(2, np.float32)).eqns
+)
+# Equations through which a loss is a weighted sum of its terms.
+SUMS = ADD | _primitives("sub", "neg", "reduce_sum") | RESHAPE | BROADCAST | CAST | SAME
+_ENTRY_BY_ENTRY = """
+abs acos acosh and asin asinh atan atan2 atanh cbrt ceil clamp copy cos cosh digamma eq erf
+erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt
+max min ne neg nextafter not or pow rem round rsqrt select_n sign sin sinh sqrt square sub tan
+tanh xor
+"""
+ELEMENTWISE = ADD | CAST | MUL | DIV | STOP_GRADIENT | _primitives(*_ENTRY_BY_ENTRY.split())

@@ -1,0 +1,205 @@
+"""The flat view of a traced function: all its equations in order, each value a number."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from locoprop_jax._tracing.jaxpr import (
+    Path,
+    body,
+    is_elementwise,
+    is_literal,
+    open_jaxpr,
+    run_equation,
+)
+from locoprop_jax._tracing.primitives import BROADCAST, RESHAPE, SCAN
+
+
+class Equation(NamedTuple):
+    """One equation of a `Program`: values are numbers, shared across the calls they pass."""
+
+    path: Path
+    eqn: Any
+    jaxpr: Any  # the jaxpr it stands in
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def primitive(self) -> Any:
+        return self.eqn.primitive
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        return self.eqn.params
+
+
+END = -1  # stands among the consumers of a result that leaves the body of a loop
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A traced function, calls inlined. A value is a number below `len(avals)`.
+
+    The equations of a call stand among the others; `calls` notes where it was. A `scan` is one
+    equation, and its body a program of its own, which shares the numbers of values.
+    """
+
+    equations: tuple[Equation, ...]
+    calls: tuple[Equation, ...]  # the inlined ones, an outer call before those inside it
+    avals: Sequence[Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    constants: Mapping[int, Any]  # values known when tracing: literals and closed-over arrays
+    literals: Set[int]
+    bodies: Mapping[int, Program]  # of scans, by position
+    is_body: bool = False
+
+    def all_equations(self) -> Iterator[Equation]:
+        """Its own and those of all loops."""
+        yield from self.equations
+        for inner in self.bodies.values():
+            yield from inner.all_equations()
+
+    def shape(self, value: int) -> tuple[int, ...]:
+        return tuple(getattr(self.avals[value], "shape", ()))
+
+    def is_inexact(self, value: int) -> bool:
+        dtype = getattr(self.avals[value], "dtype", None)
+        return dtype is not None and jax.numpy.issubdtype(dtype, np.inexact)
+
+    @functools.cached_property
+    def consumers(self) -> dict[int, list[int]]:
+        """For each value, the positions of the equations that read it."""
+        table: dict[int, list[int]] = {}
+        for position, equation in enumerate(self.equations):
+            for value in dict.fromkeys(equation.inputs):
+                table.setdefault(value, []).append(position)
+        if self.is_body:
+            for value in dict.fromkeys(self.outputs):
+                table.setdefault(value, []).append(END)
+        return table
+
+    @functools.cached_property
+    def producers(self) -> dict[int, int]:
+        """For each computed value, the position of the equation that writes it."""
+        return {v: i for i, eq in enumerate(self.equations) for v in eq.outputs}
+
+    @functools.cached_property
+    def uniform(self) -> set[int]:
+        """The values that are a number known when tracing, or arrays with that in all places."""
+        known = {
+            v
+            for v, value in self.constants.items()
+            if not isinstance(value, Tracer) and np.size(value) == 1
+        }
+        for equation in self.equations:
+            if all(v in known for v in equation.inputs):
+                spreads = equation.primitive in BROADCAST | RESHAPE
+                if spreads or is_elementwise(equation.eqn):
+                    known.update(equation.outputs)
+        return known
+
+    def slice(self, sources: Iterable[int], target: int) -> tuple[list[Equation], list[int]]:
+        """The equations that compute `target`, cut at `sources`, and the values they start from.
+
+        The values returned are program inputs, `sources` or closed-over arrays.
+        """
+        producers, cut = self.producers, set(sources)
+        needed: set[int] = set()
+        free: dict[int, None] = {}
+        pending = [target]
+        while pending:
+            value = pending.pop()
+            if value in self.literals:
+                continue
+            if value in cut or value not in producers:
+                free[value] = None
+            elif producers[value] not in needed:
+                needed.add(producers[value])
+                pending.extend(self.equations[producers[value]].inputs)
+        return [self.equations[i] for i in sorted(needed)], list(free)
+
+    def call(self, equations: Sequence[Equation], env: dict[int, Any], target: int) -> Any:
+        """Evaluate `equations` from the values in `env` and return the value `target`."""
+        env = {**self.constants, **env}
+        for equation in equations:
+            operands = [env.get(v) for v in equation.inputs]
+            results = run_equation(equation.jaxpr, equation.eqn, operands)
+            env.update(zip(equation.outputs, results, strict=True))
+        return env[target]
+
+
+def flatten(closed: Any) -> Program:
+    """Inline the calls of a traced function.
+
+    The numbering depends only on the structure, so the programs of one function traced at two
+    batch sizes can be compared value by value.
+    """
+    avals: list[Any] = []
+    constants: dict[int, Any] = {}
+    literals: set[int] = set()
+
+    def new(aval: Any) -> int:
+        avals.append(aval)
+        return len(avals) - 1
+
+    def constant(aval: Any, value: Any) -> int:
+        number = new(aval)
+        constants[number] = value
+        return number
+
+    def program(jaxpr: Any, consts: Sequence[Any], path: Path, is_body: bool) -> Program:
+        equations: list[Equation] = []
+        calls: list[Equation | None] = []
+        bodies: dict[int, Program] = {}
+
+        def walk(jaxpr: Any, consts: Sequence[Any], args: Sequence[int], path: Path) -> list[int]:
+            env: dict[Any, int] = dict(zip(jaxpr.invars, args, strict=True))
+            for var, value in zip(jaxpr.constvars, consts, strict=True):
+                env[var] = constant(var.aval, value)
+
+            def read(atom: Any) -> int:
+                if not is_literal(atom):
+                    return env[atom]
+                number = constant(atom.aval, atom.val)
+                literals.add(number)
+                return number
+
+            for i, eqn in enumerate(jaxpr.eqns):
+                inputs, here = [read(v) for v in eqn.invars], (*path, i)
+                if (inner := body(eqn)) is not None:
+                    place = len(calls)
+                    calls.append(None)
+                    outputs = walk(*open_jaxpr(inner), inputs, here)
+                    calls[place] = Equation(here, eqn, jaxpr, tuple(inputs), tuple(outputs))
+                else:
+                    outputs = [new(v.aval) for v in eqn.outvars]
+                    if eqn.primitive in SCAN:
+                        inner = open_jaxpr(eqn.params["jaxpr"])
+                        bodies[len(equations)] = program(*inner, here, True)
+                    equations.append(Equation(here, eqn, jaxpr, tuple(inputs), tuple(outputs)))
+                env.update(zip(eqn.outvars, outputs, strict=True))
+            return [read(v) for v in jaxpr.outvars]
+
+        inputs = [new(v.aval) for v in jaxpr.invars]
+        outputs = walk(jaxpr, consts, inputs, path)
+        return Program(
+            tuple(equations),
+            tuple(call for call in calls if call is not None),
+            avals,
+            tuple(inputs),
+            tuple(outputs),
+            constants,
+            literals,
+            bodies,
+            is_body,
+        )
+
+    return program(*open_jaxpr(closed), (), False)
