@@ -36,6 +36,7 @@ from locoprop_jax._layers.stacking import map_layers, over_stack
 from locoprop_jax._layers.structured import OneHot
 from locoprop_jax._neurons.length import DAMPING, LEARNING_RATE, check_unit, unit_steps
 from locoprop_jax._neurons.metric import average_gradients, descend, metric_factor, scaled
+from locoprop_jax._neurons.second_moment import least_unit
 
 
 class Moments(NamedTuple):
@@ -133,7 +134,7 @@ def scale_by_lnb(
       Linear Neuron Boosting: eqs. 10 to 12, Algorithms 1 and 2.
     """
     _check(layers, ridge, iterations, moment_decay, shrinkage, fraction, floor)
-    check_unit(unit, "joint")
+    check_unit(unit)
     solve = functools.partial(
         _solve, ridge=ridge, relative=relative, iterations=iterations, shrinkage=shrinkage
     )
@@ -287,7 +288,8 @@ def _solve(
     variance = jnp.maximum(moments.second - jnp.square(moments.mean), 0)
     amount = jnp.asarray(ridge, variance.dtype)
     if relative:
-        amount = amount * (variance if "bias" in slope else moments.second).mean()
+        unit = (variance if "bias" in slope else moments.second).mean()
+        amount = amount * jnp.maximum(unit, least_unit(system.inputs))
     theta, residual = _linalg.conjugate_gradient(
         _metric(system.inputs, slope, amount, iterations + (system.start is not None)),
         slope,

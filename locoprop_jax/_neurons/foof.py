@@ -13,8 +13,8 @@ from locoprop_jax._layers.layers import Layers
 from locoprop_jax._layers.method import Batch, kernel_shapes, transformation
 from locoprop_jax._layers.stacking import map_layers, over_stack
 from locoprop_jax._neurons.amortised import Amortisation, AmortisedState, keep_finite
-from locoprop_jax._neurons.length import DAMPING, LEARNING_RATE, scale_by_output_rms
-from locoprop_jax._neurons.metric import average_gradients, descend
+from locoprop_jax._neurons.length import DAMPING, LEARNING_RATE, check_unit, scale_by_output_rms
+from locoprop_jax._neurons.metric import average_gradients, descend, scale_by_metric_norm
 from locoprop_jax._neurons.second_moment import (
     Damping,
     Metric,
@@ -127,7 +127,9 @@ def scale_by_foof(
 
         def invert(averages: dict[str, Statistics]) -> dict[str, Metric]:
             sources = {name: (averages[name], rows[name].slope) for name in averages}
-            return map_layers(layers, lambda _, own: inverse(*own, damped), sources)
+            return map_layers(
+                layers, lambda n, own: inverse(*own, damped.of_rows(rows[n].inputs)), sources
+            )
 
         if is_amortised:
             state = amortisation.advance(state, ok, gather, invert)
@@ -167,8 +169,7 @@ def foof(
 
     The gradient is averaged over steps, preconditioned (`scale_by_foof`), scaled so that each
     neuron's output moves by one (`scale_by_output_rms`) and multiplied by the learning rate. For
-    plain FOOF chain `scale_by_foof`, `optax.trace` and `optax.scale_by_learning_rate`; for one
-    length of all layers together, `scale_by_metric_norm(scale_by_foof(...))`.
+    plain FOOF chain `scale_by_foof`, `optax.trace` and `optax.scale_by_learning_rate`.
 
     Args:
       layers: from `find_layers`.
@@ -186,16 +187,18 @@ def foof(
       momentum: decay of the average of the gradients.
       weight_decay: rho; parameters shrink by learning_rate * rho in each step, even in one whose
         batch is not finite.
-      unit: "neuron" or "layer", as for `scale_by_output_rms`.
-      floor: as for `scale_by_output_rms`.
+      unit: what moves so far: "neuron" or "layer", as for `scale_by_output_rms`, or "joint" for
+        all layers together, as for `scale_by_metric_norm`.
+      floor: as for these.
 
     Returns:
       A complete optimizer. Its `update` needs `captured`, from `value_grad_and_capture`, and the
       parameters if there is weight decay.
 
     Raises:
-      ValueError, TypeError: as `scale_by_foof` and `scale_by_output_rms`.
+      ValueError, TypeError: as `scale_by_foof`, `scale_by_output_rms` and `scale_by_metric_norm`.
     """
+    check_unit(unit)
     direction = scale_by_foof(
         layers,
         damping=damping,
@@ -206,9 +209,13 @@ def foof(
         statistics_steps=statistics_steps,
         shared=shared,
     )
+    if unit == "joint":
+        steps = scale_by_metric_norm(direction, floor=floor)
+    else:
+        steps = scale_by_output_rms(layers, direction, unit=unit, floor=floor)
     return optax.chain(
         average_gradients(momentum),
-        scale_by_output_rms(layers, direction, unit=unit, floor=floor),
+        steps,
         descend(learning_rate, weight_decay),
     )
 

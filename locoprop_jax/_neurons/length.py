@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,11 +16,11 @@ from locoprop_jax._layers.layers import Layers, replace
 from locoprop_jax._layers.rows import Block
 from locoprop_jax._layers.stacking import over_stack
 
-UNITS = ("neuron", "layer")
+UNITS = ("neuron", "layer", "joint")
 
 # The defaults of `foof` and `lnb`, chosen on the problems of `python -m benchmarks defaults`.
 LEARNING_RATE = 0.02  # root-mean-square change of a pre-activation per step
-DAMPING = 3.0  # in units of the mean variance of a layer's inputs
+DAMPING = 1.0  # in units of the mean variance of a layer's inputs
 
 
 def scale_by_output_rms(
@@ -68,7 +68,7 @@ def scale_by_output_rms(
       taken for each neuron instead of all of them together.
     """
     check_layers(layers, "scale_by_output_rms")
-    check_unit(unit)
+    check_unit(unit, UNITS[:2])
     check_not_negative(floor=floor)
     with_extra_args = optax.with_extra_args_support(inner)
 
@@ -82,13 +82,12 @@ def scale_by_output_rms(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def check_unit(unit: Any, *others: str) -> None:
+def check_unit(unit: Any, known: Sequence[str] = UNITS) -> None:
     """Refuse a unit of length that there is not.
 
     Raises:
-      ValueError: it is none of `UNITS` and the others.
+      ValueError: it is none of those known.
     """
-    known = (*UNITS, *others)
     if unit not in known:
         raise ValueError(f"`unit` is one of {', '.join(map(repr, known))}, got {unit!r}.")
 

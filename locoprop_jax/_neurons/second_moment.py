@@ -18,11 +18,23 @@ from locoprop_jax._layers.structured import OneHot, Structured, Windows
 
 
 class Damping(NamedTuple):
-    """What is added to M's diagonal: for the kernel, and for the bias where it is damped."""
+    """What is added to M's diagonal: for the kernel, and for the bias where it is damped.
+
+    Attributes:
+      amount: in units of the mean variance of the inputs, or absolute.
+      relative: which of the two.
+      bias: whether the bias is damped like the kernel.
+      least: what the unit is at least.
+    """
 
     amount: Any
     relative: bool
     bias: bool
+    least: float = 0.0
+
+    def of_rows(self, inputs: Inputs) -> Damping:
+        """For the statistics of such rows."""
+        return self._replace(least=least_unit(inputs))
 
     def of(
         self, variances: Float[Array, " d_in"], squares: Float[Array, " d_in"]
@@ -35,8 +47,19 @@ class Damping(NamedTuple):
         amount, eps = jnp.asarray(self.amount, variances.dtype), jnp.finfo(variances.dtype).eps
         if self.relative and variances.size:
             unit = jnp.where(variances > 10 * eps * squares, variances, 0).mean()
+            unit = jnp.maximum(unit, self.least)
             amount = amount * jnp.where(unit > eps**2, unit, 1)
         return amount
+
+
+def least_unit(inputs: Inputs) -> float:
+    """What the unit of damping is at least: for what is looked up, one row of the batch.
+
+    The variance of a word is how often it is looked up, in a large table far less than once in a
+    batch: in that unit a word that the statistics have not met would be thrown as much farther than
+    the others. The inputs of a stack may have its axis in front.
+    """
+    return 1 / inputs.ids.shape[-1] if isinstance(inputs, OneHot) else 0.0
 
 
 class Statistics(NamedTuple):
@@ -113,6 +136,7 @@ def apply(slope: Block, by: Metric) -> Block:
 
 def solve(own: LayerRows, average: Statistics | None, damping: Damping) -> Block:
     """The block by the damped average; without one, by the second moment of its own rows."""
+    damping = damping.of_rows(own.inputs)
     if average is None:
         return _solve_batch(own, damping)
     return _solve_average(average, own.slope, damping)
