@@ -131,7 +131,7 @@ def _unit_step(direction: Block, image: Block, unit: str, floor: Any) -> Block:
         length = jnp.broadcast_to(mean, z.shape)
     good = jnp.isfinite(length) & (length > 0)
     factor = jnp.sqrt(d_size / g_size / jnp.where(good, length, 1))
-    return {part: jnp.where(good, value * factor, 0) for part, value in d.items()}
+    return {part: _times(part, value, jnp.where(good, factor, 0)) for part, value in d.items()}
 
 
 def _near_one(block: Block) -> tuple[Block, Float[Array, ""]]:
@@ -139,6 +139,12 @@ def _near_one(block: Block) -> tuple[Block, Float[Array, ""]]:
     size = jnp.stack([jnp.max(jnp.abs(value), initial=0) for value in block.values()]).max()
     size = jnp.where(jnp.isfinite(size) & (size > 0), size, 1)
     return {part: value / size for part, value in block.items()}, size
+
+
+def _times(part: str, value: Array, factor: Float[Array, " d_out"]) -> Array:
+    """Each column by its factor; zeros for zero, whatever the column."""
+    factor = factor[None] if part == "kernel" else factor
+    return jnp.where(factor > 0, value * factor, 0)
 
 
 def _columns(part: str, product: Array) -> Float[Array, " d_out"]:
