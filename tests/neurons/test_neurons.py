@@ -469,8 +469,11 @@ ROTATION = np.linalg.qr(np.random.default_rng(1).normal(size=(4, 4)))[0]
 SIGNED_PERMUTATION = np.eye(4)[[2, 0, 3, 1]] * np.asarray([1.0, -1.0, -1.0, 1.0])
 ANY_MAP = np.random.default_rng(2).normal(size=(4, 4)) + 2 * np.eye(4)
 SHIFT = np.asarray([0.5, -1.0, 2.0, 0.1])
-TRUNCATED = functools.partial(lp.lnb, learning_rate=0.05, momentum=0.5, ridge=1.0)
+TRUNCATED = functools.partial(
+    lp.lnb, learning_rate=0.05**0.5, unit="joint", momentum=0.5, ridge=1.0
+)
 CONVERGED = functools.partial(TRUNCATED, iterations=40)
+BY_NEURON = {"learning_rate": 0.1, "unit": "neuron"}
 
 
 @pytest.mark.parametrize(
@@ -481,8 +484,18 @@ CONVERGED = functools.partial(TRUNCATED, iterations=40)
         (TRUNCATED, affine(3 * SIGNED_PERMUTATION, SHIFT)),  # a relative ridge scales along
         (CONVERGED, affine(ROTATION, SHIFT)),
         (functools.partial(CONVERGED, ridge=0.0), affine(ANY_MAP, SHIFT)),
+        (functools.partial(TRUNCATED, **BY_NEURON), affine(3 * SIGNED_PERMUTATION, SHIFT)),
+        (functools.partial(CONVERGED, ridge=0.0, **BY_NEURON), affine(ANY_MAP, SHIFT)),
     ],
-    ids=["inverted", "inverted, absolute", "scaled", "rotated", "affine"],
+    ids=[
+        "inverted",
+        "inverted, absolute",
+        "scaled",
+        "rotated",
+        "affine",
+        "scaled, by neuron",
+        "affine, by neuron",
+    ],
 )
 def test_boosting_does_not_depend_on_how_inputs_are_written(tx_of, transform):
     plain = trajectory(tx_of, *affine(np.eye(4), np.zeros(4)))
@@ -534,24 +547,39 @@ def test_one_boosting_step_is_a_gradient_step_with_whitened_inputs():
 # --- the aliases ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("unit", ["neuron", "joint"])
 @pytest.mark.parametrize("alias", [lp.foof, lp.lnb])
-def test_the_learning_rate_and_its_schedule_are_the_squared_length(alias):
+def test_the_learning_rate_and_its_schedule_are_the_length(alias, unit):
     net = Net(widths=(3, 2), biases=(True,))
 
     def updates(rate):
-        return direction(net, alias(net.layers(), rate))[0]
+        return direction(net, alias(net.layers(), rate, unit=unit))[0]
 
-    scheduled = updates(lambda count: 9.0 - count.astype(float))
+    scheduled = updates(lambda count: 3.0 - count.astype(float))
     assert_equal_to_rounding(scheduled, jax.tree.map(lambda u: 3 * u, updates(1.0)), 1e-6)
 
 
 @pytest.mark.parametrize("alias", [lp.foof, lp.lnb])
-def test_weights_decay_by_the_root_of_the_learning_rate(alias):
+def test_weights_decay_by_the_learning_rate(alias):
     net = Net(widths=(3, 2), biases=(True,))
     plain, _ = direction(net, alias(net.layers(), 0.25))
     decayed, _ = direction(net, alias(net.layers(), 0.25, weight_decay=0.1))
-    expected = jax.tree.map(lambda u, p: u - 0.5 * 0.1 * p, plain, net.params())
+    expected = jax.tree.map(lambda u, p: u - 0.25 * 0.1 * p, plain, net.params())
     assert_equal_to_rounding(decayed, expected)
+
+
+def test_of_joint_length_both_take_the_papers_step():
+    """For a step of size eps: the root of eps, along d / sqrt(z) with z of all layers together."""
+    net, eps, damping = DEEP, 0.3, 0.2
+    options = {"unit": "joint", "relative": False, "momentum": 0.0, "floor": 1e-12}
+    foof = lp.foof(net.layers(), eps**0.5, damping=damping, decay=0.0, **options)
+    lnb = lp.lnb(net.layers(), eps**0.5, ridge=damping, iterations=30, online=False, **options)
+    d = foof_blocks(net, net.params(), net.data(), damping, damp_bias=False)
+    g = gradients(net, net.params(), net.data())
+    z = sum(np.sum(d[name] * g[name][1]) for name in d)
+    expected = {name: -((eps / z) ** 0.5) * d[name] for name in d}
+    for tx in (foof, lnb):
+        assert_blocks(net, direction(net, tx)[0], expected, 1e-8)
 
 
 @pytest.mark.parametrize(
@@ -580,7 +608,10 @@ METHODS = {
     "foof, every step": lambda layers: lp.foof(layers, inverse_period=1),
     "foof, undamped": lambda layers: lp.foof(layers, damping=0.0, inverse_period=2),
     "foof, batch": lambda layers: lp.scale_by_foof(layers, decay=0.0),
+    "foof, by layer": lambda layers: lp.foof(layers, unit="layer"),
+    "foof, joint": lambda layers: lp.foof(layers, unit="joint"),
     "lnb": lp.lnb,
+    "lnb, joint": lambda layers: lp.lnb(layers, unit="joint"),
     "lnb, no ridge": lambda layers: lp.lnb(layers, ridge=0.0, iterations=8),
     "lnb, batch": lambda layers: lp.lnb(layers, online=False, iterations=8),
 }
@@ -680,7 +711,18 @@ def test_dead_layers_do_not_turn_weight_decay_in_the_loss_into_large_steps(metho
         (lambda layers: lp.scale_by_foof(layers, shared="sum"), '"expand" or "reduce"'),
         (lambda layers: lp.foof(layers, momentum=1.0), "`momentum`"),
         (lambda layers: lp.foof(layers, -1.0), "`learning_rate`.*negative"),
-        (lambda layers: lp.foof(layers, floor=0.0), "`floor`.*positive"),
+        (lambda layers: lp.foof(layers, floor=-1.0), "`floor`.*negative"),
+        (lambda layers: lp.foof(layers, unit="joint", floor=0.0), "`floor`.*positive"),
+        (lambda layers: lp.foof(layers, unit="row"), "`unit`.*'neuron', 'layer', 'joint'.*'row'"),
+        (lambda layers: lp.lnb(layers, unit="row"), "`unit`.*'neuron', 'layer', 'joint'.*'row'"),
+        (
+            lambda layers: lp.scale_by_output_rms(layers, optax.identity(), unit="joint"),
+            "`unit` is one of 'neuron', 'layer', got 'joint'",
+        ),
+        (
+            lambda layers: lp.scale_by_output_rms({}, optax.identity()),
+            "`scale_by_output_rms` needs the layers",
+        ),
         (lambda layers: lp.scale_by_lnb({}), "`scale_by_lnb` needs the layers"),
         (lambda layers: lp.lnb(layers, ridge=-0.1), "`ridge`.*negative"),
         (lambda layers: lp.lnb(layers, iterations=0), "`iterations`.*whole"),
