@@ -11,10 +11,11 @@ from locoprop_jax import _linalg
 from locoprop_jax._checks import check_fisher, check_layers
 from locoprop_jax._curvature.gauss_newton import Steps, complete
 from locoprop_jax._curvature.kronecker import Damping, KroneckerState, scale_by_kronecker
-from locoprop_jax._layers.blocks import curvature_rows, dtype_of
+from locoprop_jax._curvature.shared_weights import has_trace_ratio, trace_ratio
+from locoprop_jax._layers.blocks import curvature_of, dtype_of
 from locoprop_jax._layers.captured import Captured
 from locoprop_jax._layers.layers import Layers
-from locoprop_jax._layers.rows import Block
+from locoprop_jax._layers.rows import Block, join_rows
 from locoprop_jax._layers.stacking import over_stack
 from locoprop_jax._neurons.amortised import Amortisation
 
@@ -32,6 +33,7 @@ def scale_by_kfac(
     inverse_period: int = 1,
     statistics_steps: int = 1,
     output_factor: str = "keep",
+    match_trace: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC: (S (x) Gamma + k I)^-1 G for each layer (Benzing, section 3; practical GN, eq. 20).
 
@@ -69,6 +71,10 @@ def scale_by_kfac(
       statistics_steps: how many steps up to each inversion gather statistics, its own included.
       output_factor: "keep" for K-FAC, "constant" or "norm" for FOOF with its damping, which is
         factored.
+      match_trace: whether the product S (x) Gamma of a dense layer that an example uses at several
+        positions (the tokens of a transformer, the steps of a recurrent network) is scaled to have
+        the trace of the exact block. K-FAC takes positions for independent, which underestimates
+        the curvature of recurrent weights many times over.
 
     Returns:
       A transformation whose `update` needs `captured`. A batch whose gradient is not finite leaves
@@ -92,11 +98,12 @@ def scale_by_kfac(
         curvature,
         Damping(damping, relative, exact_damping, output_factor),
         Amortisation(decay, inverse_period, statistics_steps),
+        match_trace,
     )
 
 
 def _direction(
-    layers: Layers, curvature: str, damping: Damping, amortisation: Amortisation
+    layers: Layers, curvature: str, damping: Damping, amortisation: Amortisation, match_trace: bool
 ) -> optax.GradientTransformationExtraArgs:
     check_layers(layers, "scale_by_kfac")
     check_fisher("scale_by_kfac", damping.amount, curvature)
@@ -106,10 +113,18 @@ def _direction(
     ) -> dict[str, Array]:
         del params
         captured = captured.pulled()
-        rows = {n: curvature_rows(captured, n, curvature, dtype_of(s)) for n, s in slopes.items()}
-        return {
-            name: over_stack(layers[name], _linalg.second_moment)(c) for name, c in rows.items()
-        }
+
+        def factor(name: str, slope: Block) -> Array:
+            layer, arrays, dtype = layers[name], captured[name], dtype_of(slope)
+            columns = curvature_of(captured, name, curvature, dtype)
+            moment = over_stack(layer, _linalg.second_moment)(join_rows(columns, 3))
+            if match_trace and has_trace_ratio(layer, arrays, slope):
+                inputs = arrays.inputs.astype(dtype)
+                ratio = over_stack(layer, trace_ratio)(inputs, columns, slope)
+                moment = ratio[..., None, None] * moment
+            return moment
+
+        return {name: factor(name, slope) for name, slope in slopes.items()}
 
     return scale_by_kronecker("scale_by_kfac", layers, output_factors, damping, amortisation)
 
@@ -127,6 +142,7 @@ def kfac(
     inverse_period: int = 20,
     statistics_steps: int = 1,
     momentum: bool = True,
+    match_trace: bool = True,
     l2: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC with steps and damping from the Gauss-Newton model: nothing to tune.
@@ -149,6 +165,8 @@ def kfac(
         multiple, because where nothing is inverted gamma has no effect.
       statistics_steps: how many steps up to each inversion gather statistics.
       momentum: whether the step is the best one along the direction and the last update.
+      match_trace: whether the curvature of weights that an example uses at several positions has
+        the exact block's trace, as for `scale_by_kfac`.
       l2: eta of `eta / 2 |params|^2`, added to the loss.
 
     Returns:
@@ -164,7 +182,7 @@ def kfac(
     amortisation = Amortisation(decay, inverse_period, statistics_steps)
     return complete(
         lambda gamma: _direction(
-            layers, curvature, Damping(gamma, exact=exact_damping), amortisation
+            layers, curvature, Damping(gamma, exact=exact_damping), amortisation, match_trace
         ),
         damping,
         learning_rate,

@@ -42,7 +42,8 @@ SCALE_FREE_RMSPROP = functools.partial(
 )
 
 # The defaults, chosen on the problems of `python -m benchmarks defaults`.
-GAMMA = 0.1  # root-mean-square distance of a layer's target from its outputs
+GAMMA = 0.05  # root-mean-square distance of a layer's target from its outputs
+GAMMA_TRANSFERRED = 0.02  # the same for targets after the transfer function
 LEARNING_RATE = 0.1  # of the local iterations, in units of that distance
 
 
@@ -93,7 +94,7 @@ def locoprop_m(
     layers: Layers,
     learning_rate: optax.ScalarOrSchedule = LEARNING_RATE,
     *,
-    gamma: float = GAMMA,
+    gamma: float = GAMMA_TRANSFERRED,
     relative: bool = True,
     iterations: int = 10,
     optimizer: Optimizer | None = None,
@@ -117,7 +118,7 @@ def pocoprop_s(
     layers: Layers,
     learning_rate: optax.ScalarOrSchedule = LEARNING_RATE,
     *,
-    gamma: float = GAMMA,
+    gamma: float = GAMMA_TRANSFERRED,
     relative: bool = True,
     iterations: int = 10,
     optimizer: Optimizer | None = None,
