@@ -123,14 +123,14 @@ def _scaled(schedule: optax.Schedule, peak: ArrayLike) -> optax.Schedule:
 
 
 RIVALS = (
-    _rival(ADAM, "Adam", optax.adam, _rates(3e-4, 1e-3, 3e-3, 1e-2)),
+    _rival(ADAM, "Adam", optax.adam, _rates(1e-3, 3e-3, 1e-2, 3e-2)),
     _rival(
         ADAMW,
         "AdamW",
         optax.adamw,
         tuple(
             {**rate, "weight_decay": decay}
-            for rate in _rates(1e-3, 3e-3, 1e-2)
+            for rate in _rates(3e-3, 1e-2, 3e-2)
             for decay in (1e-2, 1e-1)
         ),
         tuned_by=("train_loss", "test_loss"),
