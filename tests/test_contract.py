@@ -98,10 +98,9 @@ def hessian_free(layers, learning_rate, damping):
 METHODS = {
     "foof": Method(
         lp.foof,
-        1.0,
+        0.1,
         {"damping": 0.5, "inverse_period": 3, "statistics_steps": 2, "momentum": 0.5},
         static=("relative", "damp_bias", "inverse_period", "statistics_steps"),
-        is_joint=True,
         statistics=("statistics", "inverse"),
     ),
     "diagonal foof": Method(
@@ -114,15 +113,22 @@ METHODS = {
     ),
     "lnb": Method(
         lp.lnb,
-        1.0,
+        0.1,
         {"ridge": 0.1, "moment_decay": 0.9, "momentum": 0.5},
+        static=("relative", "iterations", "online", "fraction"),
+        statistics=("moments",),
+    ),
+    "lnb of joint length": Method(
+        lp.lnb,
+        1.0,
+        {"ridge": 0.1, "moment_decay": 0.9, "momentum": 0.5, "unit": "joint"},
         static=("relative", "iterations", "online", "fraction"),
         is_joint=True,
         statistics=("moments",),
     ),
     "kfac": Method(
         kfac_with_metric_steps,
-        0.3,
+        0.3**0.5,
         {"damping": 0.1, "decay": 0.9},
         is_joint=True,
         statistics=("statistics", "inverse"),
@@ -145,27 +151,28 @@ METHODS = {
     ),
     "natural_gradient of each layer": Method(
         natural_gradient_of_each_layer,
-        0.1,
+        0.1**0.5,
         {"damping": 10.0},
         is_joint=True,
         statistics=("systems",),
     ),
     "hessian_free": Method(hessian_free, 0.5, {"damping": 0.1}, is_joint=True, is_whole=True),
-    "locoprop_s": Method(
+    "locoprop_s": Method(  # with the paper's own parameters
         lp.locoprop_s,
-        1e-2,
-        {"gamma": 6.0, "iterations": 2},
-        static=("iterations", "optimizer"),
-    ),
-    "locoprop_m": Method(
-        lp.locoprop_m,
         1e-2,
         {
             "gamma": 6.0,
+            "relative": False,
             "iterations": 3,
             "optimizer": functools.partial(optax.sgd, momentum=0.9),
             "regularizer": lp.l2(0.1),
         },
+        static=("iterations", "optimizer"),
+    ),
+    "locoprop_m": Method(
+        lp.locoprop_m,
+        0.3,
+        {"gamma": 0.3, "iterations": 4},
         static=("iterations", "optimizer"),
     ),
     "proxprop": Method(lp.proxprop, 1e-2, {"gamma": 0.1}),
@@ -176,7 +183,13 @@ METHODS = {
 }
 CAPTURE = functools.partial(lp.value_grad_and_capture, transferred=True)
 # Methods of which another row differs in an option alone.
-TWINS = {"natural_gradient of each layer", "locoprop_s", "proxprop", "locoprop_kfac"}
+TWINS = {
+    "lnb of joint length",
+    "natural_gradient of each layer",
+    "locoprop_s",
+    "proxprop",
+    "locoprop_kfac",
+}
 
 
 def rows(names):

@@ -20,6 +20,7 @@ from locoprop_jax._local_losses.inner import inner
 from locoprop_jax._local_losses.linear import exact
 from locoprop_jax._local_losses.local_loss import scale_by_local_loss
 from locoprop_jax._local_losses.regularizers import Regularizer, l2
+from locoprop_jax._local_losses.rmsprop import scale_free_rmsprop
 from locoprop_jax._local_losses.solver import Solver
 from locoprop_jax._training.training import with_fallback
 
@@ -33,12 +34,6 @@ RMSPROP = functools.partial(
     initial_scale=1.0,
     eps_in_sqrt=True,
     momentum=0.9,
-)
-
-# The same with an average that starts at the first gradient's own size, so that nothing depends on
-# the scale of a local loss.
-SCALE_FREE_RMSPROP = functools.partial(
-    optax.rmsprop, decay=0.9, eps=1e-12, initial_scale=0.0, bias_correction=True, momentum=0.9
 )
 
 # The defaults, chosen on the problems of `python -m benchmarks defaults`.
@@ -235,7 +230,7 @@ def locoprop_kfac(
 
 def _iterations(optimizer: Optimizer | None, iterations: int, relative: bool) -> Solver:
     if optimizer is None:
-        optimizer = SCALE_FREE_RMSPROP if relative else RMSPROP
+        optimizer = scale_free_rmsprop if relative else RMSPROP
     return inner(optimizer, iterations)
 
 

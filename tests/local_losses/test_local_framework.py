@@ -133,7 +133,8 @@ def test_pocoprop_moves_units_whose_slope_is_zero(alias, divergence):
     """Dividing E by f' would be 0 / 0 where a ReLU is flat; H is captured instead."""
     net = Net(widths=(3, 6, 2), transfers=("relu",), biases=(True, True), batch=4)
     assert any(np.any(a < 0) for _, a, _, _ in net.backprop(net.params(), *net.data()))
-    tx = alias(net.layers(), 0.05, gamma=9.0, iterations=5, optimizer=optax.sgd)
+    options = {"gamma": 9.0, "relative": False, "iterations": 5, "optimizer": optax.sgd}
+    tx = alias(net.layers(), 0.05, **options)
     new, _ = take_step(net, tx)
     expected = iterate(net, net.params(), net.data(), divergence, 0.05, 9.0, 5)
     assert_blocks(net, new, expected)
@@ -830,7 +831,7 @@ def test_a_correction_moves_each_input_after_the_layer_that_feeds_it(
     eta, gamma = 1e-2, 2.0 * net.terms
     method = lp.locoprop_m if matching else lp.locoprop_s
     options = {"iterations": iterations, "optimizer": optax.sgd, "correction": correction}
-    tx = method(net.layers(), eta, gamma=gamma, **options)
+    tx = method(net.layers(), eta, gamma=gamma, relative=False, **options)
     params, batch = net.params(seed), net.data(seed)
     new, _ = take_step(net, tx, params, batch)
     expected = corrected(net, params, batch, matching, eta, gamma, iterations, correction)

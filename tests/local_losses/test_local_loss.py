@@ -68,7 +68,10 @@ def algorithm(net, params, batch, *, matching, eta, gamma, iterations, l2=None, 
     return new
 
 
-METHODS = {"locoprop_s": lp.locoprop_s, "locoprop_m": lp.locoprop_m}
+# The paper's own parameters, which are absolute.
+locoprop_s = functools.partial(lp.locoprop_s, relative=False)
+locoprop_m = functools.partial(lp.locoprop_m, relative=False)
+METHODS = {"locoprop_s": locoprop_s, "locoprop_m": locoprop_m}
 each_method = pytest.mark.parametrize("name", METHODS)
 
 # --- algorithms ----------------------------------------------------------------------------------
@@ -123,7 +126,7 @@ def test_the_iterates_are_those_of_algorithms_1_and_2_over_two_batches(
     }
     if not rmsprop:
         options["optimizer"] = optax.sgd
-    tx = (lp.locoprop_m if matching else lp.locoprop_s)(net.layers(), eta, **options)
+    tx = (locoprop_m if matching else locoprop_s)(net.layers(), eta, **options)
     update = update_function(net, tx)
     params = net.params(seed)
     state = tx.init(params)
@@ -147,7 +150,7 @@ def test_the_iterates_are_those_of_algorithms_1_and_2_over_two_batches(
 
 def test_the_solver_that_the_aliases_take_by_default_is_rmsprop_with_momentum_for_ten_steps():
     net = Net()
-    params, _ = take_step(net, lp.locoprop_m(net.layers(), 1e-2, gamma=7.0))
+    params, _ = take_step(net, locoprop_m(net.layers(), 1e-2, gamma=7.0))
     optimizers = {name: RMSProp() for name in net.names}
     expected = algorithm(
         net,
@@ -224,7 +227,7 @@ def test_iterations_on_the_gram_matrix_are_those_on_the_rows(rows, d_in, bias, s
         "regularizer": lp.l2(1.0),
         "optimizer": optax.sgd,
     }
-    tx = lp.locoprop_s(net.layers(), 0.01, **options)
+    tx = locoprop_s(net.layers(), 0.01, **options)
     params, _ = take_step(net, tx)
     expected = algorithm(
         net,
@@ -250,7 +253,7 @@ def test_locoprop_s_with_l2_converges_to_the_exact_solution(batch):
     gamma, eta_of_regularizer = 3.0, 0.2
     largest = max(np.linalg.norm(x, 2) ** 2 for x, *_ in net.backprop(net.params(), *net.data()))
     eta = 1 / (largest + 1 / eta_of_regularizer)  # inside the convergence radius
-    tx = lp.locoprop_s(
+    tx = locoprop_s(
         net.layers(),
         eta,
         gamma=gamma,
@@ -301,7 +304,7 @@ def test_at_the_last_layer_of_m_the_loss_itself_is_the_matching_loss(head):
         return loss_of_outputs(net.outputs(params, x), y)
 
     layers = lp.find_layers(loss, params, x, y)
-    tx = lp.locoprop_m(layers, eta, gamma=gamma, iterations=iterations, optimizer=optax.sgd)
+    tx = locoprop_m(layers, eta, gamma=gamma, iterations=iterations, optimizer=optax.sgd)
 
     @jax.jit
     def step(params, x, y):
@@ -333,9 +336,7 @@ def test_proposition_4_at_gamma_equal_to_the_number_of_terms_the_last_local_loss
 ):
     net = Net(head=head, tokens=tokens, mean_over_tokens=mean_over_tokens)
     eta, iterations = 0.02, 5
-    tx = lp.locoprop_m(
-        net.layers(), eta, gamma=net.terms, iterations=iterations, optimizer=optax.sgd
-    )
+    tx = locoprop_m(net.layers(), eta, gamma=net.terms, iterations=iterations, optimizer=optax.sgd)
     params, _ = take_step(net, tx)
     x, y = net.data()
     ((x, _, _, f),) = net.backprop(net.params(), x, y)
@@ -359,7 +360,7 @@ def test_two_output_layers_each_take_the_loss_as_a_function_of_their_own_outputs
         )
 
     layers = lp.find_layers(loss, params, x, y)
-    tx = lp.locoprop_m(layers, eta, gamma=gamma, iterations=iterations, optimizer=optax.sgd)
+    tx = locoprop_m(layers, eta, gamma=gamma, iterations=iterations, optimizer=optax.sgd)
 
     @jax.jit
     def updates_of(params, x, y):
@@ -379,7 +380,7 @@ def test_two_output_layers_each_take_the_loss_as_a_function_of_their_own_outputs
 def test_a_transfer_function_that_is_given_replaces_the_loss_at_the_last_layer():
     net = Net(head="squared")
     layers = net.layers(transfer={"layer0": jax.nn.sigmoid})
-    tx = lp.locoprop_m(layers, 0.05, gamma=2.0, iterations=5, optimizer=optax.sgd)
+    tx = locoprop_m(layers, 0.05, gamma=2.0, iterations=5, optimizer=optax.sgd)
     params, _ = take_step(net, tx)
     ((x, a, e, _),) = net.backprop(net.params(), *net.data())
     w = net.block(net.params(), "layer0")
@@ -421,7 +422,7 @@ def test_a_schedule_is_of_eta_and_counts_batches():
         return 0.1 / (1.0 + count.astype(float))
 
     options = {"gamma": 2.0, "iterations": 3, "optimizer": optax.sgd}
-    tx = lp.locoprop_m(net.layers(), schedule, **options)
+    tx = locoprop_m(net.layers(), schedule, **options)
     update = update_function(net, tx)
     params = net.params()
     state = tx.init(params)
@@ -439,7 +440,7 @@ def test_a_schedule_is_of_eta_and_counts_batches():
 
 @functools.cache
 def deep_step():
-    tx = lp.locoprop_m(DEEP.layers(), 1e-2, gamma=5.0, iterations=3)
+    tx = locoprop_m(DEEP.layers(), 1e-2, gamma=5.0, iterations=3)
     return tx, update_function(DEEP, tx)
 
 
@@ -464,7 +465,7 @@ def step_with_a_parameter_in_no_layer():
 
     params = {"net": net.params(), "scale": jnp.ones((net.batch, 3))}
     layers = lp.find_layers(loss, params, *net.data(), on_uncaptured="pass")
-    tx = lp.locoprop_s(layers, 0.1, gamma=3.0, iterations=2, optimizer=optax.sgd)
+    tx = locoprop_s(layers, 0.1, gamma=3.0, iterations=2, optimizer=optax.sgd)
 
     @jax.jit
     def step(x, y):
@@ -502,7 +503,7 @@ def test_updates_of_half_precision_parameters_keep_their_dtype_and_the_state_is_
     net = dataclasses.replace(DEEP, transfers=("home-made",), head="softmax")
     params, batch = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (net.params(), net.data()))
     layers = lp.find_layers(net.loss, params, *batch)
-    tx = lp.locoprop_m(layers, 1e-2, gamma=5.0, iterations=3)
+    tx = locoprop_m(layers, 1e-2, gamma=5.0, iterations=3)
     state = tx.init(params)
     updates, after = update_function(net, tx)(params, state, *batch)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
@@ -570,7 +571,7 @@ def test_captured_arrays_that_are_missing_are_asked_for(name):
 def test_captured_arrays_of_another_model_are_refused_by_the_layers_that_differ():
     net, other = DEEP, dataclasses.replace(DEEP, widths=(3, 4, 5))
     params = net.params()
-    tx = lp.locoprop_s(net.layers(), 1e-2)
+    tx = locoprop_s(net.layers(), 1e-2)
 
     def update(params):
         _, _, captured = capture(other)
@@ -583,7 +584,7 @@ def test_captured_arrays_of_another_model_are_refused_by_the_layers_that_differ(
 def test_captured_arrays_that_lack_a_layer_are_refused_by_its_name():
     net, other = DEEP, Net(widths=(3, 4))
     params = net.params()
-    tx = lp.locoprop_s(net.layers(), 1e-2)
+    tx = locoprop_s(net.layers(), 1e-2)
 
     def update(params):
         _, _, captured = capture(other)
@@ -618,11 +619,11 @@ def test_locoprop_m_refuses_transfer_functions_that_decrease_and_says_where_and_
     name = layers["second"].transfer.name
     assert name.startswith(f.__name__)
     with pytest.raises(ValueError, match=rf"non-decreasing.*: second \({name}.*Use LocoProp-S"):
-        lp.locoprop_m(layers, 1e-2)
-    lp.locoprop_s(layers, 1e-2)
-    lp.locoprop_m(lp.find_layers(loss, params, x, transfer={"second": jax.nn.relu}), 1e-2)
+        locoprop_m(layers, 1e-2)
+    locoprop_s(layers, 1e-2)
+    locoprop_m(lp.find_layers(loss, params, x, transfer={"second": jax.nn.relu}), 1e-2)
     with pytest.raises(ValueError, match="third"):
-        lp.locoprop_m(lp.find_layers(loss, params, x, transfer={"third": f}), 1e-2)
+        locoprop_m(lp.find_layers(loss, params, x, transfer={"third": f}), 1e-2)
 
 
 def test_divergences_and_targets_are_checked():
