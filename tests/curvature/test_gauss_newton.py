@@ -291,25 +291,52 @@ def test_with_momentum_the_step_is_the_best_one_in_the_plane_of_both_directions(
     assert abs(steps[1]) > 1e-3
 
 
-def test_tau_follows_levenberg_and_marquardt():
+@pytest.mark.parametrize("part", [1e-3, 1.0])
+def test_no_more_than_the_last_update_itself_is_added(part):
+    """A small part of it would be taken many times over; the rest of the step is the best one."""
     params, batch = NET.params(), NET.data()
-    tx, step = lp.scale_by_gauss_newton_step(damping_period=2, decay=0.9), line(NET, batch)
-    state, taus, ratios = tx.init(params), [], []
-    for _ in range(6):
-        before = params
-        update, state = step(tx, params, state)
-        params = optax.apply_updates(params, jax.tree.map(jnp.negative, update))
-        taus.append(float(state.damping))
-        ratios.append(float(state.reduction_ratio))
-    np.testing.assert_allclose(taus[2], taus[1], rtol=1e-12)
+    tx, step = lp.scale_by_gauss_newton_step(momentum=True, damping=0.3), line(NET, batch)
+    first, state = step(tx, params, tx.init(params))
+    moved = optax.apply_updates(params, jax.tree.map(jnp.negative, first))
+    previous = jax.tree.map(lambda u: part * u, state.previous)
+    second, state = step(tx, moved, state._replace(previous=previous))
+    slope, matrix = flat(jax.grad(NET.loss)(moved, *batch)), gauss_newton(NET, moved, *batch)
+    damped, last = matrix + float(state.damping) * np.eye(len(slope)), flat(previous)
+    basis = np.stack([slope, last], 1)
+    free = np.linalg.solve(basis.T @ damped @ basis, basis.T @ slope)
+    assert (abs(free[1]) > 1) == (part < 1)
+    held = np.clip(free[1], -1, 1)
+    alpha = slope @ (slope - held * damped @ last) / (slope @ damped @ slope)
+    expected = alpha * slope + held * last
+    np.testing.assert_allclose(flat(second), expected, rtol=1e-6, atol=1e-12)
+    change = expected @ damped @ expected / 2 - expected @ slope
+    np.testing.assert_allclose(state.model_change, change, rtol=1e-6)
+
+
+@pytest.mark.parametrize("is_same", [True, False], ids=["one batch", "fresh batches"])
+def test_tau_follows_levenberg_and_marquardt_as_the_next_batch_judges(is_same):
+    batches = [NET.data(1 if is_same else 1 + i) for i in range(6)]
+    tx, step = lp.scale_by_gauss_newton_step(damping_period=2, decay=0.9), line(NET, None)
+    path, updates, states = [NET.params()], [], [tx.init(NET.params())]
+    for batch in batches:
+        update, state = step(tx, path[-1], states[-1], batch)
+        states.append(state)
+        updates.append(flat(update))
+        path.append(optax.apply_updates(path[-1], jax.tree.map(jnp.negative, update)))
+    taus = [float(state.damping) for state in states[1:]]
+    ratios = [float(state.reduction_ratio) for state in states[1:]]
     for i in (1, 3, 5):
+        assert (taus[i], ratios[i]) == (taus[i - 1], ratios[i - 1])
+    for i in (2, 4):  # by the batch of step i, what step i - 1 did
+        before, after, d = path[i - 1], path[i], updates[i - 1]
+        slope = flat(jax.grad(NET.loss)(before, *batches[i - 1]))
+        damped = gauss_newton(NET, before, *batches[i - 1]) + taus[i - 1] * np.eye(len(d))
+        change = d @ damped @ d / 2 - d @ slope
+        np.testing.assert_allclose(states[i].model_change, change, rtol=1e-6)
+        fall = float(NET.loss(after, *batches[i]) - NET.loss(before, *batches[i]))
+        np.testing.assert_allclose(ratios[i], fall / change, rtol=1e-6)
         factor = 0.81 if ratios[i] > 0.75 else 1 / 0.81 if ratios[i] < 0.25 else 1.0
         np.testing.assert_allclose(taus[i], taus[i - 1] * factor, rtol=1e-12)
-    slope, matrix = flat(jax.grad(NET.loss)(before, *batch)), gauss_newton(NET, before, *batch)
-    d = flat(update)
-    damped = matrix + taus[4] * np.eye(len(d))
-    fall = float(NET.loss(params, *batch) - NET.loss(before, *batch))
-    np.testing.assert_allclose(ratios[5], fall / (d @ damped @ d / 2 - d @ slope), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -418,16 +445,24 @@ def test_errors_of_steps_say_what_is_missing():
 def test_with_enough_iterations_hessian_free_is_the_dense_solve(net, l2, seed):
     params, batch = net.params(seed), net.data(seed)
     tx = lp.scale_by_hessian_free(damping=0.5, iterations=300, tolerance=0.0, l2=l2)
-    update, state = line(net, batch)(tx, params, tx.init(params))
+    step = line(net, batch)
+    update, state = step(tx, params, tx.init(params))
     slope = flat(jax.grad(net.loss)(params, *batch)) + l2 * flat(params)
     matrix = gauss_newton(net, params, *batch)
     assume(slope @ matrix @ slope > 1e-9)  # a network may be dead
     amount = 0.5 * (slope @ matrix @ slope) / (slope @ slope)
-    solution = np.linalg.solve(matrix + (amount + l2) * np.eye(len(slope)), slope)
+    damped = matrix + (amount + l2) * np.eye(len(slope))
+    solution = np.linalg.solve(damped, slope)
     np.testing.assert_allclose(flat(update), solution, rtol=1e-6, atol=1e-7)
-    factor = {True: 2 / 3, False: 1}[bool(state.reduction_ratio > 0.75)]
-    if state.reduction_ratio >= 0.25:
-        np.testing.assert_allclose(state.damping, amount * factor, rtol=1e-7)
+    np.testing.assert_allclose(state.damping, amount, rtol=1e-7)
+
+    after, other = jax.tree.map(jnp.subtract, params, update), net.data(seed + 1)
+    _, state = step(tx, after, state, other)  # another batch judges
+    losses = [net.loss(p, *other) + l2 / 2 * np.sum(flat(p) ** 2) for p in (params, after)]
+    ratio = (losses[1] - losses[0]) / (solution @ damped @ solution / 2 - solution @ slope)
+    np.testing.assert_allclose(state.reduction_ratio, ratio, rtol=1e-5, atol=1e-6)
+    factor = 2 / 3 if ratio > 0.75 else 1.0 if ratio >= 0.25 else 3 / 2
+    np.testing.assert_allclose(state.damping, amount * factor, rtol=1e-7)
 
 
 def test_iterations_end_where_martens_ends_them_and_start_from_the_last_solution():
