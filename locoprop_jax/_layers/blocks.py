@@ -71,7 +71,7 @@ def others(layers: Layers, tree: Any) -> list[Array]:
 
 def unit_norm(leaf: Array) -> Array:
     """A leaf in no layer divided by its Euclidean norm, whatever its size; zeros for zeros."""
-    wide = leaf.astype(jnp.result_type(leaf.dtype, jnp.float32))
+    wide = leaf.astype(wide_dtype([leaf]))
     size = jnp.max(jnp.abs(wide), initial=0)
     near = wide / jnp.where(size > 0, size, 1)
     norm = jnp.sqrt(jnp.square(near).sum())
