@@ -20,11 +20,11 @@ from locoprop_jax._curvature.quadratic import (
     best_of_three,
     check_line,
     dtype_of_model,
+    judge,
     levenberg_marquardt,
     like,
     minimum,
     quadratic_model,
-    reduction_ratio,
     with_l2,
 )
 
@@ -81,11 +81,12 @@ def scale_by_gauss_newton_step(
     way round.) It starts at `damping` times the curvature per squared length of the first
     direction.
 
-    Two departures from the paper keep steps of small batches bounded. The step is judged by the
-    batch that follows it: its own batch would confirm a step that fits this batch and no other, and
-    tau would fall until the network diverges. With one batch for all steps there is no difference.
-    And no more than the last update itself is added to a step as momentum: a small batch may have
-    next to no curvature along that update, and ask for any multiple of it.
+    Departures from the paper keep steps of small batches bounded. The step is judged by the batch
+    that follows it: its own batch would confirm a step that fits this batch and no other, and tau
+    would fall until the network diverges. tau grows only where the step was too long as well (the
+    loss rises again at its end), and shrinks where it was less than half as long as it should be
+    (`levenberg_marquardt`). And no more than the last update itself is added to a step as momentum:
+    a small batch may have next to no curvature along that update, and ask for any multiple of it.
 
     A `direction` that is a function of a damping gamma has gamma adapted as well (B.3.2): every so
     many steps the best of three, by the model, is kept.
@@ -171,9 +172,10 @@ def scale_by_gauss_newton_step(
         previous = like(state.previous, params)
 
         def judged() -> tuple[Array, Array]:
-            ratio = reduction_ratio(value_fn, value, params, previous, l2, state.model_change)
+            change = state.model_change
+            verdict = judge(value_fn, value, slope, params, previous, l2, change)
             factor = jnp.asarray(decay, dtype) ** damping_period
-            return levenberg_marquardt(state.damping, ratio, factor), ratio
+            return levenberg_marquardt(state.damping, verdict, factor), verdict.ratio
 
         adapted, ratio = jax.lax.cond(
             ok & (state.count % damping_period == 0) & (state.count > 0),

@@ -16,10 +16,10 @@ from locoprop_jax._curvature.quadratic import (
     ValueFn,
     check_line,
     dtype_of_model,
+    judge,
     levenberg_marquardt,
     like,
     quadratic_model,
-    reduction_ratio,
     with_l2,
 )
 
@@ -57,12 +57,12 @@ def scale_by_hessian_free(
 
     The iterations start from the best multiple of the last solution and end when they make little
     progress. lambda follows Levenberg and Marquardt: the loss before the last step is evaluated
-    too, and where the step lowered it by less than a quarter of what the quadratic model said,
-    lambda grows; where by more than three quarters, it shrinks. It starts at `damping` times the
-    curvature per squared length of the first gradient. A step is judged by the batch that follows
-    it, because its own batch would confirm a step that fits no other; with one batch for all steps
-    there is no difference. The network's layers need not be found beforehand; parameters in none
-    are solved for like all others.
+    too, and where the step lowered it by less than a quarter of what the quadratic model said and
+    was too long, lambda grows; where by more than three quarters, or the step was too short, it
+    shrinks. It starts at `damping` times the curvature per squared length of the first gradient. A
+    step is judged by the batch that follows it, because its own batch would confirm a step that
+    fits no other. The network's layers need not be found beforehand; parameters in none are solved
+    for like all others.
 
     Args:
       damping: the first lambda, in units of g'Gg / g'g.
@@ -128,8 +128,8 @@ def scale_by_hessian_free(
         unit = quadratic_model(network, slope, [like(slope, params)]).rayleigh
         first = jnp.asarray(damping, dtype) * unit.astype(dtype)
         last, factor = like(state.previous, params), jnp.asarray(damping_decay, dtype)
-        ratio = reduction_ratio(value_fn, value, params, last, l2, state.model_change)
-        adapted = levenberg_marquardt(state.damping, ratio, factor)
+        verdict = judge(value_fn, value, slope, params, last, l2, state.model_change)
+        adapted = levenberg_marquardt(state.damping, verdict, factor)
         is_first = state.count == 0
         amount = jnp.where(is_first, first, adapted)
 
@@ -144,7 +144,7 @@ def scale_by_hessian_free(
             state.count + 1,
             amount,
             change,
-            jnp.where(is_first, state.reduction_ratio, ratio),
+            jnp.where(is_first, state.reduction_ratio, verdict.ratio),
             made,
             solution,
         )

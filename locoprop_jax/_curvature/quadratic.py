@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import is_number
@@ -98,35 +98,76 @@ def with_l2(gradient: Tree, params: Tree, l2: Any) -> Tree:
     return jax.tree.map(lambda g, p: g + jnp.asarray(l2, g.dtype) * p, gradient, params)
 
 
-def reduction_ratio(
-    value_fn: ValueFn, value: Any, params: Tree, update: Tree, l2: Any, change: Scalar
-) -> Scalar:
-    """rho: how much the loss fell when the update was subtracted, over the model's fall (eq. 42).
+class Verdict(NamedTuple):
+    """What a batch says of the step that was taken before it.
+
+    Attributes:
+      ratio: rho, how much its loss fell over how much the model fell (eq. 42).
+      fall: of its loss.
+      rest: by how much its loss would go on to fall, to first order, if the step were taken again.
+    """
+
+    ratio: Scalar
+    fall: Scalar
+    rest: Scalar
+
+    @property
+    def is_too_long(self) -> Bool[Array, ""]:
+        """Whether the loss rises again at the end of the step."""
+        return ~(self.rest > 0)
+
+    @property
+    def is_too_short(self) -> Bool[Array, ""]:
+        """Whether the loss would be lower after more than twice the step.
+
+        By the parabola through the fall and the slope that is left: its slope at the start is more
+        than twice its curvature.
+        """
+        curvature = 2 * (self.fall - self.rest)
+        return (self.rest > 0) & (self.rest > curvature)
+
+
+def judge(
+    value_fn: ValueFn,
+    value: Any,
+    slope: Tree,
+    params: Tree,
+    update: Tree,
+    l2: Any,
+    change: Scalar,
+) -> Verdict:
+    """The verdict of a batch on an update that led to its parameters.
 
     Args:
-      value_fn: the loss of any batch.
-      value: the loss after the update.
+      value_fn: the loss of the batch.
+      value: it after the update.
+      slope: its gradient after the update.
       params: after the update.
       update: that was subtracted.
-      l2: eta of the term that the loss includes.
+      l2: eta of the term that the loss includes, and the slope too.
       change: of the model.
     """
     old, dtype = jax.tree.map(jnp.add, params, update), change.dtype
-    fall = jnp.asarray(value, dtype) - value_fn(old).astype(dtype)
+    fall = value_fn(old).astype(dtype) - jnp.asarray(value, dtype)
     if not is_number(l2) or l2 > 0:
         growth = _squares(params) - _squares(old)
-        fall = fall + jnp.asarray(l2, dtype) / 2 * growth.astype(dtype)
-    return fall / jnp.where(change < 0, change, -jnp.inf)
+        fall = fall - jnp.asarray(l2, dtype) / 2 * growth.astype(dtype)
+    rest = _linalg.dot(_linalg.wide(slope), _linalg.wide(update)).astype(dtype)
+    return Verdict(-fall / jnp.where(change < 0, change, -jnp.inf), fall, rest)
 
 
-def levenberg_marquardt(damping: Scalar, ratio: Scalar, factor: Scalar) -> Scalar:
+def levenberg_marquardt(damping: Scalar, verdict: Verdict, factor: Scalar) -> Scalar:
     """Less damping where the loss fell as the model said, more where it did not (B.3.1).
 
-    A ratio that is not a number counts as a loss that did not fall.
+    Of a small batch the model promises several times what its step can keep on another batch,
+    however well its length is chosen: the gradient is mostly noise. So a small fall alone is no
+    reason for more damping, the step has to be too long as well; and one that is too short is
+    reason for less. A ratio that is not a number counts as a loss that did not fall.
     """
+    good = (verdict.ratio > 0.75) | verdict.is_too_short
+    bad = (verdict.ratio < 0.25) & verdict.is_too_long | ~jnp.isfinite(verdict.ratio)
     grown = jnp.maximum(damping, jnp.finfo(damping.dtype).tiny) / factor
-    kept = jnp.where(ratio > 0.75, damping * factor, damping)
-    return jnp.where(ratio >= 0.25, kept, grown)
+    return jnp.where(bad, grown, jnp.where(good, damping * factor, damping))
 
 
 def best_of_three(change: Callable[[Scalar], Scalar], gamma: Scalar, factor: Scalar) -> Scalar:

@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import locoprop_jax as lp
+from locoprop_jax._curvature.quadratic import Verdict, levenberg_marquardt
 from tests.dense_nets import HEADS, Net, nets
 
 NET = Net(widths=(3, 4, 2), transfers=("tanh",), biases=(True, True), head="sigmoid", batch=6)
@@ -335,18 +336,34 @@ def test_tau_follows_levenberg_and_marquardt_as_the_next_batch_judges(is_same):
         np.testing.assert_allclose(states[i].model_change, change, rtol=1e-6)
         fall = float(NET.loss(after, *batches[i]) - NET.loss(before, *batches[i]))
         np.testing.assert_allclose(ratios[i], fall / change, rtol=1e-6)
-        factor = 0.81 if ratios[i] > 0.75 else 1 / 0.81 if ratios[i] < 0.25 else 1.0
+        rest = flat(jax.grad(NET.loss)(after, *batches[i])) @ d
+        slope_before = rest + 2 * (-fall - rest)  # of the parabola
+        best = slope_before / (slope_before - rest) if slope_before > rest else np.inf
+        is_short = rest > 0 and best > 2
+        factor = 0.81 if ratios[i] > 0.75 or is_short else 1.0
+        factor = 1 / 0.81 if ratios[i] < 0.25 and rest <= 0 else factor
         np.testing.assert_allclose(taus[i], taus[i - 1] * factor, rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("ratio", "factor"), [(0.1, 2), (0.5, 1), (0.9, 0.5), (np.nan, 2), (-1, 2)]
-)
-def test_damping_grows_where_the_model_is_too_hopeful(ratio, factor):
-    from locoprop_jax._curvature.quadratic import levenberg_marquardt
+@pytest.mark.parametrize("curvature", [0.0, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize("predicted", [0.1, 1.0, 10.0])
+def test_damping_grows_after_a_step_too_long_and_shrinks_after_one_too_short(curvature, predicted):
+    """On a parabola 1 - s + curvature s^2 / 2 along the step, whose end is s = 1."""
+    fall, rest = 1 - curvature / 2, 1 - curvature
+    ratio = fall / predicted
+    verdict = Verdict(*map(jnp.asarray, (ratio, fall, rest)))
+    best = 1 / curvature if curvature else np.inf
+    assert bool(verdict.is_too_long) == (best <= 1)
+    assert bool(verdict.is_too_short) == (best > 2)
+    factor = 0.5 if ratio > 0.75 or best > 2 else 1.0
+    factor = 2.0 if ratio < 0.25 and best <= 1 else factor
+    assert levenberg_marquardt(jnp.asarray(3.0), verdict, jnp.asarray(0.5)) == 3.0 * factor
 
-    new = levenberg_marquardt(jnp.asarray(3.0), jnp.asarray(float(ratio)), jnp.asarray(0.5))
-    assert new == 3.0 * factor
+
+@pytest.mark.parametrize("ratio", [np.nan, np.inf, -np.inf])
+def test_damping_grows_where_the_loss_is_not_finite(ratio):
+    verdict = Verdict(*map(jnp.asarray, (ratio, 1.0, 0.7)))
+    assert levenberg_marquardt(jnp.asarray(3.0), verdict, jnp.asarray(0.5)) == 6.0
 
 
 def test_gamma_is_the_best_of_three_by_the_model():
