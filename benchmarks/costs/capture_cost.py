@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import locoprop_jax as lp
-from benchmarks.shared import cli
+from benchmarks.shared import cli, paper
 from benchmarks.shared.models import LanguageModel, ResNet, UNet, ViT
 from benchmarks.shared.results import RESULTS, write_measurement
 
@@ -129,11 +129,11 @@ def steps(task: Task, rounds: int, period: int) -> dict[str, Any]:
     capture = lp.value_grad_and_capture(task.loss_fn)
     methods: dict[str, Any] = {
         "Adam": optax.with_extra_args_support(optax.adam(RATES["Adam"])),
-        "FOOF": lp.foof(layers, RATES["FOOF"], inverse_period=period),
-        "FOOF, few statistics": lp.foof(
+        "FOOF": paper.foof(layers, RATES["FOOF"], inverse_period=period),
+        "FOOF, few statistics": paper.foof(
             layers, RATES["FOOF"], inverse_period=period, statistics_steps=max(1, period // 10)
         ),
-        "LNB": lp.lnb(layers, RATES["LNB"]),
+        "LNB": paper.lnb(layers, RATES["LNB"]),
     }
     calls: dict[str, Callable[[], Any]] = {}
     compiled_in: dict[str, float] = {}

@@ -32,7 +32,7 @@ from benchmarks.costs.kernels import (
     local_products,
     metric_products,
 )
-from benchmarks.shared import cli
+from benchmarks.shared import cli, paper
 from benchmarks.shared.autoencoder import make_problem
 from benchmarks.shared.data import Dataset
 from benchmarks.shared.results import RESULTS, write_measurement
@@ -58,8 +58,8 @@ def compile_parts(
         return optax.apply_updates(params, updates), state
 
     methods = {
-        "LocoProp-M": lp.locoprop_m(layers, 1e-5, iterations=iterations),
-        "LocoProp-S": lp.locoprop_s(layers, 1e-5, iterations=iterations),
+        "LocoProp-M": paper.locoprop_m(layers, 1e-5, iterations=iterations),
+        "LocoProp-S": paper.locoprop_s(layers, 1e-5, iterations=iterations),
         "FOOF": lp.foof(layers),
         "FOOF, T=1": lp.foof(layers, inverse_period=1),
         "LNB": lp.lnb(layers),

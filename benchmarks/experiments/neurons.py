@@ -21,7 +21,7 @@ import optax
 
 import locoprop_jax as lp
 from benchmarks.experiments.factorisation import factorisation, gauss_newton
-from benchmarks.shared import autoencoder, cli, images, plots, report
+from benchmarks.shared import autoencoder, cli, images, paper, plots, report
 from benchmarks.shared.classifier import benzing_mlp, boosting_mlp
 from benchmarks.shared.comparison import Job, train_all
 from benchmarks.shared.contestants import (
@@ -80,7 +80,8 @@ def averaged_steps(
     learning_rate: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformation:
     """A direction whose steps are averaged, not its gradients: shorter ones where they disagree."""
-    return optax.chain(direction(layers), optax.ema(0.9), descend(learning_rate, 0.0))
+    root = paper.root(learning_rate)
+    return optax.chain(direction(layers), optax.ema(0.9), descend(root, 0.0))
 
 
 def foof_direction(layers: lp.Layers) -> optax.GradientTransformationExtraArgs:
@@ -132,8 +133,8 @@ LNB_CHANGES: Mapping[str, Mapping[str, Any]] = {
 def _second_order(problem: Problem) -> Mapping[str, Contestant]:
     """Without noise in the gradient little damping is needed, and a short step."""
     little = {
-        "lnb_little": ("LNB, ridge 0.01", functools.partial(lp.lnb, ridge=0.01)),
-        "foof_little": ("FOOF, damping 0.01", functools.partial(lp.foof, damping=0.01)),
+        "lnb_little": ("LNB, ridge 0.01", functools.partial(paper.lnb, ridge=0.01)),
+        "foof_little": ("FOOF, damping 0.01", functools.partial(paper.foof, damping=0.01)),
     }
     newton = Contestant("Gauss-Newton", functools.partial(gauss_newton, problem=problem), 1.0)
     return {

@@ -62,8 +62,8 @@ class Setup(NamedTuple):
     fixed: Hyperparameters
 
 
-# As `lp.locoprop_s` has them. It has no learning rate by default: one of those that
-# `tune` starts with stands for it.
+# The papers' own parameters, as `benchmarks.shared.paper` has them; the local learning rate is one
+# of those that `tune` starts with.
 LOCAL = {"one_minus_beta1": 0.1, "one_minus_beta2": 0.1, "eps": 1e-6, "iterations": 10}
 LOCAL_RATE = 1e-4
 

@@ -117,6 +117,7 @@ def our_step(setting: Setting, params: Params) -> Step:
         layers,
         learning_rate,
         gamma=GAMMA,
+        relative=False,
         iterations=setting.iterations,
         optimizer=optimizer,
         correction=setting.correction or None,

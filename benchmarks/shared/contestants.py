@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-import locoprop_jax as lp
+from benchmarks.shared import paper
 from benchmarks.shared.methods import Method
 
 TRIAL_STEP = 10**0.5  # between two learning rates
@@ -46,8 +46,8 @@ class Contestant(NamedTuple):
         )
 
 
-FOOF = Contestant("FOOF", lp.foof, 4.0, needs_capture=True)
-LNB = Contestant("LNB", lp.lnb, 4.0, needs_capture=True)
+FOOF = Contestant("FOOF", paper.foof, 4.0, needs_capture=True)
+LNB = Contestant("LNB", paper.lnb, 4.0, needs_capture=True)
 ADAM = Contestant("Adam", optax.adam, 1e-3)
 MOMENTUM = Contestant("Momentum", functools.partial(optax.sgd, momentum=0.9), 1e-1)
 MUON = Contestant("Muon", optax.contrib.muon, 2e-2)

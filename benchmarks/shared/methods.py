@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import optax
 
 import locoprop_jax as lp
+from benchmarks.shared import paper
 
 Hyperparameters = Mapping[str, float]
 
@@ -169,20 +170,20 @@ LOCOPROP_STARTS = (
 METHODS: Mapping[str, Method] = {
     "locoprop_m": Method(
         "LocoProp-M",
-        functools.partial(_locoprop, lp.locoprop_m, tensorflow_rmsprop),
+        functools.partial(_locoprop, paper.locoprop_m, tensorflow_rmsprop),
         LOCOPROP_SPACE,
         options=("iterations",),
         starts=LOCOPROP_STARTS,
     ),
     "locoprop_s": Method(
         "LocoProp-S",
-        functools.partial(_locoprop, lp.locoprop_s, tensorflow_rmsprop),
+        functools.partial(_locoprop, paper.locoprop_s, tensorflow_rmsprop),
         LOCOPROP_SPACE,
         options=("iterations",),
         starts=LOCOPROP_STARTS,
     ),
-    "foof": Method("FOOF", lp.foof, METRIC_SPACE | {"damping": LogUniform(0.1, 100.0)}),
-    "lnb": Method("LNB", lp.lnb, METRIC_SPACE | {"ridge": LogUniform(0.1, 100.0)}),
+    "foof": Method("FOOF", paper.foof, METRIC_SPACE | {"damping": LogUniform(0.1, 100.0)}),
+    "lnb": Method("LNB", paper.lnb, METRIC_SPACE | {"ridge": LogUniform(0.1, 100.0)}),
     "kfac": Method(
         "K-FAC",
         lp.kfac,
@@ -247,14 +248,14 @@ ADAPTIVE = ("one_minus_beta1", "one_minus_beta2", "eps")
 # Those of the ablations, beside the ones above. No values of them are in tuned.json.
 MORE_METHODS: Mapping[str, Method] = {
     "pocoprop_m": _local(
-        "PocoProp-M", lp.pocoprop_m, tensorflow_rmsprop, *ADAPTIVE, transferred=True
+        "PocoProp-M", paper.pocoprop_m, tensorflow_rmsprop, *ADAPTIVE, transferred=True
     ),
     "pocoprop_s": _local(
-        "PocoProp-S", lp.pocoprop_s, tensorflow_rmsprop, *ADAPTIVE, transferred=True
+        "PocoProp-S", paper.pocoprop_s, tensorflow_rmsprop, *ADAPTIVE, transferred=True
     ),
-    "locoprop_m_sgd": _local("LocoProp-M", lp.locoprop_m, optax.sgd),
-    "locoprop_m_momentum": _local("LocoProp-M", lp.locoprop_m, momentum, "one_minus_beta1"),
-    "locoprop_m_adam": _local("LocoProp-M", lp.locoprop_m, adam, *ADAPTIVE),
+    "locoprop_m_sgd": _local("LocoProp-M", paper.locoprop_m, optax.sgd),
+    "locoprop_m_momentum": _local("LocoProp-M", paper.locoprop_m, momentum, "one_minus_beta1"),
+    "locoprop_m_adam": _local("LocoProp-M", paper.locoprop_m, adam, *ADAPTIVE),
     "locoprop_s_exact": Method("LocoProp-S, exact", _exact, _space("gamma", "learning_rate")),
     "sgd": _baseline("SGD", optax.sgd),
     "momentum": _baseline("Momentum", momentum, "one_minus_beta1"),
