@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -91,6 +91,12 @@ def _halved(examples: Arrays) -> Arrays:
     images = examples["images"]
     n, h, w, c = images.shape
     return examples | {"images": images.reshape(n, h // 2, 2, w // 2, 2, c).mean((2, 4))}
+
+
+def _both(change: Callable[[Arrays], Arrays], data: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
+    """Training and test examples, changed alike."""
+    train, test = data
+    return change(train), change(test)
 
 
 def _classify(
@@ -197,19 +203,19 @@ def autoencoder(name: str) -> Problem:
 
 def mlp_tanh(name: str) -> Problem:
     network = Classifier((512,) * 3)
-    data = tuple(map(_flat, fashion_mnist()))
+    data = _both(_flat, fashion_mnist())
     return _classify(name, "MLP 3 x 512, tanh, Fashion-MNIST", network, data, 500, 80)
 
 
 def vgg(name: str) -> Problem:
     network = VGG(CLASSES, (8, 16, 0, 16, 32, 0, 32, 32))
-    data = tuple(map(_halved, fashion_mnist()))
+    data = _both(_halved, fashion_mnist())
     what = "VGG of six convolutions without normalisation, Fashion-MNIST at 14 x 14"
     return _classify(name, what, network, data, 100, 80)
 
 
 def resnet(name: str) -> Problem:
-    data = tuple(map(_halved, fashion_mnist()))
+    data = _both(_halved, fashion_mnist())
     what = "ResNet of three blocks, group normalisation, Fashion-MNIST at 14 x 14"
     return _classify(name, what, ResNet(), data, 100, 80)
 
@@ -244,13 +250,13 @@ def unet(name: str) -> Problem:
 
 def mlp_small_batch(name: str) -> Problem:
     network = Classifier((256, 256), nn.relu)
-    data = tuple(map(_flat, fashion_mnist()))
+    data = _both(_flat, fashion_mnist())
     what = "MLP 2 x 256, ReLU, Fashion-MNIST, small batches"
     return _classify(name, what, network, data, 32, 300)
 
 
 def lstm(name: str) -> Problem:
-    data = tuple(map(_halved, fashion_mnist()))
+    data = _both(_halved, fashion_mnist())
     return _classify(name, "LSTM over rows, Fashion-MNIST at 14 x 14", RowLSTM(), data, 64, 200)
 
 
@@ -266,7 +272,7 @@ def conv_layer_norm(name: str) -> Problem:
 
 def narrow(name: str) -> Problem:
     network = Classifier((32,) * 8, nn.relu, kernel_init=nn.initializers.he_normal())
-    data = tuple(map(_flat, digits()))
+    data = _both(_flat, digits())
     return _classify(name, "narrow MLP 8 x 32, ReLU, digits", network, data, 64, 250)
 
 
