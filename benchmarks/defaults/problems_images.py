@@ -291,6 +291,6 @@ def imbalanced(name: str) -> Problem:
             "labels": np.where(wrong, random_labels, labels),
         }
 
-    data = tuple(spoil(_flat(_halved(part))) for part in fashion_mnist())
+    data = _both(lambda part: spoil(_flat(_halved(part))), fashion_mnist())
     what = "MLP 2 x 128, ReLU, imbalanced Fashion-MNIST at 14 x 14, a tenth of the labels random"
     return _classify(name, what, Classifier((128, 128), nn.relu), data, 64, 250)
