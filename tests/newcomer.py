@@ -32,7 +32,7 @@ def main() -> None:
     for name, tx in (
         ("foof", lp.foof(layers)),
         ("lnb", lp.lnb(layers)),
-        ("locoprop_m", lp.locoprop_m(layers, 1e-3)),
+        ("locoprop_m", lp.locoprop_m(layers)),
     ):
 
         @jax.jit

@@ -27,8 +27,8 @@ METHODS = {
     "foof": lambda layers: lp.scale_by_foof(layers, damping=1e-2),
     "lnb": lambda layers: lp.scale_by_lnb(layers),
     "kfac": lambda layers: lp.scale_by_kfac(layers, curvature="empirical"),
-    "locoprop_s": lambda layers: lp.locoprop_s(layers, 1e-3),
-    "locoprop_m": lambda layers: lp.locoprop_m(layers, 1e-3),
+    "locoprop_s": lambda layers: lp.locoprop_s(layers),
+    "locoprop_m": lambda layers: lp.locoprop_m(layers),
 }
 
 

@@ -83,8 +83,8 @@ METHODS = {
     "lnb": lambda layers: lp.lnb(layers, 1e-2),
     "kfac": lambda layers: lp.scale_by_kfac(layers),
     "natural gradient": lambda layers: lp.scale_by_natural_gradient(layers, damping=1.0),
-    "locoprop_m": lambda layers: lp.locoprop_m(layers, 1e-3),
-    "pocoprop_s": lambda layers: lp.pocoprop_s(layers, 1e-3),
+    "locoprop_m": lambda layers: lp.locoprop_m(layers),
+    "pocoprop_s": lambda layers: lp.pocoprop_s(layers),
 }
 
 

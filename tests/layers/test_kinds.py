@@ -512,8 +512,8 @@ METHODS = {
     "natural gradient": lambda layers: lp.scale_by_natural_gradient(
         layers, damping=1.0, curvature="empirical"
     ),
-    "locoprop_s": lambda layers: optax.chain(lp.locoprop_s(layers, 1e-3), optax.scale(-1.0)),
-    "locoprop_m": lambda layers: optax.chain(lp.locoprop_m(layers, 1e-3), optax.scale(-1.0)),
+    "locoprop_s": lambda layers: optax.chain(lp.locoprop_s(layers, 0.01), optax.scale(-1.0)),
+    "locoprop_m": lambda layers: optax.chain(lp.locoprop_m(layers, 0.01), optax.scale(-1.0)),
 }
 
 

@@ -1,7 +1,6 @@
 """What `find_layers` says of a model: layers, and the parameters in none with the reason."""
 
 import dataclasses
-import functools
 
 import chex
 import jax
@@ -664,8 +663,7 @@ def test_captured_of_another_model_is_an_error_that_names_the_layers(other, diff
 
 @pytest.mark.parametrize(
     "make",
-    [lp.foof, lp.lnb, functools.partial(lp.locoprop_s, learning_rate=0.1)],
-    ids=["foof", "lnb", "locoprop_s"],
+    [lp.foof, lp.lnb, lp.locoprop_s],
 )
 @pytest.mark.parametrize(
     "other, different",

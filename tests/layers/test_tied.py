@@ -127,8 +127,8 @@ def test_a_share_of_the_examples_has_a_share_of_the_look_ups():
 @pytest.mark.parametrize("name", ["locoprop_s", "locoprop_m", "foof", "lnb", "kfac"])
 def test_steps_lower_the_loss(name, layers):
     make = {
-        "locoprop_s": lambda: lp.locoprop_s(layers, 1e-2, gamma=10.0),
-        "locoprop_m": lambda: lp.locoprop_m(layers, 1e-2, gamma=10.0),
+        "locoprop_s": lambda: lp.locoprop_s(layers),
+        "locoprop_m": lambda: lp.locoprop_m(layers),
         "foof": lambda: lp.foof(layers, 0.1, inverse_period=2),
         "lnb": lambda: lp.lnb(layers, 0.1),
         "kfac": lambda: lp.kfac(layers),

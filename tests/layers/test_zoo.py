@@ -16,8 +16,8 @@ from tests.zoo import ZOO
 pytestmark = pytest.mark.standard_promotion
 
 METHODS = {
-    "foof": lambda layers: lp.foof(layers, 1e-4),
-    "lnb": lambda layers: lp.lnb(layers, 1e-4, iterations=2),
+    "foof": lambda layers: lp.foof(layers, 1e-3),
+    "lnb": lambda layers: lp.lnb(layers, 1e-3, iterations=2),
 }
 # Their steps alone are compiled in every run of the tests: one model for each kind of layer.
 QUICK = {

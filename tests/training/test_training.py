@@ -30,7 +30,9 @@ def reconstruction_loss(output, x):
 
 
 def optimizer(layers):
-    return lp.locoprop_m(layers, 0.02, gamma=6.0, iterations=2, optimizer=optax.sgd)
+    """Plain gradient steps with the paper's own, absolute parameters."""
+    options = {"gamma": 6.0, "relative": False, "iterations": 2, "optimizer": optax.sgd}
+    return lp.locoprop_m(layers, 0.02, **options)
 
 
 def assert_falling(losses):
