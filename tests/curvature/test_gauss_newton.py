@@ -478,7 +478,11 @@ def test_with_enough_iterations_hessian_free_is_the_dense_solve(net, l2, seed):
     losses = [net.loss(p, *other) + l2 / 2 * np.sum(flat(p) ** 2) for p in (params, after)]
     ratio = (losses[1] - losses[0]) / (solution @ damped @ solution / 2 - solution @ slope)
     np.testing.assert_allclose(state.reduction_ratio, ratio, rtol=1e-5, atol=1e-6)
-    factor = 2 / 3 if ratio > 0.75 else 1.0 if ratio >= 0.25 else 3 / 2
+    rest = (flat(jax.grad(net.loss)(after, *other)) + l2 * flat(after)) @ flat(update)
+    fall = losses[0] - losses[1]
+    is_short = rest > 0 and rest > 2 * (fall - rest)  # the slope left, and the parabola's curvature
+    factor = 2 / 3 if ratio > 0.75 or is_short else 1.0
+    factor = 3 / 2 if ratio < 0.25 and rest <= 0 else factor
     np.testing.assert_allclose(state.damping, amount * factor, rtol=1e-7)
 
 
