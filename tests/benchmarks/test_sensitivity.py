@@ -10,7 +10,7 @@ import pytest
 import locoprop_jax as lp
 from benchmarks.experiments import sensitivity
 from benchmarks.experiments.sensitivity import Setup, Surface, mistakes, summary
-from benchmarks.shared import autoencoder
+from benchmarks.shared import autoencoder, paper
 from benchmarks.shared.data import Dataset
 from benchmarks.shared.methods import METHODS
 from benchmarks.shared.training import Settings, train
@@ -69,10 +69,11 @@ def test_a_cell_is_what_training_with_its_numbers_makes(problem, name):
 
 
 @pytest.mark.parametrize("name", [name for name in sensitivity.SETUPS if name != "adam"])
-def test_the_defaults_are_those_of_the_library(name):
-    parameters = inspect.signature(getattr(lp, name)).parameters
+def test_the_defaults_are_those_of_the_methods_as_the_papers_have_them(name):
+    parameters = inspect.signature(getattr(paper, name, None) or getattr(lp, name)).parameters
     for number, default in sensitivity.SETUPS[name].defaults.items():
-        assert parameters[number].default in (default, inspect.Parameter.empty)
+        if (name[:-1], number) != ("locoprop_", "learning_rate"):  # for which there is none
+            assert parameters[number].default == default
 
 
 def test_the_command_line_writes_and_prints_what_diverged(run, capsys):
