@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_not_negative, check_positive, check_whole, is_number
+from locoprop_jax._checks import check_not_negative, check_positive, check_whole
 from locoprop_jax._curvature.products import linearise
 from locoprop_jax._curvature.quadratic import (
     Scalar,
@@ -87,7 +87,6 @@ def scale_by_gauss_newton_step(
     loss rises again at its end), and shrinks where it was less than half as long as it should be
     (`levenberg_marquardt`). And no more than the last update itself is added to a step as momentum:
     a small batch may have next to no curvature along that update, and ask for any multiple of it.
-    A model never promises more than all of a positive loss (without l2).
 
     A `direction` that is a function of a damping gamma has gamma adapted as well (B.3.2): every so
     many steps the best of three, by the model, is kept.
@@ -184,15 +183,13 @@ def scale_by_gauss_newton_step(
             lambda: (state.damping, state.reduction_ratio),
         )
 
-        most = jnp.asarray(value, dtype) if is_number(l2) and l2 == 0 else jnp.inf
-
         def candidate(gamma: Array) -> Candidate:
             found, inner = of_damping(gamma).update(incoming, state.inner, params, **extra_args)
             directions = [found, previous] if momentum else [found]
             model = quadratic_model(network, slope, directions)
             first = jnp.asarray(damping, dtype) * model.rayleigh
             tau = jnp.where(state.count == 0, first, adapted)
-            steps, change = minimum(model, tau + jnp.asarray(l2, dtype), most)
+            steps, change = minimum(model, tau + jnp.asarray(l2, dtype))
             return Candidate(directions, inner, tau, steps, change)
 
         gamma = state.inner_damping

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_not_negative, check_positive, check_whole, is_number
+from locoprop_jax._checks import check_not_negative, check_positive, check_whole
 from locoprop_jax._curvature.gauss_newton import descend
 from locoprop_jax._curvature.products import linearise
 from locoprop_jax._curvature.quadratic import (
@@ -21,7 +21,6 @@ from locoprop_jax._curvature.quadratic import (
     like,
     quadratic_model,
     with_l2,
-    within,
 )
 
 
@@ -140,11 +139,7 @@ def scale_by_hessian_free(
         solution, residual, made = _linalg.truncated_conjugate_gradient(
             damped, slope, iterations, tolerance, start=state.previous
         )
-        # solution'(slope - residual) is its curvature; shorter steps have their own change.
-        descent, left = _linalg.dot(solution, slope), _linalg.dot(solution, residual)
-        part = within(value, descent) if is_number(l2) and l2 == 0 else jnp.ones_like(descent)
-        solution = _linalg.scale(solution, part)
-        change = part**2 * (descent - left) / 2 - part * descent
+        change = -(_linalg.dot(solution, slope) + _linalg.dot(solution, residual)) / 2
         new = HessianFreeState(
             state.count + 1,
             amount,

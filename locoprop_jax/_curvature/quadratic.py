@@ -60,19 +60,14 @@ def quadratic_model(network: Linearised, slope: Tree, directions: list[Tree]) ->
     )
 
 
-def minimum(
-    model: Model, damping: Scalar, loss: Any = jnp.inf, most: float = 1.0
-) -> tuple[Float[Array, " k"], Scalar]:
+def minimum(model: Model, damping: Scalar, most: float = 1.0) -> tuple[Float[Array, " k"], Scalar]:
     """The steps (to be subtracted) that lower the damped model most, and how it then changes.
 
-    Zero where the model has no minimum: along a direction of no or negative curvature. Shorter
-    where the model promises to lower a positive loss by more than all of it: of a saturated softmax
-    it has next to no curvature. For squared errors it never does.
+    Zero where the model has no minimum: along a direction of no or negative curvature.
 
     Args:
       model: of one direction, or of a direction and the last update.
       damping: tau.
-      loss: of the batch.
       most: of the last update, forwards or backwards.
     """
     matrix = model.curvature + damping.astype(model.lengths.dtype) * model.lengths
@@ -81,19 +76,8 @@ def minimum(
         held = jnp.clip(steps[1], -most, most)
         rest = _solution(matrix[:1, :1], model.slope[:1] - matrix[:1, 1] * held)
         steps = jnp.where(held == steps[1], steps, jnp.stack([rest[0], held]))
-    steps = steps * within(loss, steps @ model.slope).astype(steps.dtype)
     change = steps @ matrix @ steps / 2 - steps @ model.slope
     return steps, jnp.where(jnp.isfinite(change), change, 0)
-
-
-def within(loss: Any, slope: Scalar) -> Scalar:
-    """What shortens a step of this slope so that its model does not fall by more than the loss.
-
-    At the model's minimum along a step it has fallen by half the slope.
-    """
-    loss = jnp.asarray(loss, slope.dtype)
-    is_more = (loss > 0) & (slope > 2 * loss)
-    return jnp.where(is_more, 2 * loss / jnp.where(is_more, slope, 1), 1)
 
 
 def _solution(matrix: Float[Array, "k k"], slope: Float[Array, " k"]) -> Float[Array, " k"]:
@@ -178,12 +162,13 @@ def levenberg_marquardt(damping: Scalar, verdict: Verdict, factor: Scalar) -> Sc
     Of a small batch the model promises several times what its step can keep on another batch,
     however well its length is chosen: the gradient is mostly noise. So a small fall alone is no
     reason for more damping, the step has to be too long as well; and one that is too short is
-    reason for less. After a step that was too long and made the loss larger, damping grows four
-    times as fast. A ratio that is not a number counts as a loss that did not fall.
+    reason for less. After a step that was too long and made the loss larger by more than twice what
+    was promised, beyond what noise does, damping grows four times as fast. A ratio that is not a
+    number counts as a loss that did not fall.
     """
     good = (verdict.ratio > 0.75) | verdict.is_too_short
     bad = (verdict.ratio < 0.25) & verdict.is_too_long | ~jnp.isfinite(verdict.ratio)
-    factor_of_growth = jnp.where(verdict.ratio >= 0, factor, factor**4)
+    factor_of_growth = jnp.where(verdict.ratio >= -2, factor, factor**4)
     grown = jnp.maximum(damping, jnp.finfo(damping.dtype).tiny) / factor_of_growth
     return jnp.where(bad, grown, jnp.where(good, damping * factor, damping))
 
