@@ -339,3 +339,11 @@ sigmoid_binary_cross_entropy = _build(
     output_axes=0,
 )
 squared_error = _build(_squared_error, _sample_normal, _squared_root, output_axes=0)
+
+# Those whose terms are never negative, for labels that are probabilities.
+NON_NEGATIVE = (
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_integer_labels,
+    sigmoid_binary_cross_entropy,
+    squared_error,
+)

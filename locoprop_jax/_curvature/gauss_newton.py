@@ -24,6 +24,7 @@ from locoprop_jax._curvature.quadratic import (
     levenberg_marquardt,
     like,
     minimum,
+    most_fall,
     quadratic_model,
     with_l2,
 )
@@ -66,6 +67,7 @@ def scale_by_gauss_newton_step(
     decay: float = 0.95,
     l2: float = 0.0,
     momentum: bool = False,
+    bounded: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """The step along a direction that is best for the full Gauss-Newton model (practical GN, B.2).
 
@@ -81,12 +83,10 @@ def scale_by_gauss_newton_step(
     way round.) It starts at `damping` times the curvature per squared length of the first
     direction.
 
-    Departures from the paper keep steps of small batches bounded. The step is judged by the batch
-    that follows it: its own batch would confirm a step that fits this batch and no other, and tau
-    would fall until the network diverges. tau grows only where the step was too long as well (the
-    loss rises again at its end), and shrinks where it was less than half as long as it should be
-    (`levenberg_marquardt`). And no more than the last update itself is added to a step as momentum:
-    a small batch may have next to no curvature along that update, and ask for any multiple of it.
+    A step is judged by the batch that follows it: its own batch would confirm a step that fits this
+    batch and no other, and tau would fall until the network diverges. tau grows only where the step
+    was too long as well (the loss rises again at its end), and shrinks where it was less than half
+    as long as it should be (`levenberg_marquardt`).
 
     A `direction` that is a function of a damping gamma has gamma adapted as well (B.3.2): every so
     many steps the best of three, by the model, is kept.
@@ -107,6 +107,10 @@ def scale_by_gauss_newton_step(
         updates and `grad` are of the loss alone. It is in C, its gradient is in g and in what
         `direction` gets.
       momentum: whether the last update is a direction as well. It costs one more product.
+      bounded: whether two things hold a step of a small batch back. No more than the last update
+        itself is added as momentum: a small batch may have next to no curvature along that update,
+        and ask for any multiple of it. And the model never falls by more than a loss made of those
+        of `losses`, which are never negative. False for eq. 40 as it is.
 
     Returns:
       A transformation whose `update` needs the parameters and, as Optax's line searches do,
@@ -183,13 +187,16 @@ def scale_by_gauss_newton_step(
             lambda: (state.damping, state.reduction_ratio),
         )
 
+        inf = jnp.asarray(jnp.inf, dtype)
+        bounds = (most_fall(network, value, l2, dtype), 1.0) if bounded else (inf, inf)
+
         def candidate(gamma: Array) -> Candidate:
             found, inner = of_damping(gamma).update(incoming, state.inner, params, **extra_args)
             directions = [found, previous] if momentum else [found]
             model = quadratic_model(network, slope, directions)
             first = jnp.asarray(damping, dtype) * model.rayleigh
             tau = jnp.where(state.count == 0, first, adapted)
-            steps, change = minimum(model, tau + jnp.asarray(l2, dtype))
+            steps, change = minimum(model, tau + jnp.asarray(l2, dtype), *bounds)
             return Candidate(directions, inner, tau, steps, change)
 
         gamma = state.inner_damping

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from locoprop_jax import _linalg
+from locoprop_jax import _linalg, losses
 from locoprop_jax._checks import is_number
 from locoprop_jax._curvature.products import Linearised
 from locoprop_jax._trees import wide_dtype
@@ -60,14 +60,19 @@ def quadratic_model(network: Linearised, slope: Tree, directions: list[Tree]) ->
     )
 
 
-def minimum(model: Model, damping: Scalar, most: float = 1.0) -> tuple[Float[Array, " k"], Scalar]:
+def minimum(
+    model: Model, damping: Scalar, loss: Any = jnp.inf, most: Any = jnp.inf
+) -> tuple[Float[Array, " k"], Scalar]:
     """The steps (to be subtracted) that lower the damped model most, and how it then changes.
 
-    Zero where the model has no minimum: along a direction of no or negative curvature.
+    Zero where the model has no minimum: along a direction of no or negative curvature. Shorter
+    where the model would fall by more than the loss: a saturated softmax has next to no curvature.
+    That of squared errors never does.
 
     Args:
       model: of one direction, or of a direction and the last update.
       damping: tau.
+      loss: by how much the model may fall: all of a loss that is never negative.
       most: of the last update, forwards or backwards.
     """
     matrix = model.curvature + damping.astype(model.lengths.dtype) * model.lengths
@@ -76,6 +81,9 @@ def minimum(model: Model, damping: Scalar, most: float = 1.0) -> tuple[Float[Arr
         held = jnp.clip(steps[1], -most, most)
         rest = _solution(matrix[:1, :1], model.slope[:1] - matrix[:1, 1] * held)
         steps = jnp.where(held == steps[1], steps, jnp.stack([rest[0], held]))
+    slope, most_slope = steps @ model.slope, 2 * jnp.asarray(loss, steps.dtype)
+    is_more = slope > most_slope  # at its minimum along a step the model has fallen by half of it
+    steps = steps * jnp.where(is_more, most_slope / jnp.where(is_more, slope, 1), 1)
     change = steps @ matrix @ steps / 2 - steps @ model.slope
     return steps, jnp.where(jnp.isfinite(change), change, 0)
 
@@ -89,6 +97,18 @@ def _solution(matrix: Float[Array, "k k"], slope: Float[Array, " k"]) -> Float[A
     eps = float(10 * jnp.finfo(matrix.dtype).eps)
     steps = root * _linalg.solve(_linalg.damped(unit, eps), (root * slope)[:, None])[:, 0]
     return jnp.where(jnp.isfinite(steps).all(), steps, 0)
+
+
+def most_fall(network: Linearised, value: Any, l2: Any, dtype: Any) -> Scalar:
+    """All of the loss, where it is made of marked losses that are never negative; else infinity.
+
+    A loss of unknown sign may fall by any amount, and with l2 its model has a part more.
+    """
+    is_positive = all(target.loss in losses.NON_NEGATIVE for target in network.targets)
+    if not is_positive or not is_number(l2) or l2 != 0:
+        return jnp.asarray(jnp.inf, dtype)
+    value = jnp.asarray(value, dtype)
+    return jnp.where(value > 0, value, jnp.inf)
 
 
 def with_l2(gradient: Tree, params: Tree, l2: Any) -> Tree:
