@@ -128,7 +128,7 @@ def test_a_share_of_the_examples_has_a_share_of_the_look_ups():
 def test_steps_lower_the_loss(name, layers):
     make = {
         "locoprop_s": lambda: lp.locoprop_s(layers),
-        "locoprop_m": lambda: lp.locoprop_m(layers),
+        "locoprop_m": lambda: lp.locoprop_m(layers, gamma=0.1),
         "foof": lambda: lp.foof(layers, 0.1, inverse_period=2),
         "lnb": lambda: lp.lnb(layers, 0.1),
         "kfac": lambda: lp.kfac(layers),
