@@ -353,13 +353,6 @@ def test_a_word_that_was_not_in_the_batch_is_thrown_no_farther_than_damping_allo
         assert outside <= (1 + 1 / DAMPING) * inside
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", [lp.foof, lp.lnb])
-def test_a_word_that_was_not_in_the_batch_moves_no_farther_than_those_that_were(method):
-    for inside, outside in lengths_of_rows(method):
-        assert outside <= inside
-
-
 # --- parts of a model ----------------------------------------------------------------------------
 
 
