@@ -81,7 +81,7 @@ def scale_by_local_loss(
         1/B for a mean over a batch of B: gamma = B asks a matching loss for its minimum.
       relative: whether gamma and eta are in units of the layer, or absolute as in the paper. Then
         gamma is a distance: the target of each layer is that far from its outputs (root mean square
-        over rows and outputs), but at an output layer of a matching loss never beyond the minimum.
+        over rows and outputs), but at an output layer never beyond the minimum of a matching loss.
         And eta = 1 is a local step that goes about so far: gamma over the norm of an average input
         for optimizers that move each weight by about eta, and for all else 1 / sum |x|^2, below
         which plain gradient steps converge. Neither depends on the batch, the width or the scale of

@@ -178,9 +178,7 @@ def local_problem(
     divergence, target, regularizer = components
     is_after = data.transferred is not None
     along, state = e if data.transferred is None else data.transferred, data.target
-    most = jnp.inf
-    if divergence.name == "matching" and layer.uses_head and arrays.head is not None:
-        most = arrays.head.terms
+    most = arrays.head.terms if layer.uses_head and arrays.head is not None else jnp.inf
     gamma, eta = rates.of(x, along, data.updates, most)
     slope = {part: gamma * g for part, g in data.updates.items()}
     change: Callable[[Array], Array] = lambda rows: rows  # noqa: E731

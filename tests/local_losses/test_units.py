@@ -69,7 +69,8 @@ def test_the_target_of_each_layer_is_at_the_distance_gamma(net, seed):
         most = net.terms if name == net.names[-1] else np.inf
         gamma = min(GAMMA / rms(e), most) if e.any() else 0.0
         np.testing.assert_allclose(step, gamma * e, rtol=1e-9, atol=1e-15)
-        np.testing.assert_allclose(eta, 1 / np.square(x).sum(), rtol=1e-9)
+        if x.any():  # a layer may be dead
+            np.testing.assert_allclose(eta, 1 / np.square(x).sum(), rtol=1e-9)
 
 
 @pytest.mark.parametrize("divergence", ["post_squared", "dual_matching"])
@@ -215,11 +216,9 @@ def test_an_update_does_not_depend_on_the_size_of_the_batch_nor_of_hidden_layers
 @each_method
 @pytest.mark.parametrize("factor", [1e-12, 1e-3, 1e3, 1e12])
 def test_no_update_depends_on_the_scale_of_the_loss(name, factor):
-    """But for the output layer of LocoProp-M, whose local loss is the loss itself."""
+    """But for output layers: their targets end at the minimum, which the loss as written tells."""
     found, expected = (trajectory(DEEP, [name], value, 1) for value in (factor, 1.0))
-    if name == "locoprop_m":
-        found, expected = hidden(DEEP, found), hidden(DEEP, expected)
-    assert_equal_to_rounding(found, expected, 1e-6)
+    assert_equal_to_rounding(hidden(DEEP, found), hidden(DEEP, expected), 1e-6)
 
 
 # --- training ------------------------------------------------------------------------------------
