@@ -187,8 +187,7 @@ def scale_by_gauss_newton_step(
             lambda: (state.damping, state.reduction_ratio),
         )
 
-        inf = jnp.asarray(jnp.inf, dtype)
-        bounds = (most_fall(network, value, l2, dtype), 1.0) if bounded else (inf, inf)
+        bounds = (most_fall(network, value, l2, dtype), 1.0) if bounded else ()
 
         def candidate(gamma: Array) -> Candidate:
             found, inner = of_damping(gamma).update(incoming, state.inner, params, **extra_args)

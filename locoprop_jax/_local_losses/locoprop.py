@@ -80,9 +80,8 @@ def locoprop_s(
     Raises:
       ValueError, TypeError: as `scale_by_local_loss`.
     """
-    solver = _iterations(optimizer, iterations, relative)
-    rates = learning_rate, gamma, relative
-    return _iterated("squared", layers, rates, regularizer, solver, correction)
+    rates, steps = (learning_rate, gamma, relative), (optimizer, iterations)
+    return _iterated("squared", layers, rates, steps, regularizer, correction)
 
 
 def locoprop_m(
@@ -104,9 +103,8 @@ def locoprop_m(
 
     Arguments, result and errors are those of `locoprop_s`.
     """
-    solver = _iterations(optimizer, iterations, relative)
-    rates = learning_rate, gamma, relative
-    return _iterated("matching", layers, rates, regularizer, solver, correction)
+    rates, steps = (learning_rate, gamma, relative), (optimizer, iterations)
+    return _iterated("matching", layers, rates, steps, regularizer, correction)
 
 
 def pocoprop_s(
@@ -127,9 +125,8 @@ def pocoprop_s(
     Arguments, result and errors are those of `locoprop_s`; the arrays have to come from
     `value_grad_and_capture(loss_fn, transferred=True)`.
     """
-    solver = _iterations(optimizer, iterations, relative)
-    rates = learning_rate, gamma, relative
-    return _iterated("post_squared", layers, rates, regularizer, solver)
+    rates, steps = (learning_rate, gamma, relative), (optimizer, iterations)
+    return _iterated("post_squared", layers, rates, steps, regularizer)
 
 
 def pocoprop_m(
@@ -151,9 +148,8 @@ def pocoprop_m(
     Arguments, result and errors are those of `locoprop_s`; the arrays have to come from
     `value_grad_and_capture(loss_fn, transferred=True)`.
     """
-    solver = _iterations(optimizer, iterations, relative)
-    rates = learning_rate, gamma, relative
-    return _iterated("dual_matching", layers, rates, regularizer, solver)
+    rates, steps = (learning_rate, gamma, relative), (optimizer, iterations)
+    return _iterated("dual_matching", layers, rates, steps, regularizer)
 
 
 def proxprop(
@@ -228,21 +224,17 @@ def locoprop_kfac(
     return optax.chain(local, optax.scale(-1.0))
 
 
-def _iterations(optimizer: Optimizer | None, iterations: int, relative: bool) -> Solver:
-    if optimizer is None:
-        optimizer = scale_free_rmsprop if relative else RMSPROP
-    return inner(optimizer, iterations)
-
-
 def _iterated(
     divergence: str,
     layers: Layers,
     rates: tuple[optax.ScalarOrSchedule, float, bool],
+    steps: tuple[Optimizer | None, int],
     regularizer: Regularizer | None,
-    solver: Solver,
     correction: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    learning_rate, gamma, relative = rates
+    (learning_rate, gamma, relative), (optimizer, iterations) = rates, steps
+    if optimizer is None:
+        optimizer = scale_free_rmsprop if relative else RMSPROP
     local = scale_by_local_loss(
         layers,
         learning_rate,
@@ -250,7 +242,7 @@ def _iterated(
         relative=relative,
         divergence=divergence,
         regularizer=regularizer,
-        solver=solver,
+        solver=inner(optimizer, iterations),
         correction=correction,
     )
     return optax.chain(local, optax.scale(-1.0))
