@@ -10,10 +10,8 @@ that apply the same weights in the same way are one layer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from locoprop_jax._tracing import flow
-from locoprop_jax._tracing.chains import Shape
 from locoprop_jax._tracing.grouping import groups_of, misused
 from locoprop_jax._tracing.labelling import Known, Labelling
 from locoprop_jax._tracing.labels import CONSTANT, DATA, Label, Weight
@@ -45,24 +43,27 @@ class Detection:
     terms: dict[int, float]
 
 
-def detect(program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None) -> Detection:
+def detect(program: Program, n_leaves: int) -> Detection:
     """Find the layers.
 
     Args:
       program: the loss, its parameter leaves the first inputs, the loss the first output.
       n_leaves: how many inputs are parameters.
-      batch_axes: for each value, the axes that grow with the batch; None where it is not known.
     """
     loss = program.outputs[0]
     live = flow.live_equations(program, loss)
-    data = _data(program, n_leaves, batch_axes)
+    others = (*program.inputs[n_leaves:], *program.constants)
+    data = {v for v in others if program.is_data(v)}
     of_params = flow.reached_from(program, program.inputs[:n_leaves])
-    constants = set(range(len(program.avals))) - of_params - flow.reached_from(program, data)
+    of_data = flow.reached_from(program, data)
+    constants = set(range(len(program.avals))) - of_params - of_data
     terms = flow.loss_terms(program, loss, constants, of_params)
     reasons: dict[int, Reason] = {}
     unattached: set[int] = set()
+    at_once: set[int] = set()
     while True:
-        known = Known(batch_axes, terms, frozenset(reasons), frozenset(unattached), [], {}, {})
+        leaves = (frozenset(reasons), frozenset(unattached), frozenset(at_once))
+        known = Known(of_data, of_params, terms, *leaves, [], {}, set())
         labels: dict[int, Label] = {
             v: DATA if v in data else CONSTANT for v in (*program.inputs, *program.constants)
         }
@@ -76,26 +77,17 @@ def detect(program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None) 
         tied = [i for group in groups if not transposed.isdisjoint(group) for i in group]
         own = {leaf for i in tied if (leaf := known.sites[i].bias) is not None}
         unattached.update(own)
-        if not found and not own:
+        layered = {leaf for site in known.sites for leaf in (site.leaf, site.bias)}
+        alone = known.one_row - layered - set(reasons)
+        at_once.update(alone)
+        if not (found or own or alone):
             break
     sites = known.sites
     read = {v for i, eq in enumerate(program.equations) if live[i] for v in eq.inputs}
-    layered = {leaf for site in sites for leaf in (site.leaf, site.bias)}
     without = frozenset(i for i in range(n_leaves) if program.inputs[i] not in read)
     for leaf in range(n_leaves):
         if leaf in without:
             reasons[leaf] = NO_GRADIENT
         elif leaf not in layered and leaf not in reasons:
-            reasons[leaf] = known.pending.get(leaf, NEVER_MEETS_DATA)
+            reasons[leaf] = NEVER_MEETS_DATA
     return Detection(tuple(sites), groups, transposed, reasons, without, live, terms)
-
-
-def _data(program: Program, n_leaves: int, batch_axes: Sequence[Shape] | None) -> set[int]:
-    """The values from outside that are data: what grows with the batch.
-
-    Where that is not known, any array that is no parameter may be data.
-    """
-    others = [*program.inputs[n_leaves:], *program.constants]
-    if batch_axes is None:
-        return {v for v in others if program.shape(v)}
-    return {v for v in others if batch_axes[v]}

@@ -21,7 +21,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 
-from locoprop_jax._tracing.primitives import BROADCAST, CALLS, CUSTOM, ELEMENTWISE, REMAT, SAME
+from locoprop_jax._tracing.primitives import (
+    BROADCAST,
+    CALLS,
+    COND,
+    CUSTOM,
+    ELEMENTWISE,
+    REMAT,
+    SAME,
+)
 
 Path = tuple[int, ...]
 
@@ -45,6 +53,11 @@ def body(eqn: Any) -> Any | None:
     if eqn.primitive in CALLS:
         return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
     return eqn.params["jaxpr"] if eqn.primitive in REMAT else None
+
+
+def branches(eqn: Any) -> Sequence[Any]:
+    """The jaxprs of which a `cond` or `switch` runs one; none for any other equation."""
+    return eqn.params["branches"] if eqn.primitive in COND else ()
 
 
 class Scan(NamedTuple):

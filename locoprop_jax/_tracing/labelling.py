@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 from locoprop_jax._tracing import chains, flow, primitives
 from locoprop_jax._tracing.biases import attach_bias
-from locoprop_jax._tracing.jaxpr import scan_of
+from locoprop_jax._tracing.jaxpr import is_elementwise, scan_of
 from locoprop_jax._tracing.kinds.convolution import convolution
 from locoprop_jax._tracing.kinds.dense import dense
 from locoprop_jax._tracing.kinds.embedding import embedding
@@ -31,36 +32,38 @@ from locoprop_jax._tracing.operands import AsItIs, Patches, Times
 from locoprop_jax._tracing.program import END, Equation, Program
 from locoprop_jax._tracing.reasons import (
     ADDED_TO_NO_OUTPUT,
-    BATCH_NOT_KNOWN,
     LOOP_START,
-    SHARED_BY_THE_BATCH,
     Reason,
     no_layer,
     own_derivative,
 )
-from locoprop_jax._tracing.sites import BatchAxes, Site
+from locoprop_jax._tracing.sites import Site
 
 
 class Known(NamedTuple):
     """What the passes over the program and over the bodies of its loops share.
 
     Attributes:
-      batch_axes: for each value, the axes that grow with the batch.
+      of_data: the values that data reach.
+      of_params: the values that parameters reach.
       terms: see `flow.loss_terms`.
       excluded: the parameters that were not understood in an earlier pass.
       unattached: biases that are layers of their own wherever they are added.
+      at_once: the parameters that data from outside meet in a layer even without rows.
       sites: those found so far.
       reasons: those found so far.
-      pending: why a parameter is in no layer if its product with data meets no more of it.
+      one_row: the parameters that data from outside met entry by entry, in no layer.
     """
 
-    batch_axes: BatchAxes
+    of_data: Set[int]
+    of_params: Set[int]
     terms: Mapping[int, float]
     excluded: frozenset[int]
     unattached: frozenset[int]
+    at_once: frozenset[int]
     sites: list[Site]
     reasons: dict[int, Reason]
-    pending: dict[int, Reason]
+    one_row: set[int]
 
 
 class Labelling:
@@ -77,7 +80,7 @@ class Labelling:
     ):
         self.known, self.program, self.labels, self.live = known, program, labels, live
         self.loops, self.returned = loops, returned
-        self.sites, self.reasons, self.batch_axes = known.sites, known.reasons, known.batch_axes
+        self.sites, self.reasons = known.sites, known.reasons
         self.consumers = flow.live_consumers(program, live)
 
     def run(self) -> None:
@@ -99,6 +102,9 @@ class Labelling:
             moved = _rearranged(self.program, equation, kinds)
             return moved or (self._factor(position, kinds) if is_alive else None) or plain
         found: Label | Reason | None = None
+        if is_alive and meets_data and self._is_one_row(position, kinds):
+            self.known.one_row.update(leaves)
+            meets_data = False
         if is_alive:
             reader = self._site if meets_data else self._before_data
             found = reader(position, kinds)
@@ -114,10 +120,29 @@ class Labelling:
             self.reasons.update((leaf, found) for leaf in leaves if leaf not in self.reasons)
         return plain
 
+    def _is_one_row(self, position: int, kinds: Sequence[Label]) -> bool:
+        """Whether data from outside meet a parameter entry by entry, each entry once.
+
+        This may be a batch of one example; or a mask, the weights of a regularizer, or statistics,
+        and what it makes is a kernel or only regularized. It is no layer unless the parameter is in
+        none otherwise.
+        """
+        equation = self.program.equations[position]
+        if any(isinstance(k, Output) for k in kinds) or not is_elementwise(equation.eqn):
+            return False
+        pairs = list(zip(equation.inputs, kinds, strict=True))
+        own = [v for v, k in pairs if leaves_of(k)]
+        leaves = frozenset().union(*map(leaves_of, kinds))
+        if not leaves.isdisjoint(self.known.at_once):
+            return False
+        moved = any(v in self.known.of_params for v, k in pairs if not leaves_of(k))
+        entries = max(math.prod(self.program.shape(v)) for v in own)
+        return not moved and math.prod(self.program.shape(equation.outputs[0])) == entries
+
     def _before_data(self, position: int, kinds: Sequence[Label]) -> Label | None:
-        """A parameter times a constant; rows of a table that are added to data."""
+        """A parameter times numbers; rows of a table that are added to data."""
         primitive = self.program.equations[position].primitive
-        if primitive in primitives.MUL and CONSTANT in kinds:
+        if primitive in primitives.MUL and any(not leaves_of(k) for k in kinds):
             product = scaled(self.program, position, kinds, self.sites)
             return None if isinstance(product, Reason) else product
         if primitive in primitives.GATHER and self._is_added_to_data(position):
@@ -127,12 +152,12 @@ class Labelling:
         return None
 
     def _is_added_to_data(self, position: int) -> bool:
-        """Whether an equation's result, perhaps rearranged, is added to what grows."""
+        """Whether an equation's result, perhaps rearranged, is added to data."""
         value = self.program.equations[position].outputs[0]
         while len(uses := self.consumers.get(value, [])) == 1 and uses != [END]:
             after = self.program.equations[uses[0]]
             if after.primitive in primitives.ADD:
-                return self._grows(after.outputs[0])
+                return after.outputs[0] in self.known.of_data
             if flow.rearranged(self.program, after, ()) is None:
                 return False
             value = after.outputs[0]
@@ -150,7 +175,7 @@ class Labelling:
             read = dense if primitive in primitives.DOT_GENERAL else convolution
             plain = [without_number(program, kind) for kind in kinds]
             why = changed(program, position, plain)
-            found = why or read(program, position, plain, self.batch_axes)
+            found = why or read(program, position, plain)
             found = _times_number(found, kinds)
         if found is not None:
             return found if isinstance(found, Reason) else self._append(found)
@@ -227,18 +252,9 @@ class Labelling:
         self.reasons.setdefault(label.leaf, why)
         return DATA
 
-    def _grows(self, value: int) -> bool:
-        return self.batch_axes is not None and bool(self.batch_axes[value])
-
     def _scale(self, position: int, kinds: Sequence[Label]) -> Label | Reason:
-        if self.batch_axes is None:
-            return BATCH_NOT_KNOWN
         product = scaled(self.program, position, kinds, self.sites)
         if isinstance(product, Reason):
-            return product
-        if not self._grows(self.program.equations[position].outputs[0]):
-            # Statistics of the batch, whose product is yet to meet the data.
-            self.known.pending[product.weight.leaf] = SHARED_BY_THE_BATCH
             return product
         found = scale(self.program, position, product)
         return found if isinstance(found, Reason) else self._append(found)
@@ -274,8 +290,7 @@ class Labelling:
         """A parameter that is added to data as a layer of its own, None where it is no such."""
         weights = [k for k in kinds if isinstance(k, Weight)]
         specials = [k for k in kinds if leaves_of(k)]
-        value = self.program.equations[position].outputs[result]
-        if len(weights) != 1 or len(specials) != 1 or not self._grows(value):
+        if len(weights) != 1 or len(specials) != 1:
             return None
         found = bias(self.program, position, result, weights[0])
         return found if isinstance(found, Reason) else self._append(found)
@@ -291,7 +306,7 @@ class Labelling:
     def _at_value(self, value: int, kinds: Sequence[Label]) -> Label | Reason | None:
         """A parameter that is data itself, spread over the examples before it is used once."""
         position = self.program.producers.get(value)
-        if position is None or len(self.consumers.get(value, [])) != 1 or not self._grows(value):
+        if position is None or len(self.consumers.get(value, [])) != 1:
             return None
         result = self.program.equations[position].outputs.index(value)
         return self._bias(position, result, kinds)

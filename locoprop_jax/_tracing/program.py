@@ -74,6 +74,12 @@ class Program:
         dtype = getattr(self.avals[value], "dtype", None)
         return dtype is not None and jax.numpy.issubdtype(dtype, np.inexact)
 
+    def is_data(self, value: int) -> bool:
+        """Whether a value from outside is data if no parameter: an array, and no random key."""
+        dtype = getattr(self.avals[value], "dtype", None)
+        is_key = dtype is not None and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
+        return bool(self.shape(value)) and not is_key
+
     @functools.cached_property
     def consumers(self) -> dict[int, list[int]]:
         """For each value, the positions of the equations that read it."""
@@ -137,11 +143,7 @@ class Program:
 
 
 def flatten(closed: Any) -> Program:
-    """Inline the calls of a traced function.
-
-    The numbering depends only on the structure, so the programs of one function traced at two
-    batch sizes can be compared value by value.
-    """
+    """Inline the calls of a traced function."""
     avals: list[Any] = []
     constants: dict[int, Any] = {}
     literals: set[int] = set()

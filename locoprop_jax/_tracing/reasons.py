@@ -24,18 +24,6 @@ BROADCAST = Reason(
     "it is broadcast before it meets the data",
     "Let the layer's result be broadcast, or use `jax.vmap` over the data alone.",
 )
-NOT_THE_BATCH = Reason(
-    "it meets data that does not grow with the batch",
-    "Pass what it meets as an argument of the loss, with the examples along the first axis.",
-)
-BATCH_NOT_KNOWN = Reason(
-    "it multiplies data whose batch axis is not known",
-    "Pass the batch as arguments of the loss that have the same first axis.",
-)
-SHARED_BY_THE_BATCH = Reason(
-    "capture knows no layer that is a `mul` of a parameter and what a batch shares",
-    "Multiply the data by the parameter itself, then by what the batch shares.",
-)
 ENTRIES = Reason(
     "its entries meet the data in another order, or more than once in a row",
     "Store it as it meets the data: each entry once for each output, in the same order.",

@@ -7,15 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from locoprop_jax._tracing import chains, reasons
 from locoprop_jax._tracing.chains import Chain, Shape
 from locoprop_jax._tracing.evaluate import Address
 from locoprop_jax._tracing.labels import Loop, Operand, Weight
 from locoprop_jax._tracing.operands import Reader
 from locoprop_jax._tracing.program import Program
-from locoprop_jax._tracing.reasons import Reason
 
-BatchAxes = Sequence[Shape] | None  # for each value, the axes that grow with the batch
+BatchAxes = Sequence[Shape] | None  # for each value, the axes that count examples
 
 
 class Axes(NamedTuple):
@@ -167,12 +165,3 @@ def grouped_axes(site: Site, batch_axes: BatchAxes) -> tuple[tuple[Shape, ...], 
         return (*stack, batch, (*of_loops[1], *shared), moved(axes.features))
 
     return groups(site.inputs), groups(site.outputs)
-
-
-def refused(kernel: Weight, data: int, batch_axes: BatchAxes) -> Reason | None:
-    """The reason, if this is no layer whatever is done to kernel and data."""
-    if not chains.is_invertible(kernel.chain):
-        return reasons.BROADCAST
-    if batch_axes is not None and not batch_axes[data]:
-        return reasons.NOT_THE_BATCH
-    return None
