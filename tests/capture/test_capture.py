@@ -474,7 +474,7 @@ def test_flax_dropout():
 
 def test_closed_over_data_is_data():
     layers, captured = assert_understood(lambda params: mlp_loss(params, X, Y), mlp_params())
-    assert layers["first"].rows is None  # nothing tells the batch axis
+    assert layers["first"].rows == 1
     assert_close(captured["first"].inputs[:, 0], X)
 
 

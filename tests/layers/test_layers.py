@@ -152,12 +152,6 @@ NOT_UNDERSTOOD = {
         {"w": "broadcast before it meets the data"},
         "result be broadcast",
     ),
-    "not the batch": (
-        lambda p, h: h + jnp.tanh(h.mean(0, keepdims=True) @ p["w"]),
-        SQUARE,
-        {"w": "does not grow with the batch"},
-        "examples along the first axis",
-    ),
     "repeated entries": (
         lambda p, h: h * jnp.broadcast_to(p["w"][None], (2, 2)).reshape(1, 4),
         {"w": (2,)},
@@ -228,81 +222,6 @@ def test_a_parameter_that_is_not_understood_is_named_and_passed_over_on_request(
     for name in layers:
         found = block_gradient(captured[name], True)
         np.testing.assert_allclose(found, layers.block(grads, name), rtol=1e-10, atol=1e-12)
-
-
-# name: (the middle, its parameters' shapes, the one that is not understood, why, the remedy)
-WITHOUT_A_BATCH = {
-    "scale": (
-        lambda p, h: h * p["s"][None],
-        {"s": (4,)},
-        "s",
-        "axis is not known",
-        "Pass the batch",
-    ),
-    "second bias": (
-        lambda p, h: h @ p["w"] + p["b"][None] + p["c"][None],
-        {"w": (4, 4), "b": (4,), "c": (4,)},
-        "c",
-        "a second bias",
-        "One of them is enough",
-    ),
-    "bias of a table": (
-        lambda p, h: p["w"][jnp.argmax(h, 1)] + p["b"][None],
-        {"w": (4, 4), "b": (4,)},
-        "b",
-        "added to rows of a table",
-        "leave it out",
-    ),
-    "bias of data": (
-        lambda p, h: h + p["b"][None],
-        {"b": (4,)},
-        "b",
-        "not a layer's output",
-        "add it to a layer's output",
-    ),
-    "bias that some do not see": (
-        lambda p, h: (z := h @ p["w"]) * 2 + jnp.tanh(z + p["b"][None]),
-        {"w": (4, 4), "b": (4,)},
-        "b",
-        "used elsewhere without it",
-        "at all places",
-    ),
-    "bias after a broadcast": (
-        lambda p, h: jnp.tanh((h @ p["w"])[:, None] + p["b"][None, None].repeat(3, 1)).sum(1),
-        {"w": (4, 4), "b": (4,)},
-        "b",
-        "after that was broadcast",
-        "Add it before",
-    ),
-    "bias of each row": (
-        lambda p, h: h @ p["w"] + p["b"],
-        {"w": (4, 4), "b": (5, 4)},
-        "b",
-        "varies along more than the outputs",
-        "one entry for each output",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WITHOUT_A_BATCH)
-def test_where_the_batch_is_not_known_parameters_that_meet_data_on_their_own_are_named(case):
-    """Data that a loss closes over has no batch axis that could be told."""
-    middle, shapes, name, reason, remedy = WITHOUT_A_BATCH[case]
-    own = {name: normal(6 + i, *shape) for i, (name, shape) in enumerate(shapes.items())}
-
-    def loss(params):
-        return with_middle(middle)(params, X, Y)
-
-    with pytest.raises(ValueError, match=rf"middle/{name} \[.*\]: .*{reason}.*{remedy}"):
-        lp.find_layers(loss, outer_layers() | {"middle": own})
-
-
-def test_a_product_with_what_the_batch_shares_that_meets_no_more_data_is_named():
-    def loss(params, x, y):
-        return with_middle(identity_middle)(params, x, y) + jnp.sum(x.mean(0) * params["middle"])
-
-    with pytest.raises(ValueError, match=r"what a batch shares.*then by what the batch shares"):
-        lp.find_layers(loss, outer_layers() | {"middle": normal(6, 3)}, X, Y)
 
 
 def test_every_reason_has_a_remedy():
@@ -551,15 +470,6 @@ def test_printed_layers_are_a_table_of_what_was_understood():
     x, y = normal(1, 5, 7, 3), normal(2, 5, 7, 2)
     layers = lp.find_layers(model_with_everything, params, x, y, on_uncaptured="pass")
     assert str(layers) == TABLE
-
-
-def test_the_table_says_where_the_rows_of_an_example_are_not_known():
-    table = str(
-        lp.find_layers(
-            lambda p: with_middle(identity_middle)(p, X, Y), outer_layers() | {"middle": {}}
-        )
-    )
-    assert table.splitlines()[2].split()[:7] == ["first", "dense", "3", "->", "4", "yes", "?"]
 
 
 def test_a_layer_has_a_name_also_where_the_parameter_is_all_there_is():

@@ -1,0 +1,99 @@
+"""Which axes of each value count the examples of the batch.
+
+Layers need only rows, and an equation shows these. Which of them belong to one example matters to
+few methods. It follows from where axes come from and where they end: the batch is an axis of the
+data and of the rows of layers, the loss sums over it at its end, and nothing mixes its places
+before. Batch normalisation does; then the first axes of the arguments decide.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+
+from locoprop_jax._tracing import primitives
+from locoprop_jax._tracing.axes import NamedAxes
+from locoprop_jax._tracing.chains import Shape
+from locoprop_jax._tracing.detect import Detection
+from locoprop_jax._tracing.flow import reached_from
+from locoprop_jax._tracing.program import Program
+from locoprop_jax._tracing.sites import raw_output
+
+
+def batch_axes(program: Program, n_leaves: int, detection: Detection) -> list[Shape] | None:
+    """For each value the axes that count examples; None where no axis can be told to do so.
+
+    Args:
+      program: the loss, its parameter leaves the first inputs.
+      n_leaves: how many inputs are parameters.
+      detection: the layers found in it.
+    """
+    mixing, sums = _mixing(program, n_leaves, detection)
+    axes = NamedAxes(program, mixing)
+    batch = _batch(program, n_leaves, detection, axes, sums)
+    if batch is None:
+        return None
+    known = axes.values
+    return [
+        tuple(i for i, axis in enumerate(axes(v)) if batch in axis) if v in known else ()
+        for v in range(len(program.avals))
+    ]
+
+
+def _mixing(
+    program: Program, n_leaves: int, detection: Detection
+) -> tuple[dict[int, bool], list[int]]:
+    """Which equations mix examples if they sum over them; the sums at the end of the loss do not.
+
+    Nor does what no gradient flows through, or no parameter.
+    """
+    of_params = reached_from(program, program.inputs[:n_leaves])
+    mixing: dict[int, bool] = {}
+    sums: list[int] = []
+    for i, equation in enumerate(program.equations):
+        is_term = any(v in detection.terms for v in equation.outputs)
+        is_sum = is_term and equation.primitive in primitives.REDUCE_SUM
+        moves = detection.live[i] and not of_params.isdisjoint(equation.inputs)
+        mixing[i] = moves and not is_sum
+        if is_sum:
+            sums.append(i)
+    return mixing, sums
+
+
+def _batch(
+    program: Program, n_leaves: int, detection: Detection, axes: NamedAxes, sums: Sequence[int]
+) -> int | None:
+    """The name of the batch's axis."""
+    rows: set[int] = set()
+    for site in detection.sites:
+        raw = axes(raw_output(site))
+        rows.update(name for i in site.row_axes for name in raw[i])
+    summed = {
+        name
+        for i in sums
+        for axis in program.equations[i].params["axes"]
+        for name in axes(program.equations[i].inputs[0])[axis]
+    }
+    first: collections.Counter[int] = collections.Counter()
+    anywhere: collections.Counter[int] = collections.Counter()
+    of_constants: collections.Counter[int] = collections.Counter()
+    order: dict[int, int] = {}
+    arguments = program.inputs[n_leaves:]
+    for value in (*arguments, *(v for v in program.constants if v not in program.literals)):
+        own = axes(value)
+        if not own or not program.is_data(value):
+            continue
+        for name in (name for axis in own for name in axis):
+            order.setdefault(name, len(order))
+            anywhere[name] += 1
+        counted = first if value in arguments else of_constants
+        counted[own[0][0]] += 1
+    mixed = axes.names.mixed
+    origins = {name: axes.names.origins(name) & order.keys() for name in rows}
+
+    def rank(name: int) -> tuple:
+        is_apart = name not in mixed and name in summed
+        counts = [sum(count[n] for n in origins[name]) for count in (first, anywhere, of_constants)]
+        return is_apart, *counts, -min(order[n] for n in origins[name])
+
+    return max((name for name in rows if origins[name]), key=rank, default=None)
