@@ -76,7 +76,7 @@ def hessian_blocks(
     check_layers(layers, "hessian_blocks")
     names = check_sequence(layers, "hessian_blocks", REMEDY)
     captured = check_captured(layers, captured, "hessian_blocks")
-    above = kernels(layers, params, names[1:], "hessian_blocks")
+    above = kernels(layers, params, names[1:], "hessian_blocks", captured.points)
     last = captured[names[-1]]
     assert last.head is not None
     _check_rows(last.head, names[-1])

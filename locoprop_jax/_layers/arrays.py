@@ -55,7 +55,7 @@ class Deferred:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["uses", "head", "output_hessian", "deferred"],
+    data_fields=["uses", "head", "output_hessian", "deferred", "points"],
     meta_fields=["signature", "has_transferred"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,6 +73,7 @@ class LayerArrays:
         each, (d_out, d_out), or its diagonal (d_out,) where the loss takes each output by itself.
         None unless `curvature="ggn_output"` was captured and this is the output layer.
       deferred: what makes the curvature cotangents once they are read.
+      points: by part, what a kernel or bias that is no array of the tree is made of.
     """
 
     uses: tuple[Use | Transposed, ...]
@@ -81,6 +82,7 @@ class LayerArrays:
     has_transferred: bool = False
     output_hessian: Array | None = None
     deferred: Deferred | None = None
+    points: Mapping[str, tuple[Array, ...]] = dataclasses.field(default_factory=dict)
 
     def with_curvature(self, cotangents: Mapping[Path, Array]) -> LayerArrays:
         """With its own of the curvature cotangents."""
@@ -95,6 +97,7 @@ class LayerArrays:
             uses=tuple(use.joined(parts) for use in self.uses),
             head=head and dataclasses.replace(head, terms=parts * head.terms, parts=parts),
             output_hessian=None if hessian is None else hessian.mean(0),
+            points=jax.tree.map(lambda x: x[0], self.points),  # the same in all parts
         )
 
     @property

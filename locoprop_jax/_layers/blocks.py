@@ -13,15 +13,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_jax._layers.captured import Captured
-from locoprop_jax._layers.layers import Layers, parameter_paths
+from locoprop_jax._layers.layers import Layers, Points, parameter_paths
+from locoprop_jax._layers.made import Space, paths, read
 from locoprop_jax._layers.rows import Block, join_rows
 from locoprop_jax._trees import leaves_by_path, wide_dtype
 
 # --- parameters ----------------------------------------------------------------------------------
 
 
-def blocks(layers: Layers, tree: Any) -> dict[str, Block]:
+def blocks(
+    layers: Layers, tree: Any, space: Space = "gradients", points: Points | None = None
+) -> dict[str, Block]:
     """The kernels and biases in a tree by layer, in float32 or float64, without masked ones.
+
+    Args:
+      layers: from `find_layers`.
+      tree: like the parameters.
+      space: what it holds: values, changes or gradients of the parameters.
+      points: where kernels that are made of parameters are linearised, from `Captured`.
 
     Raises:
       ValueError: the tree is of another model.
@@ -31,9 +40,9 @@ def blocks(layers: Layers, tree: Any) -> dict[str, Block]:
     found_blocks = {}
     for name, layer in layers.items():
         found = {
-            part: parameter.read(leaves[parameter.path])
-            for part, parameter in layer.parts.items()
-            if parameter.path in leaves
+            part: read(place, leaves, space, (points or {}).get((name, part)))
+            for part, place in layer.parts.items()
+            if all(path in leaves for path in paths(place))
         }
         if found:
             dtype = wide_dtype(found.values())

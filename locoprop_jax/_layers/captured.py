@@ -66,6 +66,15 @@ class Captured(Mapping[str, LayerArrays]):
         return dataclasses.replace(self, _arrays=arrays, _terms=terms)
 
     @property
+    def points(self) -> dict[tuple[str, str], tuple[jax.Array, ...]]:
+        """Where parts that are made of parameters are linearised, by layer and part."""
+        return {
+            (name, part): point
+            for name, own in zip(self._names, self._arrays, strict=True)
+            for part, point in own.points.items()
+        }
+
+    @property
     def terms(self) -> float:
         """How many terms the loss averages over; the batch where output layers disagree on it."""
         return float(self._arrays[0].outputs.shape[-3]) if self._terms is None else self._terms

@@ -43,6 +43,16 @@ class Batch(NamedTuple):
         """Whether the updates are, and these arrays of the batch."""
         return _linalg.all_finite((self.updates, arrays))
 
+    def values(self) -> dict[str, Block]:
+        """The parameters that are in layers, as blocks; without masked ones."""
+        return blocks(self.layers, self.params, "values", self.captured.points)
+
+    def replaced(
+        self, new: Mapping[str, Block], other: Callable[[Array], Array] = lambda leaf: leaf
+    ) -> Any:
+        """The updates with new blocks, and `other` of the leaves in no layer."""
+        return replace(self.layers, self.updates, new, other, points=self.captured.points)
+
     def finish(
         self, new: Mapping[str, Block], state: State, ok: Bool[Array, ""]
     ) -> tuple[Any, State]:
@@ -51,7 +61,7 @@ class Batch(NamedTuple):
         Parameters in no layer keep their gradient. A batch that is not ok updates nothing and is
         not counted; what else the state keeps of it is up to the method.
         """
-        directions = replace(self.layers, self.updates, new)
+        directions = self.replaced(new)
         state = state._replace(count=state.count + ok.astype(jnp.int32))
         return _linalg.where(ok, directions, _linalg.zeros_like(directions)), state
 
@@ -80,7 +90,8 @@ def transformation(
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         own = check_captured(layers, captured, method)
-        batch = Batch(layers, updates, blocks(layers, updates), own, params, extra_args)
+        slopes = blocks(layers, updates, "gradients", own.points)
+        batch = Batch(layers, updates, slopes, own, params, extra_args)
         return step(batch, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -101,14 +112,16 @@ def _is_stand_in(params: Any) -> bool:
 
 def blocks_like(layers: Layers, params: Any) -> dict[str, Any]:
     """The blocks of the parameters, for state laid out like them; a stand-in itself for each."""
-    return dict.fromkeys(layers, params) if _is_stand_in(params) else dict(blocks(layers, params))
+    if _is_stand_in(params):
+        return dict.fromkeys(layers, params)
+    return dict(blocks(layers, params, "shapes"))
 
 
 def kernel_shapes(layers: Layers, params: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """The shape (*stack, d_in, d_out) and dtype of each kernel that is not masked, by layer."""
     if _is_stand_in(params):
         return dict.fromkeys(layers, _STAND_IN)
-    own = blocks(layers, params)
+    own = blocks(layers, params, "shapes")
     return {
         name: jax.ShapeDtypeStruct(block["kernel"].shape, block["kernel"].dtype)
         for name, block in own.items()
@@ -122,7 +135,7 @@ def matrix_shapes(layers: Layers, params: Any) -> dict[str, jax.ShapeDtypeStruct
         return dict.fromkeys(layers, _STAND_IN)
     return {
         name: jax.eval_shape(over_stack(layers[name], matrix), block)
-        for name, block in blocks(layers, params).items()
+        for name, block in blocks(layers, params, "shapes").items()
     }
 
 

@@ -23,7 +23,7 @@ from locoprop_jax._checks import (
 from locoprop_jax._layers import rows as _rows
 from locoprop_jax._layers.arrays import LayerArrays
 from locoprop_jax._layers.blocks import divide, dtype_of, others
-from locoprop_jax._layers.layers import Layers, replace
+from locoprop_jax._layers.layers import Layers
 from locoprop_jax._layers.method import (
     Batch,
     blocks_like,
@@ -175,7 +175,8 @@ def scale_by_lnb(
             if unit == "joint":
                 direction = _of_length_one(batch, thetas, images, floor)
             else:
-                direction = unit_steps(layers, batch.updates, thetas, images, unit, floor)
+                points = batch.captured.points
+                direction = unit_steps(layers, batch.updates, thetas, images, unit, floor, points)
             return direction, LnbState(count, sums, thetas) if online else LnbState(count, {}, {})
 
         return jax.lax.cond(
@@ -259,7 +260,7 @@ def _of_length_one(
     rest = _linalg.wide(others(batch.layers, batch.updates))
     factor = metric_factor(_linalg.dot_for_many((rest, thetas), (rest, images)), floor)
     steps = jax.tree.map(lambda theta: scaled(theta, factor), thetas)
-    return replace(batch.layers, batch.updates, steps, lambda g: scaled(g, factor))
+    return batch.replaced(steps, lambda g: scaled(g, factor))
 
 
 # --- moments -------------------------------------------------------------------------------------

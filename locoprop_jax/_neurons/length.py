@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._layers.blocks import blocks, unit_norm
-from locoprop_jax._layers.layers import Layers, replace
+from locoprop_jax._layers.layers import Layers, Points, replace
 from locoprop_jax._layers.rows import Block
 from locoprop_jax._layers.stacking import over_stack
 
@@ -76,8 +76,11 @@ def scale_by_output_rms(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, optax.OptState]:
         direction, state = with_extra_args.update(updates, state, params, **extra_args)
-        own = blocks(layers, direction)
-        return unit_steps(layers, direction, own, blocks(layers, updates), unit, floor), state
+        captured = extra_args.get("captured")
+        points = None if captured is None else captured.points
+        own = blocks(layers, direction, "changes", points)
+        images = blocks(layers, updates, "gradients", points)
+        return unit_steps(layers, direction, own, images, unit, floor, points), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -99,6 +102,7 @@ def unit_steps(
     images: Mapping[str, Block],
     unit: str,
     floor: Any,
+    points: Points | None = None,
 ) -> Any:
     """The updates with directions of length one in the layers' blocks, and in all other leaves.
 
@@ -109,11 +113,11 @@ def unit_steps(
       images: M d of each layer.
       unit: "neuron" or "layer".
       floor: as for `scale_by_output_rms`.
+      points: where kernels that are made of parameters are linearised.
     """
     one = functools.partial(_unit_step, unit=unit, floor=floor)
     new = {n: over_stack(layers[n], one)(d, images[n]) for n, d in directions.items()}
-
-    return replace(layers, updates, new, unit_norm)
+    return replace(layers, updates, new, unit_norm, points=points)
 
 
 def _unit_step(direction: Block, image: Block, unit: str, floor: Any) -> Block:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import dataclasses
 
 from locoprop_jax._tracing import flow
-from locoprop_jax._tracing.grouping import groups_of, misused
-from locoprop_jax._tracing.labelling import Known, Labelling
+from locoprop_jax._tracing.formulas import Formula
+from locoprop_jax._tracing.grouping import groups_of, joined_groups, misused
+from locoprop_jax._tracing.labelling import Known, Labelling, kernel_key
 from locoprop_jax._tracing.labels import CONSTANT, DATA, Label, Weight
 from locoprop_jax._tracing.program import Program
 from locoprop_jax._tracing.reasons import NEVER_MEETS_DATA, NO_GRADIENT, Reason
@@ -28,6 +29,8 @@ class Detection:
       sites: in program order.
       groups: the sites of each layer, in the order of the first, transposed ones last.
       transposed: the sites that apply their layer's weights transposed.
+      joined: the numbers of the groups whose bias is a row of the kernel.
+      formulas: the virtual leaves, which follow the parameters.
       reasons: why each other parameter is in no layer.
       without_gradient: the parameters that the loss does not depend on.
       live: by equation, whether a gradient flows through it.
@@ -37,6 +40,8 @@ class Detection:
     sites: tuple[Site, ...]
     groups: tuple[tuple[int, ...], ...]
     transposed: frozenset[int]
+    joined: frozenset[int]
+    formulas: tuple[Formula, ...]
     reasons: dict[int, Reason]
     without_gradient: frozenset[int]
     live: tuple[bool, ...]
@@ -61,9 +66,18 @@ def detect(program: Program, n_leaves: int) -> Detection:
     reasons: dict[int, Reason] = {}
     unattached: set[int] = set()
     at_once: set[int] = set()
+    with_constants: set[tuple[frozenset[int], bool]] = set()
     while True:
-        leaves = (frozenset(reasons), frozenset(unattached), frozenset(at_once))
-        known = Known(of_data, of_params, terms, *leaves, [], {}, set())
+        known = Known(
+            of_data=of_data,
+            of_params=of_params,
+            terms=terms,
+            n_leaves=n_leaves,
+            excluded=frozenset(reasons),
+            unattached=frozenset(unattached),
+            at_once=frozenset(at_once),
+            with_constants=frozenset(with_constants),
+        )
         labels: dict[int, Label] = {
             v: DATA if v in data else CONSTANT for v in (*program.inputs, *program.constants)
         }
@@ -71,17 +85,23 @@ def detect(program: Program, n_leaves: int) -> Detection:
             labels[v] = Weight(i, program.shape(v), ())
         Labelling(known, program, labels, live).run()
         groups, transposed = groups_of(known.sites)
-        found = known.reasons | misused(known.sites, groups)
-        reasons.update(found)
-        # No bias belongs to weights that are used both ways.
-        tied = [i for group in groups if not transposed.isdisjoint(group) for i in group]
-        own = {leaf for i in tied if (leaf := known.sites[i].bias) is not None}
-        unattached.update(own)
-        layered = {leaf for site in known.sites for leaf in (site.leaf, site.bias)}
-        alone = known.one_row - layered - set(reasons)
-        at_once.update(alone)
-        if not (found or own or alone):
-            break
+        joined, apart = joined_groups(known.sites, groups, transposed)
+        found = known.reasons | misused(known.sites, groups, joined)
+        layered = {leaf for site in known.sites for leaf in site.leaves}
+        kernels = {kernel_key(site.weight) for site in known.sites if site.weight is not None}
+        alone = known.one_row - layered - found.keys() - reasons.keys()
+        new = (
+            apart - unattached,
+            (known.networks | alone) - at_once,
+            (known.met_constants & kernels) - with_constants,
+        )
+        unattached.update(new[0])
+        at_once.update(new[1])
+        with_constants.update(new[2])
+        if not any(new):  # a use may be understood now
+            if not found:
+                break
+            reasons.update(found)
     sites = known.sites
     read = {v for i, eq in enumerate(program.equations) if live[i] for v in eq.inputs}
     without = frozenset(i for i in range(n_leaves) if program.inputs[i] not in read)
@@ -90,4 +110,7 @@ def detect(program: Program, n_leaves: int) -> Detection:
             reasons[leaf] = NO_GRADIENT
         elif leaf not in layered and leaf not in reasons:
             reasons[leaf] = NEVER_MEETS_DATA
-    return Detection(tuple(sites), groups, transposed, reasons, without, live, terms)
+    formulas = tuple(formula for _, formula in known.formulas.values())
+    return Detection(
+        tuple(sites), groups, transposed, joined, formulas, reasons, without, live, terms
+    )

@@ -181,6 +181,20 @@ def rearranged(program: Program, equation: Equation, chain: Chain) -> Chain | No
     return None
 
 
+def unchanged(program: Program, equation: Equation) -> int | None:
+    """Which operand the result is: of a sum with zero, or of a product with one."""
+    neutral = 0.0 if equation.primitive in primitives.ADD | primitives.SUB else 1.0
+    if equation.primitive not in primitives.ADD | primitives.SUB | primitives.MUL | primitives.DIV:
+        return None
+    is_symmetric = equation.primitive in primitives.ADD | primitives.MUL
+    for i in (0, 1) if is_symmetric else (0,):
+        value, other = equation.inputs[i], equation.inputs[1 - i]
+        same = program.shape(value) == program.shape(equation.outputs[0])
+        if same and other in program.literals and known_number(program, other) == neutral:
+            return i
+    return None
+
+
 class Piece(NamedTuple):
     """An elementwise piece of a program that starts at a layer's output.
 

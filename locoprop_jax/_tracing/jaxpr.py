@@ -15,6 +15,7 @@ JAX shares equation objects between calls of one function, so the objects themse
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -91,6 +92,23 @@ def scan_of(eqn: Any) -> Scan:
 def as_callable(closed: Any) -> Callable[..., list[jax.Array]]:
     """A traced function as a function of its flat arguments."""
     return jex.jaxpr_as_fun(closed)
+
+
+class StaticJaxpr:
+    """A traced function as static data of a pytree: compared by its text."""
+
+    def __init__(self, closed: Any):
+        self.closed = closed
+
+    @functools.cached_property
+    def text(self) -> str:
+        return str(self.closed)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StaticJaxpr) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
 
 
 def inner_jaxprs(eqn: Any) -> list[Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence, Set
-from typing import NamedTuple
 
 from locoprop_jax._tracing import chains, flow, primitives
 from locoprop_jax._tracing.biases import attach_bias
+from locoprop_jax._tracing.formulas import Formula, formula
 from locoprop_jax._tracing.jaxpr import is_elementwise, scan_of
 from locoprop_jax._tracing.kinds.convolution import convolution
 from locoprop_jax._tracing.kinds.dense import dense
@@ -40,30 +41,46 @@ from locoprop_jax._tracing.reasons import (
 from locoprop_jax._tracing.sites import Site
 
 
-class Known(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Known:
     """What the passes over the program and over the bodies of its loops share.
 
     Attributes:
       of_data: the values that data reach.
       of_params: the values that parameters reach.
       terms: see `flow.loss_terms`.
+      n_leaves: how many parameters there are.
       excluded: the parameters that were not understood in an earlier pass.
       unattached: biases that are layers of their own wherever they are added.
-      at_once: the parameters that data from outside meet in a layer even without rows.
+      at_once: the parameters that data from outside meet in a layer even in one row.
+      with_constants: the kernels that constants are rows of, because data are: `kernel_key`s.
       sites: those found so far.
       reasons: those found so far.
-      one_row: the parameters that data from outside met entry by entry, in no layer.
+      one_row: the parameters that data from outside met in one row, in no layer.
+      networks: those of them that another layer came after.
+      met_constants: the kernels whose product with a constant was formed.
+      formulas: by key, what is made of parameters, with its number as a virtual leaf.
     """
 
     of_data: Set[int]
     of_params: Set[int]
     terms: Mapping[int, float]
+    n_leaves: int
     excluded: frozenset[int]
     unattached: frozenset[int]
     at_once: frozenset[int]
-    sites: list[Site]
-    reasons: dict[int, Reason]
-    one_row: set[int]
+    with_constants: frozenset[tuple[frozenset[int], bool]]
+    sites: list[Site] = dataclasses.field(default_factory=list)
+    reasons: dict[int, Reason] = dataclasses.field(default_factory=dict)
+    one_row: set[int] = dataclasses.field(default_factory=set)
+    networks: set[int] = dataclasses.field(default_factory=set)
+    met_constants: set[tuple[frozenset[int], bool]] = dataclasses.field(default_factory=set)
+    formulas: dict[tuple, tuple[int, Formula]] = dataclasses.field(default_factory=dict)
+
+    def number(self, formula: Formula) -> int:
+        """Of a formula as a virtual leaf."""
+        number = self.n_leaves + len(self.formulas)
+        return self.formulas.setdefault(formula.key(), (number, formula))[0]
 
 
 class Labelling:
@@ -92,6 +109,8 @@ class Labelling:
     def _label(self, position: int, equation: Equation) -> Label | list[Label]:
         """The label of an equation's results; a parameter used beyond it gets its reason."""
         kinds = [self.labels[v] for v in equation.inputs]
+        if (unchanged := flow.unchanged(self.program, equation)) is not None:
+            return kinds[unchanged]
         leaves = frozenset().union(*map(leaves_of, kinds))
         meets_data = any(map(is_data, kinds))
         plain = DATA if meets_data else CONSTANT
@@ -102,18 +121,21 @@ class Labelling:
             moved = _rearranged(self.program, equation, kinds)
             return moved or (self._factor(position, kinds) if is_alive else None) or plain
         found: Label | Reason | None = None
+        met_data = any(isinstance(k, Derived) and k.met_data for k in kinds)
         if is_alive and meets_data and self._is_one_row(position, kinds):
             self.known.one_row.update(leaves)
-            meets_data = False
+            meets_data, met_data = False, True
         if is_alive:
             reader = self._site if meets_data else self._before_data
             found = reader(position, kinds)
         if isinstance(found, Scaled | Output):
             return found
         if not meets_data:
-            hows = [k.how for k in kinds if isinstance(k, Derived)] or [str(equation.primitive)]
-            moved = _rearranged(self.program, equation, kinds)
-            return moved or parts(self.program, position, kinds) or Derived(leaves, hows[0])
+            if is_alive and met_data:
+                self._note_networks(equation, kinds)
+            return _rearranged(self.program, equation, kinds) or (
+                self._parts(position, kinds) or self._derived(equation, kinds, met_data)
+            )
         is_term = equation.primitive in primitives.SUMS and equation.outputs[0] in self.known.terms
         if isinstance(found, Reason) and not is_term:
             # A sum inside the loss adds a regularizer.
@@ -121,23 +143,72 @@ class Labelling:
         return plain
 
     def _is_one_row(self, position: int, kinds: Sequence[Label]) -> bool:
-        """Whether data from outside meet a parameter entry by entry, each entry once.
+        """Whether data from outside meet a parameter in one row.
 
         This may be a batch of one example; or a mask, the weights of a regularizer, or statistics,
         and what it makes is a kernel or only regularized. It is no layer unless the parameter is in
-        none otherwise.
+        none otherwise, or another layer comes after it.
         """
         equation = self.program.equations[position]
-        if any(isinstance(k, Output) for k in kinds) or not is_elementwise(equation.eqn):
-            return False
-        pairs = list(zip(equation.inputs, kinds, strict=True))
-        own = [v for v, k in pairs if leaves_of(k)]
         leaves = frozenset().union(*map(leaves_of, kinds))
-        if not leaves.isdisjoint(self.known.at_once):
+        pairs = list(zip(equation.inputs, kinds, strict=True))
+        data = [v for v, k in pairs if not leaves_of(k)]
+        moved = any(v in self.known.of_params for v in data)
+        if moved or not leaves.isdisjoint(self.known.at_once):
             return False
-        moved = any(v in self.known.of_params for v, k in pairs if not leaves_of(k))
-        entries = max(math.prod(self.program.shape(v)) for v in own)
-        return not moved and math.prod(self.program.shape(equation.outputs[0])) == entries
+        if equation.primitive in primitives.DOT_GENERAL:
+            contract, batch = equation.params["dimension_numbers"]
+            at = equation.inputs.index(data[0])
+            shape = self.program.shape(data[0])
+            rows = chains.others(shape, (*contract[at], *batch[at]))
+            return math.prod(shape[i] for i in rows) == 1
+        entries = max(math.prod(self.program.shape(v)) for v, k in pairs if leaves_of(k))
+        result = math.prod(self.program.shape(equation.outputs[0]))
+        return is_elementwise(equation.eqn) and result == entries
+
+    def _note_networks(self, equation: Equation, kinds: Sequence[Label]) -> None:
+        """What data met in one row and what meets another kernel next was a layer."""
+        if equation.primitive not in primitives.DOT_GENERAL | primitives.CONVOLUTION:
+            return
+        for one, other in (kinds[:2], kinds[1::-1]):
+            of_data = isinstance(one, Derived) and one.met_data
+            if of_data and not leaves_of(other) <= leaves_of(one):
+                self.known.networks.update(leaves_of(one))
+
+    def _derived(self, equation: Equation, kinds: Sequence[Label], met_data: bool) -> list[Label]:
+        leaves = frozenset().union(*map(leaves_of, kinds))
+        hows = [k.how for k in kinds if isinstance(k, Derived)] or [str(equation.primitive)]
+        return [Derived(leaves, hows[0], v, met_data=met_data) for v in equation.outputs]
+
+    def _parts(self, position: int, kinds: Sequence[Label]) -> list[Label] | None:
+        """The parts that an equation cuts out of a parameter, or of what is made of some."""
+        return parts(self.program, position, [self._made(kinds[0]), *kinds[1:]])
+
+    def _made(self, label: Label, change: str = "", value: int | None = None) -> Label:
+        """What is computed from parameters as an array like a parameter; else as it is.
+
+        Args:
+          label: of the value.
+          change: what an equation does to it besides, a key of `formulas.CHANGES`.
+          value: where the label is, if a change is asked for.
+        """
+        chain: chains.Chain = ()
+        if isinstance(label, Derived) and label.value is not None:
+            value, chain = label.value, label.chain
+        elif isinstance(label, Scaled):
+            value, chain = self._product(label), label.chain
+        elif not (change and isinstance(label, Weight)):
+            return label
+        assert value is not None
+        found = formula(self.program, value, self.labels, change)
+        if found is None:
+            return label
+        leaf = self.known.number(found)
+        return Weight(leaf, found.own, chain, found.loops, made=found.leaves)
+
+    def _product(self, label: Scaled) -> int:
+        """The value that is the product."""
+        return self.program.equations[label.factors[-1].position].outputs[0]
 
     def _before_data(self, position: int, kinds: Sequence[Label]) -> Label | None:
         """A parameter times numbers; rows of a table that are added to data."""
@@ -145,6 +216,12 @@ class Labelling:
         if primitive in primitives.MUL and any(not leaves_of(k) for k in kinds):
             product = scaled(self.program, position, kinds, self.sites)
             return None if isinstance(product, Reason) else product
+        if primitive in primitives.DOT_GENERAL | primitives.CONVOLUTION and CONSTANT in kinds:
+            kernel = kernel_key(next(k for k in kinds if leaves_of(k)))
+            if kernel in self.known.with_constants:
+                found = self._site(position, kinds)
+                return None if isinstance(found, Reason) else found
+            self.known.met_constants.add(kernel)
         if primitive in primitives.GATHER and self._is_added_to_data(position):
             if not changed(self.program, position, kinds):
                 found = embedding(self.program, position, kinds)
@@ -168,6 +245,7 @@ class Labelling:
         program, equation = self.program, self.program.equations[position]
         primitive = equation.primitive
         found: Site | Reason | None = None
+        kinds = self._as_parameters(equation, kinds)
         if primitive in primitives.GATHER:
             why = changed(program, position, kinds)
             found = why or embedding(program, position, kinds)
@@ -179,11 +257,14 @@ class Labelling:
             found = _times_number(found, kinds)
         if found is not None:
             return found if isinstance(found, Reason) else self._append(found)
-        if primitive in primitives.MUL:
+        if primitive in primitives.MUL or self._is_divisor(equation, kinds):
             return self._scale(position, kinds)
-        if primitive in primitives.ADD:
+        if primitive in primitives.ADD | primitives.SUB:
             attached: Output | Reason = ADDED_TO_NO_OUTPUT
-            if self.known.unattached.isdisjoint(frozenset().union(*map(leaves_of, kinds))):
+            is_added = primitive in primitives.ADD or isinstance(kinds[1], Weight)
+            if is_added and self.known.unattached.isdisjoint(
+                frozenset().union(*map(leaves_of, kinds))
+            ):
                 attached = attach_bias(program, position, kinds, self.sites, self.consumers)
             if isinstance(attached, Output):
                 return attached
@@ -191,6 +272,25 @@ class Labelling:
         if primitive in primitives.CONCATENATE | primitives.SELECT:
             return self._entering(equation, kinds) or self._unsupported(position, kinds)
         return self._unsupported(position, kinds)
+
+    def _as_parameters(self, equation: Equation, kinds: Sequence[Label]) -> list[Label]:
+        """The labels of what data meet, what is made of parameters as arrays like them."""
+        primitive, program = equation.primitive, self.program
+        result: list[Label] = []
+        for i, (value, label) in enumerate(zip(equation.inputs, kinds, strict=True)):
+            change = ""
+            if i == 1 and primitive in primitives.SUB | primitives.DIV:
+                change = str(primitive)
+            is_number = primitive in primitives.DOT_GENERAL | primitives.CONVOLUTION
+            is_number = is_number and isinstance(without_number(program, label), Weight)
+            stays = isinstance(label, Scaled) and primitive in primitives.MUL
+            result.append(label if is_number or stays else self._made(label, change, value))
+        return result
+
+    def _is_divisor(self, equation: Equation, kinds: Sequence[Label]) -> bool:
+        """Whether data are divided by what has become its reciprocal."""
+        is_div = equation.primitive in primitives.DIV
+        return is_div and isinstance(kinds[1], Weight) and not leaves_of(kinds[0])
 
     def _append(self, site: Site) -> Output:
         self.sites.append(self._placed(site))
@@ -210,6 +310,7 @@ class Labelling:
         labels: list[Label] = []
         for i, (value, label) in enumerate(zip(equation.inputs, kinds, strict=True)):
             shape = self.program.shape(value)
+            label = self._made(label)
             if isinstance(label, Scaled):
                 label = Derived(leaves_of(label), "mul")
             elif isinstance(label, Output):
@@ -317,6 +418,11 @@ class Labelling:
             return own_derivative(str(equation.primitive))
         why = changed(self.program, position, kinds)
         return why or no_layer(str(equation.primitive))
+
+
+def kernel_key(label: Label) -> tuple[frozenset[int], bool]:
+    """Which parameters a kernel is, or whether it is made of them."""
+    return leaves_of(label), not isinstance(label, Weight) or bool(label.made)
 
 
 def _rearranged(program: Program, equation: Equation, kinds: Sequence[Label]) -> Label | None:

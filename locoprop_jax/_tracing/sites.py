@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from locoprop_jax._tracing.chains import Chain, Shape
 from locoprop_jax._tracing.evaluate import Address
-from locoprop_jax._tracing.labels import Loop, Operand, Weight
+from locoprop_jax._tracing.labels import Loop, Operand, Weight, leaves_of
 from locoprop_jax._tracing.operands import Reader
 from locoprop_jax._tracing.program import Program
 
@@ -91,6 +91,12 @@ class Site:
         return None if self.added is None else self.added.leaf
 
     @property
+    def leaves(self) -> frozenset[int]:
+        """The parameters that its kernel and its bias are, or are made of."""
+        weights = [w for w in (self.weight, self.added) if w is not None]
+        return frozenset().union(*map(leaves_of, weights))
+
+    @property
     def sliced(self) -> tuple[bool, ...]:
         """Which of the loops give each turn weights of its own."""
         weight = self.weight or self.added
@@ -119,8 +125,10 @@ class Site:
     def key(self) -> tuple:
         """What sites of one layer have in common."""
         sizes = (self.kind, self.stack, self.d_in, self.d_out)
-        weights = [(w.leaf, w.part) for w in (self.weight, self.added) if w is not None]
-        return (*sizes, *weights, self.weight is None, self.kernel, self.bias_chain)
+        weight = self.weight or self.added
+        assert weight is not None
+        chain = self.bias_chain if self.weight is None else self.kernel
+        return (*sizes, weight.leaf, weight.part, self.weight is None, chain)
 
 
 def raw_output(site: Site) -> int:

@@ -13,6 +13,7 @@ from locoprop_jax._tracing import chains, detect
 from locoprop_jax._tracing.batch import batch_axes
 from locoprop_jax._tracing.chains import Part, Shape
 from locoprop_jax._tracing.detect import Detection
+from locoprop_jax._tracing.labels import leaves_of
 from locoprop_jax._tracing.program import Program, flatten
 from locoprop_jax._trees import leaves_by_path
 
@@ -30,20 +31,28 @@ class Traced(NamedTuple):
     detection: Detection
 
 
+def leaf_shape(traced: Traced, leaf: int) -> Shape:
+    """Of a parameter, or of what is made of some."""
+    if leaf < traced.n_leaves:
+        return traced.program.shape(traced.program.inputs[leaf])
+    return traced.detection.formulas[leaf - traced.n_leaves].shape
+
+
 def layer_names(traced: Traced) -> list[str]:
     """Each site's layer: its kernel's parent, or the kernel itself if the parent is no name.
 
     The bias stands for the kernel where there is none.
     """
     weights = [site.weight or site.added for site in traced.detection.sites]
-    keys = [(w.leaf, w.part) for w in weights if w is not None]
+    found = [w for w in weights if w is not None]
+    keys = [(min(leaves_of(w)), w.part) for w in found]
     parents = {leaf: traced.names[leaf].rpartition("/")[0] for leaf, _ in keys}
     taken = collections.Counter(parents.values())
     names: dict[tuple[int, Part | None], str] = {}
-    for leaf, part in keys:
+    for (leaf, part), weight in zip(keys, found, strict=True):
         is_alone = parents[leaf] and taken[parents[leaf]] == 1
         name = parents[leaf] if is_alone else traced.names[leaf]
-        shape = traced.program.shape(traced.program.inputs[leaf])
+        shape = leaf_shape(traced, weight.leaf)
         names[leaf, part] = name if part is None else name + _index(part, shape)
     return [names[key] for key in keys]
 
