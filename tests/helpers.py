@@ -22,6 +22,7 @@ from flax import nnx
 from hypothesis import strategies as st
 
 import locoprop_jax as lp
+from locoprop_jax._layers.layers import replace
 
 
 def np_sigmoid(a):
@@ -216,8 +217,10 @@ def assert_captured(loss_fn, params, *args, tolerance=1e-10) -> tuple[lp.Layers,
     def everything(params, args):
         value, grads, captured = lp.value_grad_and_capture(loss_fn)(params, *args)
         blocks = {n: block_gradient(captured[n], layers[n].bias is not None) for n in layers}
-        own = {n: layers.block(grads, n) for n in layers}
-        return captured, ((value, grads), blocks), (jax.value_and_grad(loss_fn)(params, *args), own)
+        own = {n: layers[n].split(block) for n, block in blocks.items()}
+        # A parameter that only a regularizer meets is in no layer, and keeps its gradient.
+        back = replace(layers, grads, own, space="gradients", points=captured.points)
+        return captured, ((value, grads), back), (jax.value_and_grad(loss_fn)(params, *args), grads)
 
     captured, found, expected = everything(params, args)
     chex.assert_trees_all_close(found, expected, rtol=tolerance, atol=tolerance)

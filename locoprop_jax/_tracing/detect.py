@@ -61,6 +61,7 @@ def detect(program: Program, n_leaves: int) -> Detection:
     data = {v for v in others if program.is_data(v)}
     of_params = flow.reached_from(program, program.inputs[:n_leaves])
     of_data = flow.reached_from(program, data)
+    of_arguments = flow.reached_from(program, data.intersection(program.inputs))
     constants = set(range(len(program.avals))) - of_params - of_data
     terms = flow.loss_terms(program, loss, constants, of_params)
     reasons: dict[int, Reason] = {}
@@ -70,6 +71,7 @@ def detect(program: Program, n_leaves: int) -> Detection:
     while True:
         known = Known(
             of_data=of_data,
+            of_arguments=of_arguments,
             of_params=of_params,
             terms=terms,
             n_leaves=n_leaves,

@@ -78,7 +78,8 @@ def misused(
                 continue
             for leaf in leaves_of(weight):
                 place = "block" if number in joined else part
-                uses.setdefault(leaf, set()).add((weight.part, number, place))
+                own = None if weight.made else weight.part  # parts of it may share parameters
+                uses.setdefault(leaf, set()).add((own, number, place))
                 roles.setdefault(leaf, []).append(site.kind if part == "kernel" else part)
     reasons = {}
     for leaf, found in uses.items():

@@ -47,6 +47,7 @@ class Known:
 
     Attributes:
       of_data: the values that data reach.
+      of_arguments: those that arguments of the loss reach, and not only what it closes over.
       of_params: the values that parameters reach.
       terms: see `flow.loss_terms`.
       n_leaves: how many parameters there are.
@@ -63,6 +64,7 @@ class Known:
     """
 
     of_data: Set[int]
+    of_arguments: Set[int]
     of_params: Set[int]
     terms: Mapping[int, float]
     n_leaves: int
@@ -122,10 +124,12 @@ class Labelling:
             return moved or (self._factor(position, kinds) if is_alive else None) or plain
         found: Label | Reason | None = None
         met_data = any(isinstance(k, Derived) and k.met_data for k in kinds)
-        if is_alive and meets_data and self._is_one_row(position, kinds):
-            self.known.one_row.update(leaves)
+        if meets_data and self._is_one_row(position, kinds):
+            self.known.one_row.update(leaves if is_alive else ())
             meets_data, met_data = False, True
-        if is_alive:
+        is_term = equation.primitive in primitives.SUMS and equation.outputs[0] in self.known.terms
+        is_regularizer = is_term and not self.program.shape(equation.outputs[0])
+        if is_alive and not is_regularizer:
             reader = self._site if meets_data else self._before_data
             found = reader(position, kinds)
         if isinstance(found, Scaled | Output):
@@ -136,7 +140,6 @@ class Labelling:
             return _rearranged(self.program, equation, kinds) or (
                 self._parts(position, kinds) or self._derived(equation, kinds, met_data)
             )
-        is_term = equation.primitive in primitives.SUMS and equation.outputs[0] in self.known.terms
         if isinstance(found, Reason) and not is_term:
             # A sum inside the loss adds a regularizer.
             self.reasons.update((leaf, found) for leaf in leaves if leaf not in self.reasons)
@@ -156,6 +159,9 @@ class Labelling:
         moved = any(v in self.known.of_params for v in data)
         if moved or not leaves.isdisjoint(self.known.at_once):
             return False
+        if equation.primitive in primitives.GATHER:
+            of_arguments = not self.known.of_arguments.isdisjoint(data)
+            return not of_arguments and self._is_kernel(equation.outputs[0])
         if equation.primitive in primitives.DOT_GENERAL:
             contract, batch = equation.params["dimension_numbers"]
             at = equation.inputs.index(data[0])
@@ -165,6 +171,21 @@ class Labelling:
         entries = max(math.prod(self.program.shape(v)) for v, k in pairs if leaves_of(k))
         result = math.prod(self.program.shape(equation.outputs[0]))
         return is_elementwise(equation.eqn) and result == entries
+
+    def _is_kernel(self, value: int) -> bool:
+        """Whether a value, perhaps rearranged, goes into a product with data and nowhere else."""
+        while len(uses := self.consumers.get(value, [])) == 1 and uses != [END]:
+            after = self.program.equations[uses[0]]
+            if after.primitive in primitives.CONVOLUTION:
+                return after.inputs[1] == value
+            if after.primitive in primitives.DOT_GENERAL:
+                other = after.inputs[1 - after.inputs.index(value)]
+                _, (batch, _) = after.params["dimension_numbers"]
+                return other in self.known.of_data and not batch
+            if flow.rearranged(self.program, after, ()) is None:
+                return False
+            value = after.outputs[0]
+        return False
 
     def _note_networks(self, equation: Equation, kinds: Sequence[Label]) -> None:
         """What data met in one row and what meets another kernel next was a layer."""
@@ -281,10 +302,14 @@ class Labelling:
             change = ""
             if i == 1 and primitive in primitives.SUB | primitives.DIV:
                 change = str(primitive)
-            is_number = primitive in primitives.DOT_GENERAL | primitives.CONVOLUTION
-            is_number = is_number and isinstance(without_number(program, label), Weight)
+            is_kernel = primitive in primitives.DOT_GENERAL | primitives.CONVOLUTION
+            is_number = is_kernel and isinstance(without_number(program, label), Weight)
             stays = isinstance(label, Scaled) and primitive in primitives.MUL
-            result.append(label if is_number or stays else self._made(label, change, value))
+            is_spread = isinstance(label, Weight) and not chains.is_invertible(label.chain)
+            if is_spread and (is_kernel or primitive in primitives.GATHER):
+                result.append(self._made(Derived(leaves_of(label), "broadcast_in_dim", value)))
+            else:
+                result.append(label if is_number or stays else self._made(label, change, value))
         return result
 
     def _is_divisor(self, equation: Equation, kinds: Sequence[Label]) -> bool:
