@@ -1,8 +1,9 @@
-"""Damped symmetric systems and iterations for them, on arrays and on trees of arrays.
+"""Damped Hermitian systems and iterations for them, on arrays and on trees of arrays.
 
 Nothing here knows of layers. A tree is a pytree of arrays with a common last axis; an inner
 product of two trees is a scalar, or one number for each entry of that axis, which then solves as
-many systems at once.
+many systems at once. Arrays may be complex: X' is then the conjugate transpose, and an inner
+product its real part, that of the real and imaginary parts as numbers of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jax.lax import Precision
 from jax.lax.linalg import triangular_solve
 from jaxtyping import Array, Bool, Float, Int
 
-from locoprop_jax._trees import wide_dtype
+from locoprop_jax._trees import real_dtype, wide_dtype
 
 Tree = Any
 Dot = Callable[[Tree, Tree], Array]
@@ -50,19 +51,23 @@ def wide(tree: Tree) -> Tree:
 
 def dot(a: Tree, b: Tree) -> Float[Array, ""]:
     """The inner product of two trees."""
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
+    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(_inner, a, b)))
+
+
+def _inner(a: Array, b: Array) -> Float[Array, ""]:
+    return jnp.real(jnp.vdot(a, b))
 
 
 def dot_for_many(a: Tree, b: Tree) -> Float[Array, ""]:
     """The same for trees of many leaves, or of none, where many kernels ask for it."""
-    return total(jax.tree.leaves(jax.tree.map(jnp.vdot, a, b)))
+    return total(jax.tree.leaves(jax.tree.map(_inner, a, b)))
 
 
 def dot_by_column(a: Tree, b: Tree) -> Float[Array, " d"]:
     """The inner product of two trees for each entry of the last axis."""
 
     def columns(x: Array, y: Array) -> Array:
-        return (x * y).sum(tuple(range(x.ndim - 1)))
+        return jnp.real(jnp.conj(x) * y).sum(tuple(range(x.ndim - 1)))
 
     return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(columns, a, b)))
 
@@ -111,10 +116,25 @@ def average(total: Tree, new: Tree, kept: float | Array) -> Tree:
 
 def debiased(total: Tree, decay: float | Array, steps: Int[Array, ""]) -> Tree:
     """The moving average itself, by the sum of its weights after these steps."""
-    return jax.tree.map(lambda x: x / (1 - power(decay, steps, x.dtype)), total)
+
+    def of_leaf(x: Array) -> Array:
+        weights = 1 - power(decay, steps, real_dtype(x.dtype))
+        return x / weights.astype(x.dtype)
+
+    return jax.tree.map(of_leaf, total)
 
 
 # --- direct --------------------------------------------------------------------------------------
+
+
+def adjoint(matrix: Float[Array, "m n"]) -> Float[Array, "n m"]:
+    """Transposed, and conjugated if it is complex."""
+    return jnp.conj(matrix).T
+
+
+def squares(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """|x|^2 by entries: real."""
+    return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
 
 
 def second_moment(
@@ -122,7 +142,7 @@ def second_moment(
 ) -> Float[Array, "m n"]:
     """Left' right (left' left if there is no right), precise enough to be factorised."""
     right = left if right is None else right
-    return jnp.matmul(left.T, right, precision=Precision.HIGHEST)
+    return jnp.matmul(adjoint(left), right, precision=Precision.HIGHEST)
 
 
 def damped(
@@ -136,32 +156,32 @@ def damped(
     It is one number, or one for each coordinate. Relative damping is in units of the mean
     eigenvalue. A zero matrix gets a tiny multiple of the identity rather than stay singular.
     """
-    amount = jnp.asarray(damping, matrix.dtype)
+    amount = jnp.asarray(damping, real_dtype(matrix.dtype))
     if relative:
         amount = amount * mean_eigenvalue(matrix)
     amount = jnp.maximum(amount, jnp.finfo(matrix.dtype).tiny)
     if matrix.ndim == 1:
         return matrix + amount
-    return matrix + jnp.diag(jnp.broadcast_to(amount, len(matrix)))
+    return matrix + jnp.diag(jnp.broadcast_to(amount, len(matrix))).astype(matrix.dtype)
 
 
 def diagonal(
     matrix: Float[Array, "n n"] | Float[Array, " n"],
 ) -> Float[Array, " n"]:
-    """Of a matrix, or of one given by it."""
-    return matrix if matrix.ndim == 1 else jnp.diagonal(matrix)
+    """Of a Hermitian matrix, or of one given by it: real."""
+    return matrix if matrix.ndim == 1 else jnp.real(jnp.diagonal(matrix))
 
 
 def mean_eigenvalue(matrix: Float[Array, "n n"] | Float[Array, " n"]) -> Float[Array, ""]:
     """Of a symmetric matrix, or of one given by its diagonal."""
-    return matrix.mean() if matrix.ndim == 1 else jnp.trace(matrix) / len(matrix)
+    return matrix.mean() if matrix.ndim == 1 else jnp.real(jnp.trace(matrix)) / len(matrix)
 
 
 def multiply(
     matrix: Float[Array, "n n"] | Float[Array, " n"], right: Float[Array, "n m"]
 ) -> Float[Array, "n m"]:
     """The product with a matrix, or with one given by its diagonal."""
-    return matrix[:, None] * right if matrix.ndim == 1 else matrix @ right
+    return matrix[:, None].astype(right.dtype) * right if matrix.ndim == 1 else matrix @ right
 
 
 def solve(
@@ -169,7 +189,7 @@ def solve(
 ) -> Float[Array, "n m"]:
     """Solve a positive definite system by Cholesky; of a diagonal one, given as a vector."""
     if matrix.ndim == 1:
-        return right / matrix[:, None]
+        return right / matrix[:, None].astype(right.dtype)
     return cholesky_solve(cholesky(matrix), right)
 
 
@@ -187,7 +207,9 @@ def cholesky_solve(
     """Solve the system of a Cholesky factor."""
     columns = right.reshape(len(factor), -1)
     half = triangular_solve(factor, columns, left_side=True, lower=True)
-    whole = triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
+    whole = triangular_solve(
+        factor, half, left_side=True, lower=True, transpose_a=True, conjugate_a=True
+    )
     return whole.reshape(right.shape)
 
 
@@ -214,10 +236,12 @@ def ridge(
     rows, d_in = inputs.shape
     if not solves_by_rows(rows, d_in, right.shape[1]):
         return solve(damped(second_moment(inputs), weight), right)
-    rest = right - inputs.T @ cotangents
-    system = damped(second_moment(inputs.T), weight)
+    turned = adjoint(inputs)
+    rest = right - turned @ cotangents
+    system = damped(second_moment(turned), weight)
+    weight = jnp.asarray(weight, rest.dtype)
     solution = solve(system, cotangents - inputs @ rest / weight)
-    return inputs.T @ solution + rest / weight
+    return turned @ solution + rest / weight
 
 
 def solves_by_rows(rows: int, d_in: int, d_out: int) -> bool:

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_not_negative, check_positive, check_whole
+from locoprop_jax._checks import check_not_negative, check_positive, check_real, check_whole
 from locoprop_jax._curvature.gauss_newton import descend
 from locoprop_jax._curvature.products import linearise
 from locoprop_jax._curvature.quadratic import (
@@ -95,6 +95,8 @@ def scale_by_hessian_free(
     check_whole(iterations=iterations)
 
     def init(params: Any) -> HessianFreeState:
+        check_real(name, params)
+
         def number(value: Any) -> Array:
             return jnp.asarray(value, dtype_of_model(params))
 

@@ -37,10 +37,14 @@ from locoprop_jax._layers.structured import OneHot
 from locoprop_jax._neurons.length import DAMPING, LEARNING_RATE, check_unit, unit_steps
 from locoprop_jax._neurons.metric import average_gradients, descend, metric_factor, scaled
 from locoprop_jax._neurons.second_moment import least_unit
+from locoprop_jax._trees import real_dtype
 
 
 class Moments(NamedTuple):
-    """Of a layer's inputs, by coordinate: running sums in the state, averages elsewhere."""
+    """Of a layer's inputs, by coordinate: running sums in the state, averages elsewhere.
+
+    The mean of x, complex where the kernel and its inputs are, and that of |x|^2.
+    """
 
     mean: Float[Array, " d_in"]
     second: Float[Array, " d_in"]
@@ -143,7 +147,7 @@ def scale_by_lnb(
         if not online:
             return LnbState(zero_count(), {}, {})
         moments = {
-            name: Moments(*jnp.zeros((2, *kernel.shape[:-1]), kernel.dtype))
+            name: _zero_moments(kernel, is_lookup=layers[name].is_lookup)
             for name, kernel in kernel_shapes(layers, params).items()
         }
         return LnbState(zero_count(), moments, _linalg.zeros_like(blocks_like(layers, params)))
@@ -184,7 +188,7 @@ def scale_by_lnb(
             lambda: (_linalg.zeros_like(batch.updates), state),
         )
 
-    return transformation("scale_by_lnb", layers, init, step)
+    return transformation("scale_by_lnb", layers, init, step, takes_complex=True)
 
 
 def lnb(
@@ -271,6 +275,11 @@ def _rows_of(arrays: LayerArrays, slope: Block, fraction: float) -> Inputs:
     return arrays.rows(dtype_of(slope), max(1, round(fraction * examples)))
 
 
+def _zero_moments(kernel: jax.ShapeDtypeStruct, *, is_lookup: bool) -> Moments:
+    shape, real = kernel.shape[:-1], real_dtype(kernel.dtype)
+    return Moments(jnp.zeros(shape, real if is_lookup else kernel.dtype), jnp.zeros(shape, real))
+
+
 def _moments(inputs: Inputs) -> Moments:
     return Moments(_rows.mean(inputs), _rows.mean_square(inputs))
 
@@ -285,7 +294,7 @@ def _solve(
     slope, moments = system.slope, system.moments
     if moments is None:  # a bias alone: M is 1
         return slope, slope
-    variance = jnp.maximum(moments.second - jnp.square(moments.mean), 0)
+    variance = jnp.maximum(moments.second - _linalg.squares(moments.mean), 0)
     amount = jnp.asarray(ridge, variance.dtype)
     if relative:
         unit = (variance if "bias" in slope else moments.second).mean()
@@ -322,7 +331,8 @@ def _metric(
 
     def apply(v: Block) -> Block:
         image = _linalg.scale(moment(v), 1 / _rows.count(inputs))
-        return {**image, "kernel": image["kernel"] + ridge * v["kernel"]}
+        damped = ridge.astype(v["kernel"].dtype) * v["kernel"]
+        return {**image, "kernel": image["kernel"] + damped}
 
     return apply
 
@@ -347,8 +357,12 @@ def _preconditioner(
 
     def precondition(residual: Block) -> Block:
         mean = moments.mean
-        rest = variance if "bias" in residual else variance + jnp.square(mean)
-        return divide(residual, mean, 1.0, lambda kernel: inverse(rest + ridge) * kernel)
+        rest = variance if "bias" in residual else variance + _linalg.squares(mean)
+
+        def solve(kernel: Array) -> Array:
+            return inverse(rest + ridge).astype(kernel.dtype) * kernel
+
+        return divide(residual, mean, 1.0, solve)
 
     return precondition
 

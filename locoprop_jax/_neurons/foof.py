@@ -146,7 +146,7 @@ def scale_by_foof(
         alone = map_layers(layers, lambda _, own: divide_bias(own, damped), biases)
         return batch.finish(new | alone, state, ok)
 
-    return transformation("scale_by_foof", layers, init, step)
+    return transformation("scale_by_foof", layers, init, step, takes_complex=True)
 
 
 def foof(

@@ -15,6 +15,7 @@ from locoprop_jax._layers.blocks import blocks, unit_norm
 from locoprop_jax._layers.layers import Layers, replace
 from locoprop_jax._layers.rows import Block
 from locoprop_jax._layers.stacking import over_stack
+from locoprop_jax._trees import ascent
 
 UNITS = ("neuron", "layer", "joint")
 
@@ -77,7 +78,8 @@ def scale_by_output_rms(
     ) -> tuple[Any, optax.OptState]:
         direction, state = with_extra_args.update(updates, state, params, **extra_args)
         own = blocks(layers, direction)
-        return unit_steps(layers, direction, own, blocks(layers, updates), unit, floor), state
+        images = blocks(layers, ascent(updates))
+        return unit_steps(layers, direction, own, images, unit, floor), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -124,7 +126,7 @@ def _unit_step(direction: Block, image: Block, unit: str, floor: Any) -> Block:
     """
     d, d_size = _near_one(direction)
     g, g_size = _near_one(image)
-    z = jnp.asarray(sum(_columns(part, d[part] * g[part]) for part in d))
+    z = jnp.asarray(sum(_columns(part, jnp.real(jnp.conj(d[part]) * g[part])) for part in d))
     mean = jnp.mean(jnp.maximum(z, 0))
     length = jnp.where(z > 0, jnp.maximum(z, jnp.asarray(floor, z.dtype) * mean), 0)
     if unit == "layer":
@@ -138,13 +140,13 @@ def _near_one(block: Block) -> tuple[Block, Float[Array, ""]]:
     """The block divided by its largest entry, and that entry; by one where all are zero."""
     size = jnp.stack([jnp.max(jnp.abs(value), initial=0) for value in block.values()]).max()
     size = jnp.where(jnp.isfinite(size) & (size > 0), size, 1)
-    return {part: value / size for part, value in block.items()}, size
+    return {part: value / size.astype(value.dtype) for part, value in block.items()}, size
 
 
 def _times(part: str, value: Array, factor: Float[Array, " d_out"]) -> Array:
     """Each column by its factor; zeros for zero, whatever the column."""
     factor = factor[None] if part == "kernel" else factor
-    return jnp.where(factor > 0, value * factor, 0)
+    return jnp.where(factor > 0, value * factor.astype(value.dtype), 0)
 
 
 def _columns(part: str, product: Array) -> Float[Array, " d_out"]:
