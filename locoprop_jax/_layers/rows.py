@@ -1,8 +1,9 @@
 """The rows X of a layer's inputs, and what methods do with them.
 
-They are an array, or `Structured`: known by less than that, and not written out. They may be
-complex: X' is the conjugate transpose, and the rows that it meets are conjugated cotangents, so that
-X'E is the direction in which the loss rises (`ascent`).
+They are an array, or `Structured`: known by less than that, and not written out.
+
+They may be complex: X' is then the conjugate transpose, and the rows that it meets are conjugated
+cotangents, so that X'E is the direction in which the loss rises (`ascent`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from locoprop_jax import _linalg
+from locoprop_jax import _iterative, _linalg
 from locoprop_jax._checks import (
     check_decay,
     check_layers,
@@ -299,7 +299,7 @@ def _solve(
     if relative:
         unit = (variance if "bias" in slope else moments.second).mean()
         amount = amount * jnp.maximum(unit, least_unit(system.inputs))
-    theta, residual = _linalg.conjugate_gradient(
+    theta, residual = _iterative.conjugate_gradient(
         _metric(system.inputs, slope, amount, iterations + (system.start is not None)),
         slope,
         _linalg.dot_by_column,
