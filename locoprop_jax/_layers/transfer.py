@@ -350,6 +350,8 @@ def _known_pieces(dtype: Any) -> dict[Elementwise, str]:
 
 def _name_by_values(function: Elementwise, dtype: Any, widest: Any) -> str:
     values = _evaluate(function, _grid(dtype))
+    if np.iscomplexobj(values) != is_complex(dtype):  # a modulus, or a phase
+        return "custom"
     errors = {
         name: float(np.max(np.abs(values - expected) / np.maximum(1.0, np.abs(expected))))
         for name, expected in _known_values(widest).items()

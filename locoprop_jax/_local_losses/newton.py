@@ -52,7 +52,9 @@ def newton(iterations: int = 3, *, cg_iterations: int = 10) -> Solver:
                 return _linalg.add(pull(x, derivative(push(x, v)), v), penalty_gradient(v))
 
             right = jax.tree.map(jnp.negative, slope)
-            direction, _ = _iterative.conjugate_gradient(hessian, right, inner_product, cg_iterations)
+            direction, _ = _iterative.conjugate_gradient(
+                hessian, right, inner_product, cg_iterations
+            )
             moved = push(x, direction)
             # The derivative of the local loss along the direction needs no more products with X.
             fixed = inner_product(_linalg.add(problem.slope, penalty_gradient(delta)), direction)

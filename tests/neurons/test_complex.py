@@ -59,14 +59,14 @@ class Net:
     loss: Callable[[Any, Any], Any]
 
 
-def two_layers(first, second, x):
+def two_layers(first, second, x, rows=7, d_in=3):
     @as_written
     def loss(params, x):
         hidden = bent(x @ params["first"]["kernel"] + params["first"]["bias"])
         return squared_distance(hidden @ params["second"]["kernel"])
 
-    first, second = {"kernel": first(3, 4), "bias": first(4)}, {"kernel": second(4, 2)}
-    return Net({"first": first, "second": second}, x(7, 3), loss)
+    first, second = {"kernel": first(d_in, 4), "bias": first(4)}, {"kernel": second(4, 2)}
+    return Net({"first": first, "second": second}, x(rows, d_in), loss)
 
 
 def convolution(kind, data):
@@ -112,6 +112,7 @@ NETS = {
     "real on complex data": functools.partial(two_layers, real, real, complex_),
     "real, then complex": functools.partial(two_layers, real, complex_, real),
     "complex, then real": functools.partial(two_layers, complex_, real, real),
+    "few rows": functools.partial(two_layers, complex_, complex_, complex_, rows=2, d_in=9),
     "convolution": functools.partial(convolution, complex_, complex_),
     "real convolution": functools.partial(convolution, real, complex_),
     "scale": functools.partial(elementwise, complex_, complex_),
@@ -172,48 +173,45 @@ def real_rows(x, block):
 
 
 def blocks_of(case):
-    """By layer: its block, the gradient by it, its rows with ones for a bias, and N.
+    """By layer: its block, the gradient by it, its rows with ones for a bias, N, and itself.
 
     The layers of a stack are apart, as layers of their own.
     """
     found = {}
     for name, layer in case.layers.items():
-        arrays = case.captured[name]
-        inputs = np.asarray(arrays.inputs)
-        block = np.asarray(layer.block(case.net.params))
-        gradient = np.asarray(layer.block(case.grads))
+        inputs = np.asarray(case.captured[name].inputs)
+        block, gradient = (np.asarray(layer.block(t)) for t in (case.net.params, case.grads))
         if layer.stack is None:
             inputs, block, gradient = inputs[None], block[None], gradient[None]
         for i in range(len(block)):
             x = inputs[i].reshape(-1, inputs.shape[-1])
             n = len(x)
-            if layer.kind == "tied":  # rows that stand for the lookup, which are counted otherwise
-                n = 2 * len(case.net.x)
-                x = np.asarray(arrays.rows(block.dtype).write_out())
+            if layer.kind == "tied":  # mathematics, "Weights used transposed"; Z are one-hot rows
+                x, n = inputs[i, :, 0], 2 * len(case.net.x)
+                x = np.concatenate([x, (len(x) / block.shape[2]) ** 0.5 * np.eye(x.shape[1])])
             if layer.bias is not None:
                 x = np.concatenate([x, np.ones((len(x), 1))], 1)
             found[name, i] = block[i], gradient[i], x, n, layer
     return found
 
 
-def metric(block, x, n, amount, layer):
-    """J'J / N with damping of the kernel alone."""
+def metric(block, x, n, amount, layer, damps_bias=False):
+    """J'J / N with damping, of the kernel alone or of the bias too."""
     jacobian = real_rows(x, block)
     rows, columns = block.shape
     damped = np.ones((rows, columns))
-    if layer.bias is not None:
+    if layer.bias is not None and not damps_bias:
         damped[-1] = 0
     parts = 2 if np.iscomplexobj(block) else 1
     return jacobian.T @ jacobian / n + amount * np.diag(np.tile(damped.ravel(), parts))
 
 
-def expected_directions(case, amount):
-    return {
-        key: from_vector(
-            np.linalg.solve(metric(block, x, n, amount, layer), gradient_vector(gradient)), block
-        )
-        for key, (block, gradient, x, n, layer) in blocks_of(case).items()
-    }
+def expected_directions(case, amount, **options):
+    found = {}
+    for key, (block, gradient, x, n, layer) in blocks_of(case).items():
+        matrix = metric(block, x, n, amount, layer, **options)
+        found[key] = from_vector(np.linalg.solve(matrix, gradient_vector(gradient)), block)
+    return found
 
 
 def directions(case, updates):
@@ -268,11 +266,39 @@ def test_gradients_are_those_of_jax_and_the_product_of_inputs_and_cotangents(nam
 
 
 @each_net
-@pytest.mark.parametrize("options", [{"decay": 0.0}, {}, {"inverse_period": 2}], ids=str)
-def test_foof_is_that_of_real_and_imaginary_parts(name, options):
+def test_foof_is_that_of_real_and_imaginary_parts(name):
+    own = case(name)
+    updates = update(own, lp.scale_by_foof(own.layers, damping=0.3, relative=False, decay=0.0))
+    assert_close(directions(own, updates), expected_directions(own, 0.3))
+
+
+@pytest.mark.parametrize("name", ["complex", "real on complex data", "few rows", "table"])
+@pytest.mark.parametrize("options", [{}, {"inverse_period": 2}], ids=["averaged", "amortised"])
+def test_averaged_and_amortised_it_is_the_same_for_the_first_batch(name, options):
     own = case(name)
     updates = update(own, lp.scale_by_foof(own.layers, damping=0.3, relative=False, **options))
     assert_close(directions(own, updates), expected_directions(own, 0.3))
+
+
+@pytest.mark.parametrize("name", ["complex", "real on complex data", "few rows"])
+def test_a_damped_bias_is_damped_like_a_kernel(name):
+    own = case(name)
+    tx = lp.scale_by_foof(own.layers, damping=0.3, relative=False, decay=0.0, damp_bias=True)
+    expected = expected_directions(own, 0.3, damps_bias=True)
+    assert_close(directions(own, update(own, tx)), expected)
+
+
+def test_relative_damping_is_in_units_of_the_mean_variance():
+    own = case("complex")
+    inputs = {name: np.asarray(own.captured[name].inputs)[:, 0] for name in own.layers}
+    units = {  # without a bias that of the mean square
+        "first": inputs["first"].var(0).mean(),
+        "second": np.square(np.abs(inputs["second"])).mean(),
+    }
+    updates = update(own, lp.scale_by_foof(own.layers, damping=0.3, decay=0.0))
+    for name, unit in units.items():
+        expected = expected_directions(own, 0.3 * unit)[name, 0]
+        np.testing.assert_allclose(own.layers.block(updates, name), expected, rtol=1e-9)
 
 
 # --- LNB -----------------------------------------------------------------------------------------
@@ -291,3 +317,187 @@ def test_boosting_solved_to_the_end_is_that_of_real_and_imaginary_parts(name):
     )
     expected = {key: value / z**0.5 for key, value in exact.items()}
     assert_close(directions(own, update(own, tx)), expected, 1e-7)
+
+
+def conjugate_gradient(matrix, preconditioner, right, iterations):
+    x, residual = np.zeros_like(right), right
+    direction = preconditioner @ residual
+    for _ in range(iterations):
+        size = residual @ preconditioner @ residual
+        step = size / (direction @ matrix @ direction)
+        x, residual = x + step * direction, residual - step * matrix @ direction
+        kept = residual @ preconditioner @ residual / size
+        direction = preconditioner @ residual + kept * direction
+    return x, residual
+
+
+def as_real(matrix):
+    """What a complex matrix does to real and imaginary parts."""
+    return np.block([[matrix.real, -matrix.imag], [matrix.imag, matrix.real]])
+
+
+def test_truncated_boosting_is_that_of_real_and_imaginary_parts():
+    """Two iterations for each output, preconditioned, and z by the residual."""
+    own, ridge = case("complex"), 0.3
+    tx = lp.scale_by_lnb(own.layers, ridge=ridge, relative=False, iterations=2, unit="neuron")
+    block, gradient, x, n, layer = blocks_of(own)["first", 0]
+    mean = x.mean(0, keepdims=True)
+    rough = mean.conj().T @ mean + np.diag(np.square(np.abs(x - mean)).mean(0))
+    rough[:-1, :-1] += ridge * np.eye(len(rough) - 1)
+    found = np.asarray(own.layers.block(update(own, tx), "first"))
+    for j in range(block.shape[1]):
+        one, g = block[:, j : j + 1], gradient_vector(gradient[:, j : j + 1])
+        matrix = metric(one, x, n, ridge, layer)
+        theta, residual = conjugate_gradient(matrix, np.linalg.inv(as_real(rough)), g, 2)
+        assert np.linalg.norm(residual) > 1e-3 * np.linalg.norm(g)  # truncated indeed
+        expected = from_vector(theta / np.sqrt(theta @ (g - residual)), one)
+        np.testing.assert_allclose(found[:, j : j + 1], expected, rtol=1e-9)
+
+
+# --- the length of a step ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, method", [("complex", lp.foof), ("complex", lp.lnb), ("real on complex data", lp.foof)]
+)
+def test_undamped_each_neuron_moves_by_the_learning_rate(name, method):
+    own = case(name)
+    if method is lp.foof:
+        options = {"damping": 0.0, "decay": 0.0, "inverse_period": 1}
+    else:
+        options = {"ridge": 0.0, "iterations": 40}
+    updates = update(own, method(own.layers, 0.1, momentum=0.0, **options))
+    steps = directions(own, updates)
+    for key, (_, _, x, _, _) in blocks_of(own).items():
+        moved = np.sqrt(np.square(np.abs(x @ steps[key])).mean(0))
+        np.testing.assert_allclose(moved, 0.1, rtol=1e-6)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def train(net, tx, steps=40):
+    params, state = net.params, tx.init(net.params)
+
+    @jax.jit
+    def step(params, state):
+        loss, grads, captured = lp.value_grad_and_capture(net.loss)(params, net.x)
+        updates, state = tx.update(grads, state, params, captured=captured)
+        return optax.apply_updates(params, updates), state, loss
+
+    losses = []
+    for _ in range(steps):
+        params, state, loss = step(params, state)
+        losses.append(loss)
+    return losses
+
+
+@pytest.mark.parametrize(
+    "name, method",
+    [("complex", lp.lnb), ("complex, then real", lp.foof), ("convolution", lp.foof)],
+)
+def test_the_loop_of_real_networks_lowers_the_loss_of_complex_ones(name, method):
+    """Whatever the imaginary parts: gradients as JAX has them, and updates that are added."""
+    own = case(name)
+    losses = train(own.net, method(own.layers, 0.05))
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_chain_with_momentum_and_weight_decay_after_a_direction_lowers_it_too():
+    own = case("complex")
+    tx = optax.chain(
+        lp.scale_by_foof(own.layers),
+        optax.trace(decay=0.9),
+        optax.add_decayed_weights(1e-4),
+        optax.scale_by_learning_rate(0.1),
+        lp.average_iterates(),
+    )
+    losses = train(own.net, tx)
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def of_two_parameters():
+    """A complex kernel of two parameters, which is no layer, before one that is."""
+
+    @as_written
+    def loss(params, x):
+        hidden = bent(x @ (params["v"] * jnp.exp(params["w"])))
+        return squared_distance(hidden @ params["out"])
+
+    params = {"v": complex_(3, 4), "w": complex_(3, 4), "out": complex_(4, 2)}
+    return Net(params, complex_(7, 3), loss)
+
+
+def test_parameters_in_no_layer_follow_their_gradient_downwards():
+    net = of_two_parameters()
+    layers = lp.find_layers(net.loss, net.params, net.x, on_uncaptured="pass")
+    assert list(layers) == ["out"]
+    methods = [lp.scale_by_foof(layers), lp.scale_by_lnb(layers, unit="joint")]
+
+    @jax.jit
+    def updates_of_all(params, x):
+        _, grads, captured = lp.value_grad_and_capture(net.loss)(params, x)
+        states = [tx.init(params) for tx in methods]
+        return grads, [
+            tx.update(grads, state, params, captured=captured)[0]
+            for tx, state in zip(methods, states, strict=True)
+        ]
+
+    grads, found = updates_of_all(net.params, net.x)
+    for updates in found:
+        ratio = np.asarray(updates["v"]) / np.conj(grads["v"])
+        assert np.all(ratio.real > 0)
+        np.testing.assert_allclose(ratio, ratio[0, 0].real, rtol=1e-9)
+
+
+def test_a_fallback_of_optax_descends():
+    net = of_two_parameters()
+    layers = lp.find_layers(net.loss, net.params, net.x, on_uncaptured="pass")
+    only_others = lp.with_fallback(optax.set_to_zero(), layers, optax.sgd(0.05))
+    losses = train(net, only_others, 20)
+    assert np.all(np.diff(losses) < 0)
+
+
+def test_micro_batches_are_the_whole_batch():
+    own = case("complex on real data")
+    net = own.net
+    x = jnp.asarray(real(6, 3))
+    capture, tx = lp.value_grad_and_capture(net.loss), lp.scale_by_foof(own.layers)
+
+    @jax.jit
+    def both(params, x):
+        found = capture(params, x), lp.accumulate(capture)(params, x.reshape(3, 2, 3))
+        state = tx.init(params)
+        return [tx.update(grads, state, params, captured=own)[0] for _, grads, own in found]
+
+    whole, joined = both(net.params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), joined, whole)
+
+
+@pytest.mark.parametrize("tx", [lp.foof, lp.lnb], ids=["foof", "lnb"])
+def test_the_types_of_states_and_parameters_are_stable_in_single_precision(tx):
+    net = case("complex").net
+    single = jax.tree.map(lambda p: jnp.asarray(p, jnp.complex64), net.params)
+    x = jnp.asarray(net.x, jnp.complex64)
+    tx = tx(lp.find_layers(net.loss, single, x))
+
+    def step(params, state, x):
+        _, grads, captured = lp.value_grad_and_capture(net.loss)(params, x)
+        updates, state = tx.update(grads, state, params, captured=captured)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.eval_shape(tx.init, single)
+    found = jax.eval_shape(step, single, state, x)
+    assert found == jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), (single, state))
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_complex", ["kernel", "bias"])
+def test_a_layer_that_is_half_complex_is_refused(is_complex):
+    net = two_layers(real, real, complex_)
+    net.params["first"][is_complex] = 1j * net.params["first"][is_complex]
+    layers = lp.find_layers(net.loss, net.params, net.x)
+    with pytest.raises(ValueError, match=r"'first' has one real parameter.*Store both as complex"):
+        lp.foof(layers).init(net.params)
