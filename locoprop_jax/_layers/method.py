@@ -80,7 +80,7 @@ def transformation(
       takes_complex: whether it is right for complex layers; if not, they are refused.
     """
 
-    def checked_init(params: Any) -> State:
+    def checked_init(params: Any) -> Any:
         if not takes_complex:
             check_real(method, params)
         return init(params)

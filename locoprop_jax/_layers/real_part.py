@@ -37,7 +37,8 @@ class RealPart(Structured):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.rows.shape
+        rows, d_in = self.rows.shape
+        return rows, d_in
 
     @property
     def count(self) -> int:
@@ -47,11 +48,10 @@ class RealPart(Structured):
         return _rows.write_out(self.rows)
 
     def push(self, kernel: Float[Array, "d_in d_out"]) -> Complex[Array, "rows d_out"]:
-        return _rows.push(self.rows, {"kernel": kernel.astype(complex_dtype(kernel.dtype))})
+        return _rows.times(self.rows, kernel.astype(complex_dtype(kernel.dtype)))
 
     def pull(self, rows: Complex[Array, "rows d_out"]) -> Float[Array, "d_in d_out"]:
-        shape = jax.ShapeDtypeStruct((self.shape[1], rows.shape[1]), rows.dtype)
-        return jnp.real(_rows.pull(self.rows, rows, {"kernel": shape})["kernel"])
+        return jnp.real(_rows.turned_times(self.rows, rows))
 
     def second_moment(self) -> Float[Array, "d_in d_in"]:
         return jnp.real(_rows.second_moment(self.rows))

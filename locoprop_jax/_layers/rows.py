@@ -46,30 +46,36 @@ def join_rows(x: Float[Array, "*stack batch shared d"], axes: int = 2) -> Array:
 # --- products ------------------------------------------------------------------------------------
 
 
+def times(inputs: Inputs, kernel: Float[Array, "d_in d_out"]) -> Rows:
+    """X kernel."""
+    return inputs.push(kernel) if isinstance(inputs, Structured) else inputs @ kernel
+
+
+def turned_times(inputs: Inputs, rows: Rows) -> Float[Array, "d_in d_out"]:
+    """X' rows."""
+    if isinstance(inputs, Structured):
+        return inputs.pull(rows)
+    return _linalg.adjoint(inputs) @ rows
+
+
 def push(inputs: Inputs, delta: Block) -> Rows:
     """How much the outputs move: X delta."""
     bias = delta.get("bias")
     if "kernel" not in delta:
         assert bias is not None
         return jnp.broadcast_to(bias[None], (inputs.shape[0], *bias.shape))
-    kernel = delta["kernel"]
-    change = inputs.push(kernel) if isinstance(inputs, Structured) else inputs @ kernel
+    change = times(inputs, delta["kernel"])
     return change if bias is None else change + bias[None].astype(change.dtype)
 
 
 def pull(inputs: Inputs, rows: Rows, like: Block) -> Block:
     """X' rows, in the parts that `like` has."""
 
-    def kernel() -> Array:
-        if isinstance(inputs, Structured):
-            return inputs.pull(rows)
-        return _linalg.adjoint(inputs) @ rows
-
     def bias() -> Array:
         total = rows.sum(0)
         return total if is_complex(like["bias"].dtype) else jnp.real(total)
 
-    parts = {"kernel": kernel, "bias": bias}
+    parts = {"kernel": lambda: turned_times(inputs, rows), "bias": bias}
     return {part: parts[part]() for part in like}
 
 

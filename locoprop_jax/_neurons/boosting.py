@@ -101,6 +101,8 @@ def scale_by_lnb(
     The paper has one length for all parameters: z = sum theta' M theta, which is theta . g where
     theta solves its system, and unlike that never negative. Parameters in no layer have M = I.
     With `unit="neuron"` each neuron has a length of its own, as `scale_by_output_rms` describes.
+    Complex gradients are taken as JAX has them, and conjugated: what is returned is a direction in
+    which the loss rises.
 
     Three departures from the paper's text: each output of a layer has conjugate gradient steps of
     its own, at no cost; they start from the best multiple of the last theta, so that theta always
@@ -131,7 +133,8 @@ def scale_by_lnb(
     Raises:
       ValueError: at construction, for no layers, a negative ridge, iterations below one, a decay
         outside [0, 1), a shrinkage outside [0, 1], a fraction outside (0, 1], an unknown unit or a
-        floor that is not positive; at update, for `captured` from another model.
+        floor that is not positive; at `init`, for a layer with a real and a complex parameter; at
+        update, for `captured` from another model.
       TypeError: at update, `captured` is missing.
 
     References:

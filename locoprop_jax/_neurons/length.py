@@ -46,7 +46,8 @@ def scale_by_output_rms(
 
     An entry of a scale, or of a bias on its own, is a neuron of one weight: it follows the sign of
     its gradient. A parameter in no layer has M = I and a length of its own: its update has the
-    Euclidean norm one.
+    Euclidean norm one. Of complex numbers z_j is the real part of the product of g_j, as JAX has
+    it, with d_j, and what is measured is the modulus of a change.
 
     Args:
       layers: from `find_layers`.
