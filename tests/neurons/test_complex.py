@@ -301,6 +301,17 @@ def test_relative_damping_is_in_units_of_the_mean_variance():
         np.testing.assert_allclose(own.layers.block(updates, name), expected, rtol=1e-9)
 
 
+def test_on_accelerators_the_windows_of_a_convolution_have_the_same_products(monkeypatch):
+    (arrays,) = case("convolution").captured.values()
+    rows, e = arrays.rows(complex), arrays.cotangent_rows(complex)
+    x = np.asarray(rows.write_out())
+    expected = x.conj().T @ np.asarray(e)
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        np.testing.assert_allclose(rows.pull(e), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(rows.between_rows(), x @ x.conj().T, rtol=1e-9, atol=1e-12)
+
+
 # --- LNB -----------------------------------------------------------------------------------------
 
 
