@@ -71,7 +71,8 @@ def value_grad_and_capture(
       `((loss, aux), gradients, captured)`. The gradients are those of `jax.value_and_grad`, under
       `jax.jit` bit for bit unless arrays that leave the jit change what XLA fuses; `captured` is a
       `Captured`, the arrays of each layer by name: inputs (batch, shared, d_in), outputs and
-      cotangents (batch, shared, d_out), curvature (samples, batch, shared, d_out). It costs what
+      cotangents (batch, shared, d_out), curvature (samples, batch, shared, d_out). Complex
+      gradients and cotangents are JAX's, dL/du - i dL/dv for a number u + iv. It costs what
       `jax.value_and_grad` costs, and the passes that `curvature` asks for; what is not used of it
       is not kept. With "fisher_mc" or "ggn_mc" the function needs a key as the keyword `rng`,
       which the loss does not get.
@@ -79,7 +80,7 @@ def value_grad_and_capture(
     Raises:
       TypeError: the loss is not a scalar, a parameter is not an array, or `rng` is missing.
       ValueError: `curvature` or `samples` is out of range, or the curvature of this loss cannot be
-        told; the message says why and what to do.
+        told, or is asked of complex layers; the message says why and what to do.
 
     Example:
       >>> import jax, jax.numpy as jnp, locoprop_jax as lp

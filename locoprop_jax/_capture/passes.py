@@ -15,6 +15,7 @@ from locoprop_jax._capture.curvature import PULLED
 from locoprop_jax._capture.output_hessian import OutputPlan
 from locoprop_jax._capture.plan import LayerPlan
 from locoprop_jax._capture.targets import Target, find_targets
+from locoprop_jax._checks import REAL_REMEDY
 from locoprop_jax._layers.uses import Layout
 from locoprop_jax._tracing.chains import Shape
 from locoprop_jax._tracing.evaluate import Address, evaluate
@@ -23,6 +24,7 @@ from locoprop_jax._tracing.heads import Cut, addresses, cut
 from locoprop_jax._tracing.jaxpr import Path
 from locoprop_jax._tracing.program import Program
 from locoprop_jax._tracing.sites import input_addresses, output_address
+from locoprop_jax._trees import is_complex
 
 
 class Places(NamedTuple):
@@ -84,9 +86,11 @@ def plan_passes(layers: LayerPlan, transferred: bool, curvature: str | None) -> 
     """Plan what the passes are to leave.
 
     Raises:
-      ValueError: the curvature of this loss cannot be told.
+      ValueError: the curvature of this loss cannot be told, or a layer is complex.
     """
     traced, sites = layers.traced, layers.sites
+    if curvature is not None:
+        _check_real(layers, curvature)
     heads = {i: cut(traced, sites[i].output, traced.program.outputs[0]) for i in layers.ends}
     pieces = _pieces(layers) if transferred else [None] * len(sites)
     layouts = [layers.layout(*each) for each in zip(sites, pieces, strict=True)]
@@ -105,6 +109,16 @@ def plan_passes(layers: LayerPlan, transferred: bool, curvature: str | None) -> 
     return PassPlan(
         layers, transferred, curvature, pieces, layouts, heads, targets, output, between, places
     )
+
+
+def _check_real(layers: LayerPlan, curvature: str) -> None:
+    avals = layers.traced.program.avals
+    for site, name in zip(layers.sites, layers.names, strict=True):
+        if is_complex(avals[site.output].dtype):
+            raise ValueError(
+                f"`curvature={curvature!r}` is that of real layers, but the outputs of {name!r} "
+                f"are complex. {REAL_REMEDY}"
+            )
 
 
 def _pieces(layers: LayerPlan) -> list[Piece | None]:

@@ -16,6 +16,7 @@ from locoprop_jax._tracing.flow import reached_live
 from locoprop_jax._tracing.heads import other_params, output_sites, reached_past
 from locoprop_jax._tracing.program import Equation, Program
 from locoprop_jax._tracing.trace import Traced
+from locoprop_jax._trees import is_complex
 
 KINDS = ("fisher_mc", "fisher_empirical", "ggn_mc", "ggn_exact", "ggn_output")
 
@@ -109,6 +110,12 @@ def find_targets(
         )
     else:
         targets = [_layer_target(traced, curvature, plain, names)]
+    if any(is_complex(program.avals[target.value].dtype) for target in targets):
+        raise ValueError(
+            f"{_asker(curvature)} needs real outputs of the network, but the loss takes complex "
+            f"ones. Hand a loss of `locoprop_jax.losses`, or one marked by `@losses.output_loss`, "
+            f"their real and imaginary parts: `jnp.concatenate([z.real, z.imag], -1)`."
+        )
     if curvature == "ggn_exact":
         targets = [_with_columns(traced, target, names, to_rows) for target in targets]
     return tuple(targets)

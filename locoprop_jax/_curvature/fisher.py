@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_fisher, check_layers, check_positive
+from locoprop_jax._checks import check_fisher, check_layers, check_positive, check_real
 from locoprop_jax._curvature import woodbury
 from locoprop_jax._curvature.woodbury import Columns, Weights
 from locoprop_jax._layers.blocks import blocks
-from locoprop_jax._layers.captured import Captured, check_captured
+from locoprop_jax._layers.captured import Captured, check_captured, check_real_captured
 from locoprop_jax._layers.layers import Layers, Points, replace
 from locoprop_jax._layers.made import Space
 from locoprop_jax._layers.rows import Block
@@ -245,7 +245,10 @@ def _open(
     """The blocks of a tree, and the columns of each system."""
     check_layers(layers, method)
     check_fisher(method, 0, curvature)
-    captured = check_captured(layers, captured, method).pulled()
+    captured = check_captured(layers, captured, method)
+    check_real(method, tree)
+    check_real_captured(captured, method)
+    captured = captured.pulled()
     own = woodbury.same_dtype(blocks(layers, tree, space, captured.points))
     systems = []
     for names in woodbury.groups(own, block_diagonal).values():

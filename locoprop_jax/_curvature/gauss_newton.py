@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_not_negative, check_positive, check_whole
+from locoprop_jax._checks import check_not_negative, check_positive, check_real, check_whole
 from locoprop_jax._curvature.products import linearise
 from locoprop_jax._curvature.quadratic import (
     Scalar,
@@ -142,6 +142,8 @@ def scale_by_gauss_newton_step(
         return optax.with_extra_args_support(optax.identity() if chosen is None else chosen)
 
     def init(params: Tree) -> GaussNewtonStepState:
+        check_real(name, params)
+
         def number(value: Any) -> Array:  # one for each: a buffer cannot be donated twice
             return jnp.asarray(value, dtype_of_model(params))
 

@@ -14,7 +14,7 @@ from locoprop_jax._capture import targets
 from locoprop_jax._checks import check_layers
 from locoprop_jax._curvature.sequences import check_sequence, kernels
 from locoprop_jax._layers.arrays import LayerArrays
-from locoprop_jax._layers.captured import Captured, check_captured
+from locoprop_jax._layers.captured import Captured, check_captured, check_real_captured
 from locoprop_jax._layers.head import Head
 from locoprop_jax._layers.layers import Layer, Layers
 from locoprop_jax._layers.rows import as_rows
@@ -76,6 +76,7 @@ def hessian_blocks(
     check_layers(layers, "hessian_blocks")
     names = check_sequence(layers, "hessian_blocks", REMEDY)
     captured = check_captured(layers, captured, "hessian_blocks")
+    check_real_captured(captured, "hessian_blocks")
     above = kernels(layers, params, names[1:], "hessian_blocks", captured.points)
     last = captured[names[-1]]
     assert last.head is not None

@@ -14,6 +14,7 @@ from locoprop_jax import _linalg, losses
 from locoprop_jax._capture import curvature
 from locoprop_jax._capture.curvature import Point
 from locoprop_jax._capture.targets import Target, find_targets
+from locoprop_jax._checks import check_real
 from locoprop_jax._layers.layers import Layers
 from locoprop_jax._tracing.evaluate import evaluate
 from locoprop_jax._tracing.heads import Cut, addresses, cut
@@ -77,7 +78,8 @@ def gauss_newton_vector_product(
 
     Raises:
       TypeError: the loss is not a scalar, or a parameter is not an array.
-      ValueError: no layer was found, or several unmarked output layers were.
+      ValueError: no layer was found, or several unmarked output layers were; a parameter, or what
+        the loss takes, is complex.
 
     References:
       N. Schraudolph, `Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent
@@ -92,6 +94,7 @@ def gauss_newton_vector_product(
       [[0.67], [0.67], [0.67]]
     """
     name = "gauss_newton_vector_product"
+    check_real(name, params)
     network = linearise(loss_fn, params, args, kwargs, has_aux, name)
 
     def product(vector: Tree) -> Tree:
@@ -132,7 +135,7 @@ def fisher_vector_product(
 
     Raises:
       TypeError: the loss is not a scalar, a parameter is not an array, or `rng` is missing.
-      ValueError: the loss is not marked, or `samples` is not positive.
+      ValueError: the loss is not marked, a parameter is complex, or `samples` is not positive.
     """
     curvature.check_arguments("fisher_mc", samples)
     if rng is None:
@@ -140,6 +143,7 @@ def fisher_vector_product(
             "`fisher_vector_product` samples labels: pass a key as the keyword `rng`, such as "
             "`rng=jax.random.key(0)`."
         )
+    check_real("fisher_vector_product", params)
     network = linearise(loss_fn, params, args, kwargs, has_aux, "fisher_mc")
     drawn = curvature.cotangents(network.targets, network.points, "fisher_mc", samples, rng)
 

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from locoprop_jax import _linalg, losses
-from locoprop_jax._checks import is_number
+from locoprop_jax._checks import check_real, is_number
 from locoprop_jax._curvature.products import Linearised
 from locoprop_jax._trees import wide_dtype
 
@@ -211,11 +211,11 @@ def best_of_three(change: Callable[[Scalar], Scalar], gamma: Scalar, factor: Sca
 
 
 def check_line(method: str, *, value_fn: ValueFn | None, **others: Any) -> ValueFn:
-    """The loss as a function of the parameters; refuse missing arguments, and masked parameters.
+    """The loss as a function of the parameters; refuse missing arguments, and some parameters.
 
     Raises:
-      TypeError: one is missing.
-      ValueError: some parameters are masked.
+      TypeError: an argument is missing.
+      ValueError: some parameters are masked, or complex.
     """
     missing = [f"`{name}`" for name, value in others.items() if value is None]
     if value_fn is None or missing:
@@ -232,6 +232,7 @@ def check_line(method: str, *, value_fn: ValueFn | None, **others: Any) -> Value
             f"of `optax.masked`, `optax.partition` and `with_fallback`, which may stand before it "
             f"in a chain. Parameters in no layer then follow their gradient."
         )
+    check_real(method, others["params"])
     return value_fn
 
 

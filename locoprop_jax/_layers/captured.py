@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from locoprop_jax._checks import REAL_REMEDY
 from locoprop_jax._layers.arrays import Deferred, LayerArrays
 from locoprop_jax._layers.layers import Layers
 
@@ -78,6 +79,20 @@ class Captured(Mapping[str, LayerArrays]):
     def terms(self) -> float:
         """How many terms the loss averages over; the batch where output layers disagree on it."""
         return float(self._arrays[0].outputs.shape[-3]) if self._terms is None else self._terms
+
+
+def check_real_captured(captured: Mapping[str, LayerArrays], method: str) -> None:
+    """Refuse layers with complex arrays.
+
+    Raises:
+      ValueError: there is one.
+    """
+    for name, arrays in captured.items():
+        if arrays.is_complex:
+            raise ValueError(
+                f"`{method}` takes real layers, but the outputs of {name!r} are complex. "
+                f"{REAL_REMEDY}"
+            )
 
 
 def check_captured(layers: Layers, captured: Any, method: str) -> Captured:

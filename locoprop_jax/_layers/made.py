@@ -105,7 +105,8 @@ class Made:
         pull = jax.linear_transpose(push, *at)
         return (
             lambda leaves: push(*(jnp.asarray(leaf).astype(dtype) for leaf in leaves)),
-            lambda block: pull(block.astype(dtype)),
+            # The conjugate transpose: gradients come as directions of ascent.
+            lambda block: jax.tree.map(jnp.conj, pull(jnp.conj(block.astype(dtype)))),
         )
 
 

@@ -11,11 +11,13 @@ import optax
 from jaxtyping import Array, Bool, Int
 
 from locoprop_jax import _linalg
+from locoprop_jax._checks import check_real
 from locoprop_jax._layers.blocks import blocks, matrix
-from locoprop_jax._layers.captured import Captured, check_captured
+from locoprop_jax._layers.captured import Captured, check_captured, check_real_captured
 from locoprop_jax._layers.layers import Layers, replace
 from locoprop_jax._layers.rows import Block
 from locoprop_jax._layers.stacking import over_stack
+from locoprop_jax._trees import ascent
 
 State = TypeVar("State", bound=Any)  # a NamedTuple with a `count` of finite batches
 
@@ -25,7 +27,8 @@ class Batch(NamedTuple):
 
     Attributes:
       layers: all of them.
-      updates: the incoming ones, a tree like the parameters.
+      updates: the incoming ones, a tree like the parameters; complex gradients as the directions
+        in which the loss rises (`ascent`).
       slopes: those of them that are in layers, as blocks; without masked ones.
       captured: the arrays of the batch.
       params: the parameters; None where none were passed.
@@ -71,15 +74,26 @@ def transformation(
     layers: Layers,
     init: optax.TransformInitFn,
     step: Callable[[Batch, State], tuple[Any, State]],
+    *,
+    takes_complex: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """A method as an Optax transformation whose `update` needs `captured`.
+
+    It takes gradients as JAX has them, and its updates are directions in which the loss rises: for
+    complex parameters one is the conjugate of the other.
 
     Args:
       method: its name, for errors.
       layers: that it was built with.
       init: from the parameters, their shapes, or Optax's stand-in for them, to the state.
       step: from a batch and the state to the updates and the new state.
+      takes_complex: whether it is right for complex layers; if not, they are refused.
     """
+
+    def checked_init(params: Any) -> Any:
+        if not takes_complex:
+            check_real(method, params)
+        return init(params)
 
     def update(
         updates: Any,
@@ -90,11 +104,15 @@ def transformation(
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         own = check_captured(layers, captured, method)
+        if not takes_complex:
+            check_real(method, updates)
+            check_real_captured(own, method)
+        updates = ascent(updates)
         slopes = blocks(layers, updates, "gradients", own.points)
         batch = Batch(layers, updates, slopes, own, params, extra_args)
         return step(batch, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(checked_init, update)
 
 
 # --- what `init` is made of ----------------------------------------------------------------------

@@ -15,6 +15,7 @@ from locoprop_jax._layers.blocks import blocks, unit_norm
 from locoprop_jax._layers.layers import Layers, Points, replace
 from locoprop_jax._layers.rows import Block
 from locoprop_jax._layers.stacking import over_stack
+from locoprop_jax._trees import ascent
 
 UNITS = ("neuron", "layer", "joint")
 
@@ -45,7 +46,8 @@ def scale_by_output_rms(
 
     An entry of a scale, or of a bias on its own, is a neuron of one weight: it follows the sign of
     its gradient. A parameter in no layer has M = I and a length of its own: its update has the
-    Euclidean norm one.
+    Euclidean norm one. Of complex numbers z_j is the real part of the product of g_j, as JAX has
+    it, with d_j, and what is measured is the modulus of a change.
 
     Args:
       layers: from `find_layers`.
@@ -79,7 +81,7 @@ def scale_by_output_rms(
         captured = extra_args.get("captured")
         points = None if captured is None else captured.points
         own = blocks(layers, direction, "changes", points)
-        images = blocks(layers, updates, "gradients", points)
+        images = blocks(layers, ascent(updates), "gradients", points)
         return unit_steps(layers, direction, own, images, unit, floor, points), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
@@ -128,7 +130,7 @@ def _unit_step(direction: Block, image: Block, unit: str, floor: Any) -> Block:
     """
     d, d_size = _near_one(direction)
     g, g_size = _near_one(image)
-    z = jnp.asarray(sum(_columns(part, d[part] * g[part]) for part in d))
+    z = jnp.asarray(sum(_columns(part, jnp.real(jnp.conj(d[part]) * g[part])) for part in d))
     mean = jnp.mean(jnp.maximum(z, 0))
     length = jnp.where(z > 0, jnp.maximum(z, jnp.asarray(floor, z.dtype) * mean), 0)
     if unit == "layer":
@@ -142,13 +144,13 @@ def _near_one(block: Block) -> tuple[Block, Float[Array, ""]]:
     """The block divided by its largest entry, and that entry; by one where all are zero."""
     size = jnp.stack([jnp.max(jnp.abs(value), initial=0) for value in block.values()]).max()
     size = jnp.where(jnp.isfinite(size) & (size > 0), size, 1)
-    return {part: value / size for part, value in block.items()}, size
+    return {part: value / size.astype(value.dtype) for part, value in block.items()}, size
 
 
 def _times(part: str, value: Array, factor: Float[Array, " d_out"]) -> Array:
     """Each column by its factor; zeros for zero, whatever the column."""
     factor = factor[None] if part == "kernel" else factor
-    return jnp.where(factor > 0, value * factor, 0)
+    return jnp.where(factor > 0, value * factor.astype(value.dtype), 0)
 
 
 def _columns(part: str, product: Array) -> Float[Array, " d_out"]:

@@ -14,7 +14,8 @@ import dataclasses
 from locoprop_jax._tracing import flow
 from locoprop_jax._tracing.formulas import Formula
 from locoprop_jax._tracing.grouping import groups_of, joined_groups, misused
-from locoprop_jax._tracing.labelling import Known, Labelling, kernel_key
+from locoprop_jax._tracing.known import Known, kernel_key
+from locoprop_jax._tracing.labelling import Labelling
 from locoprop_jax._tracing.labels import CONSTANT, DATA, Label, Weight
 from locoprop_jax._tracing.program import Program
 from locoprop_jax._tracing.reasons import NEVER_MEETS_DATA, NO_GRADIENT, Reason

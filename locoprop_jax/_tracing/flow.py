@@ -139,7 +139,8 @@ def known_number(program: Program, value: int) -> float:
         return math.nan
     if dtype is not None and not jnp.issubdtype(dtype, np.number):
         return math.nan
-    return float(np.asarray(known, np.float64).ravel()[0])
+    number = np.asarray(known).ravel()[0]
+    return math.nan if np.iscomplexobj(number) else float(number)
 
 
 def averaged_terms(program: Program, terms: Mapping[int, float], output: int) -> float:

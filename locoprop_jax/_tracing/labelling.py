@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence
 
 from locoprop_jax._tracing import chains, flow, primitives
 from locoprop_jax._tracing.biases import attach_bias
-from locoprop_jax._tracing.formulas import Formula, formula
-from locoprop_jax._tracing.jaxpr import is_elementwise, scan_of
+from locoprop_jax._tracing.jaxpr import scan_of
 from locoprop_jax._tracing.kinds.convolution import convolution
 from locoprop_jax._tracing.kinds.dense import dense
 from locoprop_jax._tracing.kinds.embedding import embedding
 from locoprop_jax._tracing.kinds.entries import bias, scale, scaled
+from locoprop_jax._tracing.known import Known, Scope, kernel_key
 from locoprop_jax._tracing.labels import (
     CONSTANT,
     DATA,
@@ -29,6 +27,7 @@ from locoprop_jax._tracing.labels import (
     parts,
     without_number,
 )
+from locoprop_jax._tracing.one_row import is_one_row, note_networks
 from locoprop_jax._tracing.operands import AsItIs, Patches, Times
 from locoprop_jax._tracing.program import END, Equation, Program
 from locoprop_jax._tracing.reasons import (
@@ -39,50 +38,7 @@ from locoprop_jax._tracing.reasons import (
     own_derivative,
 )
 from locoprop_jax._tracing.sites import Site
-
-
-@dataclasses.dataclass(frozen=True)
-class Known:
-    """What the passes over the program and over the bodies of its loops share.
-
-    Attributes:
-      of_data: the values that data reach.
-      of_arguments: those that arguments of the loss reach, and not only what it closes over.
-      of_params: the values that parameters reach.
-      terms: see `flow.loss_terms`.
-      n_leaves: how many parameters there are.
-      excluded: the parameters that were not understood in an earlier pass.
-      unattached: biases that are layers of their own wherever they are added.
-      at_once: the parameters that data from outside meet in a layer even in one row.
-      with_constants: the kernels that constants are rows of, because data are: `kernel_key`s.
-      sites: those found so far.
-      reasons: those found so far.
-      one_row: the parameters that data from outside met in one row, in no layer.
-      networks: those of them that another layer came after.
-      met_constants: the kernels whose product with a constant was formed.
-      formulas: by key, what is made of parameters, with its number as a virtual leaf.
-    """
-
-    of_data: Set[int]
-    of_arguments: Set[int]
-    of_params: Set[int]
-    terms: Mapping[int, float]
-    n_leaves: int
-    excluded: frozenset[int]
-    unattached: frozenset[int]
-    at_once: frozenset[int]
-    with_constants: frozenset[tuple[frozenset[int], bool]]
-    sites: list[Site] = dataclasses.field(default_factory=list)
-    reasons: dict[int, Reason] = dataclasses.field(default_factory=dict)
-    one_row: set[int] = dataclasses.field(default_factory=set)
-    networks: set[int] = dataclasses.field(default_factory=set)
-    met_constants: set[tuple[frozenset[int], bool]] = dataclasses.field(default_factory=set)
-    formulas: dict[tuple, tuple[int, Formula]] = dataclasses.field(default_factory=dict)
-
-    def number(self, formula: Formula) -> int:
-        """Of a formula as a virtual leaf."""
-        number = self.n_leaves + len(self.formulas)
-        return self.formulas.setdefault(formula.key(), (number, formula))[0]
+from locoprop_jax._tracing.virtual import as_parameters, virtual
 
 
 class Labelling:
@@ -101,6 +57,7 @@ class Labelling:
         self.loops, self.returned = loops, returned
         self.sites, self.reasons = known.sites, known.reasons
         self.consumers = flow.live_consumers(program, live)
+        self.scope = Scope(known, program, labels, self.consumers)
 
     def run(self) -> None:
         for position, equation in enumerate(self.program.equations):
@@ -124,7 +81,7 @@ class Labelling:
             return moved or (self._factor(position, kinds) if is_alive else None) or plain
         found: Label | Reason | None = None
         met_data = any(isinstance(k, Derived) and k.met_data for k in kinds)
-        if meets_data and self._is_one_row(position, kinds):
+        if meets_data and is_one_row(self.scope, position, kinds):
             self.known.one_row.update(leaves if is_alive else ())
             meets_data, met_data = False, True
         is_term = equation.primitive in primitives.SUMS and equation.outputs[0] in self.known.terms
@@ -136,7 +93,7 @@ class Labelling:
             return found
         if not meets_data:
             if is_alive and met_data:
-                self._note_networks(equation, kinds)
+                note_networks(self.scope, equation, kinds)
             return _rearranged(self.program, equation, kinds) or (
                 self._parts(position, kinds) or self._derived(equation, kinds, met_data)
             )
@@ -145,57 +102,6 @@ class Labelling:
             self.reasons.update((leaf, found) for leaf in leaves if leaf not in self.reasons)
         return plain
 
-    def _is_one_row(self, position: int, kinds: Sequence[Label]) -> bool:
-        """Whether data from outside meet a parameter in one row.
-
-        This may be a batch of one example; or a mask, the weights of a regularizer, or statistics,
-        and what it makes is a kernel or only regularized. It is no layer unless the parameter is in
-        none otherwise, or another layer comes after it.
-        """
-        equation = self.program.equations[position]
-        leaves = frozenset().union(*map(leaves_of, kinds))
-        pairs = list(zip(equation.inputs, kinds, strict=True))
-        data = [v for v, k in pairs if not leaves_of(k)]
-        moved = any(v in self.known.of_params for v in data)
-        if moved or not leaves.isdisjoint(self.known.at_once):
-            return False
-        if equation.primitive in primitives.GATHER:
-            of_arguments = not self.known.of_arguments.isdisjoint(data)
-            return not of_arguments and self._is_kernel(equation.outputs[0])
-        if equation.primitive in primitives.DOT_GENERAL:
-            contract, batch = equation.params["dimension_numbers"]
-            at = equation.inputs.index(data[0])
-            shape = self.program.shape(data[0])
-            rows = chains.others(shape, (*contract[at], *batch[at]))
-            return math.prod(shape[i] for i in rows) == 1
-        entries = max(math.prod(self.program.shape(v)) for v, k in pairs if leaves_of(k))
-        result = math.prod(self.program.shape(equation.outputs[0]))
-        return is_elementwise(equation.eqn) and result == entries
-
-    def _is_kernel(self, value: int) -> bool:
-        """Whether a value, perhaps rearranged, goes into a product with data and nowhere else."""
-        while len(uses := self.consumers.get(value, [])) == 1 and uses != [END]:
-            after = self.program.equations[uses[0]]
-            if after.primitive in primitives.CONVOLUTION:
-                return after.inputs[1] == value
-            if after.primitive in primitives.DOT_GENERAL:
-                other = after.inputs[1 - after.inputs.index(value)]
-                _, (batch, _) = after.params["dimension_numbers"]
-                return other in self.known.of_data and not batch
-            if flow.rearranged(self.program, after, ()) is None:
-                return False
-            value = after.outputs[0]
-        return False
-
-    def _note_networks(self, equation: Equation, kinds: Sequence[Label]) -> None:
-        """What data met in one row and what meets another kernel next was a layer."""
-        if equation.primitive not in primitives.DOT_GENERAL | primitives.CONVOLUTION:
-            return
-        for one, other in (kinds[:2], kinds[1::-1]):
-            of_data = isinstance(one, Derived) and one.met_data
-            if of_data and not leaves_of(other) <= leaves_of(one):
-                self.known.networks.update(leaves_of(one))
-
     def _derived(self, equation: Equation, kinds: Sequence[Label], met_data: bool) -> list[Label]:
         leaves = frozenset().union(*map(leaves_of, kinds))
         hows = [k.how for k in kinds if isinstance(k, Derived)] or [str(equation.primitive)]
@@ -203,33 +109,7 @@ class Labelling:
 
     def _parts(self, position: int, kinds: Sequence[Label]) -> list[Label] | None:
         """The parts that an equation cuts out of a parameter, or of what is made of some."""
-        return parts(self.program, position, [self._made(kinds[0]), *kinds[1:]])
-
-    def _made(self, label: Label, change: str = "", value: int | None = None) -> Label:
-        """What is computed from parameters as an array like a parameter; else as it is.
-
-        Args:
-          label: of the value.
-          change: what an equation does to it besides, a key of `formulas.CHANGES`.
-          value: where the label is, if a change is asked for.
-        """
-        chain: chains.Chain = ()
-        if isinstance(label, Derived) and label.value is not None:
-            value, chain = label.value, label.chain
-        elif isinstance(label, Scaled):
-            value, chain = self._product(label), label.chain
-        elif not (change and isinstance(label, Weight)):
-            return label
-        assert value is not None
-        found = formula(self.program, value, self.labels, change)
-        if found is None:
-            return label
-        leaf = self.known.number(found)
-        return Weight(leaf, found.own, chain, found.loops, made=found.leaves)
-
-    def _product(self, label: Scaled) -> int:
-        """The value that is the product."""
-        return self.program.equations[label.factors[-1].position].outputs[0]
+        return parts(self.program, position, [virtual(self.scope, kinds[0]), *kinds[1:]])
 
     def _before_data(self, position: int, kinds: Sequence[Label]) -> Label | None:
         """A parameter times numbers; rows of a table that are added to data."""
@@ -266,7 +146,7 @@ class Labelling:
         program, equation = self.program, self.program.equations[position]
         primitive = equation.primitive
         found: Site | Reason | None = None
-        kinds = self._as_parameters(equation, kinds)
+        kinds = as_parameters(self.scope, equation, kinds)
         if primitive in primitives.GATHER:
             why = changed(program, position, kinds)
             found = why or embedding(program, position, kinds)
@@ -294,24 +174,6 @@ class Labelling:
             return self._entering(equation, kinds) or self._unsupported(position, kinds)
         return self._unsupported(position, kinds)
 
-    def _as_parameters(self, equation: Equation, kinds: Sequence[Label]) -> list[Label]:
-        """The labels of what data meet, what is made of parameters as arrays like them."""
-        primitive, program = equation.primitive, self.program
-        result: list[Label] = []
-        for i, (value, label) in enumerate(zip(equation.inputs, kinds, strict=True)):
-            change = ""
-            if i == 1 and primitive in primitives.SUB | primitives.DIV:
-                change = str(primitive)
-            is_kernel = primitive in primitives.DOT_GENERAL | primitives.CONVOLUTION
-            is_number = is_kernel and isinstance(without_number(program, label), Weight)
-            stays = isinstance(label, Scaled) and primitive in primitives.MUL
-            is_spread = isinstance(label, Weight) and not chains.is_invertible(label.chain)
-            if is_spread and (is_kernel or primitive in primitives.GATHER):
-                result.append(self._made(Derived(leaves_of(label), "broadcast_in_dim", value)))
-            else:
-                result.append(label if is_number or stays else self._made(label, change, value))
-        return result
-
     def _is_divisor(self, equation: Equation, kinds: Sequence[Label]) -> bool:
         """Whether data are divided by what has become its reciprocal."""
         is_div = equation.primitive in primitives.DIV
@@ -335,7 +197,7 @@ class Labelling:
         labels: list[Label] = []
         for i, (value, label) in enumerate(zip(equation.inputs, kinds, strict=True)):
             shape = self.program.shape(value)
-            label = self._made(label)
+            label = virtual(self.scope, label)
             if isinstance(label, Scaled):
                 label = Derived(leaves_of(label), "mul")
             elif isinstance(label, Output):
@@ -443,11 +305,6 @@ class Labelling:
             return own_derivative(str(equation.primitive))
         why = changed(self.program, position, kinds)
         return why or no_layer(str(equation.primitive))
-
-
-def kernel_key(label: Label) -> tuple[frozenset[int], bool]:
-    """Which parameters a kernel is, or whether it is made of them."""
-    return leaves_of(label), not isinstance(label, Weight) or bool(label.made)
 
 
 def _rearranged(program: Program, equation: Equation, kinds: Sequence[Label]) -> Label | None:
