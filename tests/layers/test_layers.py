@@ -59,11 +59,6 @@ def conditional(p, h):
     return jax.lax.cond(h.sum() > 0, lambda h: h @ p["w"], lambda h: h, h)
 
 
-def weight_norm(p, h):
-    return h @ (p["g"][None] * p["v"] / jnp.linalg.norm(p["v"], axis=0, keepdims=True))
-
-
-MASK = (np.arange(16).reshape(4, 4) % 2).astype(float)
 SQUARE = {"w": (4, 4)}
 
 
@@ -102,35 +97,11 @@ def in_groups(p, h):
 
 # name: (the middle, its parameters' shapes, reasons by parameter, a word of the remedy)
 NOT_UNDERSTOOD = {
-    "masked kernel": (
-        lambda p, h: h @ (p["w"] * MASK),
-        SQUARE,
-        {"w": "`mul` changes it before"},
-        "change the inputs or outputs",
-    ),
-    "weight norm": (
-        weight_norm,
-        {"g": (4,), "v": (4, 4)},
-        {"g": "`(mul|div)` changes it", "v": "`[a-z_]+` changes it before"},
-        "change the inputs or outputs",
-    ),
-    "product of kernels": (
-        lambda p, h: h @ (p["a"] @ p["b"]),
-        {"a": (4, 2), "b": (2, 4)},
-        {"a": "`dot_general` changes it", "b": "`dot_general` changes it"},
-        "change the inputs or outputs",
-    ),
     "slices that overlap": (
         lambda p, h: jnp.tanh(h @ p["w"][:4]) @ p["w"][1:],
         {"w": (5, 4)},
         {"w": r"it is used 2 times \(dense, dense\)"},
         "a parameter of its own at each",
-    ),
-    "concatenated kernels": (
-        lambda p, h: h @ jnp.concatenate([p["a"], p["b"]], axis=1),
-        {"a": (4, 1), "b": (4, 3)},
-        {"a": "`concatenate` changes it", "b": "`concatenate` changes it"},
-        "change the inputs or outputs",
     ),
     "cond": (conditional, SQUARE, {"w": "`cond` of data"}, "`checkpoint` or `scan`"),
     "custom_vjp": (
@@ -138,19 +109,6 @@ NOT_UNDERSTOOD = {
         SQUARE,
         {"w": r"function with its own derivative \(`custom_vjp_call`\)"},
         "outside of that function",
-    ),
-    "bias by subtraction": (
-        lambda p, h: h - p["b"][None],
-        {"b": (4,)},
-        {"b": "`sub` of data"},
-        "Add its negative",
-    ),
-    "quotient": (lambda p, h: h / p["b"][None], {"b": (4,)}, {"b": "`div` of data"}, "Multiply"),
-    "broadcast kernel": (
-        lambda p, h: h @ jnp.broadcast_to(p["w"][:, None], (4, 4)),
-        {"w": (4,)},
-        {"w": "broadcast before it meets the data"},
-        "result be broadcast",
     ),
     "repeated entries": (
         lambda p, h: h * jnp.broadcast_to(p["w"][None], (2, 2)).reshape(1, 4),
@@ -178,12 +136,6 @@ NOT_UNDERSTOOD = {
         {"w": (6, 4)},
         {"w": "more or less than rows of a table"},
         "Take whole rows",
-    ),
-    "broadcast table": (
-        looked_up(lambda w, ids: jnp.broadcast_to(w[None], (6, 4))[ids]),
-        {"w": (4,)},
-        {"w": "broadcast before it meets the data"},
-        "result be broadcast",
     ),
     "parts of rows": (
         looked_up(
