@@ -59,11 +59,24 @@ class NamedAxes:
 
     def _equation(self, program: Program, position: int, equation: Equation, counts: bool) -> None:
         axes = [self._axes[v] for v in equation.inputs]
-        if position in program.bodies:
-            results = self._scan(equation, program.bodies[position], axes)
-        else:
+        if position not in program.bodies:
             results = Rules(self.names, counts).results(equation.eqn, axes)
+        elif equation.primitive in primitives.COND:
+            results = self._branches(program.bodies[position], axes[1:])
+        else:
+            results = self._scan(equation, program.bodies[position][0], axes)
         self._axes.update(zip(equation.outputs, results, strict=True))
+
+    def _branches(self, programs: Sequence[Program], axes: list[Axes]) -> list[Axes]:
+        results: list[Axes] = []
+        for inner in programs:
+            self._axes.update(zip(inner.inputs, axes, strict=True))
+            self._follow(inner, {})
+            found = [self._axes[v] for v in inner.outputs]
+            for one, other in zip(results, found, strict=False):
+                unify_all(self.names, one, other)
+            results = results or found
+        return results
 
     def _scan(self, equation: Equation, inner: Program, axes: list[Axes]) -> list[Axes]:
         scan = scan_of(equation.eqn)

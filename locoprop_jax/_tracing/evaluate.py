@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from locoprop_jax._tracing.jaxpr import Path, body, is_literal, open_jaxpr, run_equation, scan_of
-from locoprop_jax._tracing.primitives import CALLS, SCAN
+from locoprop_jax._tracing.primitives import CALLS, COND, SCAN
 
 
 class Address(NamedTuple):
@@ -89,6 +91,8 @@ def evaluate(
         inside = [a for a in sorted(record) if a.path[: len(here)] == here != a.path]
         if eqn.primitive in SCAN:
             return scanned(eqn, operands, inner, inside, here)
+        if eqn.primitive in COND:
+            return chosen(eqn, operands, inner, inside, here)
         jaxpr, consts = open_jaxpr(body(eqn))
         policy = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
 
@@ -120,6 +124,40 @@ def evaluate(
         given = (operands[scan.consts + scan.carry :], list(inner.values()))
         carry, (ys, values) = jax.lax.scan(step, list(start), given, **options)
         return [*carry, *ys], dict(zip(inside, values, strict=True))
+
+    def chosen(
+        eqn: Any,
+        operands: Sequence[Any],
+        inner: Mapping[Path, jax.Array],
+        inside: Sequence[Address],
+        here: Path,
+    ):
+        """One of the branches; the records of the others are zeros. All have an axis of one."""
+
+        def branch(k: int, closed: Any, operands: Sequence[Any], values: Sequence[Any]):
+            z = {path: value[0] for path, value in zip(inner, values, strict=True)}
+            results, recorded = run(*open_jaxpr(closed), operands, z, (*here, k))
+            return results, {a: x[None] for a, x in recorded.items() if a in inside}
+
+        index, *rest = operands
+        functions = [
+            functools.partial(branch, k, closed) for k, closed in enumerate(eqn.params["branches"])
+        ]
+        values = list(inner.values())
+        shapes: dict[Address, Any] = {}
+        for function in functions:
+            shapes |= jax.eval_shape(function, rest, values)[1]
+
+        def complete(function: Any, operands: Sequence[Any], values: Sequence[Any]):
+            results, recorded = function(operands, values)
+            return results, [
+                recorded.get(a, jnp.zeros(shapes[a].shape, shapes[a].dtype)) for a in inside
+            ]
+
+        cases = [functools.partial(complete, function) for function in functions]
+        index = index.astype(jnp.int32) if index.dtype == jnp.bool_ else index
+        results, recorded = jax.lax.switch(index, cases, rest, values)
+        return results, dict(zip(inside, recorded, strict=True))
 
     by_path: dict[Path, list[tuple[str, int]]] = {}
     for address in sorted(record):

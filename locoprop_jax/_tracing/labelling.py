@@ -75,7 +75,8 @@ class Labelling:
         plain = DATA if meets_data else CONSTANT
         is_alive = self.live[position] and not leaves & self.known.excluded
         if leaves and is_alive and position in self.program.bodies:
-            return self._loop(position, kinds)
+            is_choice = equation.primitive in primitives.COND
+            return (self._choice if is_choice else self._loop)(position, kinds)
         if not leaves:
             moved = _rearranged(self.program, equation, kinds)
             return moved or (self._factor(position, kinds) if is_alive else None) or plain
@@ -190,7 +191,7 @@ class Labelling:
 
     def _loop(self, position: int, kinds: Sequence[Label]) -> list[Label]:
         """The labels of what a `scan` returns, its body gone through as a program of its own."""
-        equation, body = self.program.equations[position], self.program.bodies[position]
+        equation, (body,) = self.program.equations[position], self.program.bodies[position]
         scan = scan_of(equation.eqn)
         loop = Loop(equation.path, equation.params["length"], position)
         end = scan.consts + scan.carry
@@ -217,17 +218,47 @@ class Labelling:
         for i in range(scan.consts, end):
             if labels[i] is CONSTANT and meets_data:
                 labels[i] = DATA
-        inner = {v: self.labels[v] for v in body.constants}
-        inner |= zip(body.inputs, labels, strict=True)
-        live = flow.live_equations(body, *body.outputs)
-        returned = self.returned or equation.outputs
-        Labelling(self.known, body, inner, live, (*self.loops, loop), returned).run()
+        self._inside(body, labels, loop, equation.outputs)
         leaves = frozenset().union(*map(leaves_of, labels))
         result: list[Label] = [DATA if meets_data else Derived(leaves, "scan")]
         result *= len(equation.outputs)
         for i in range(scan.carry):
             if isinstance(labels[scan.consts + i], Weight):
                 result[i] = kinds[scan.consts + i]
+        return result
+
+    def _inside(
+        self, body: Program, given: Sequence[Label], loop: Loop, outputs: tuple[int, ...]
+    ) -> list[Label]:
+        """Go through the body of a loop or a branch; the labels of what it returns."""
+        labels = {v: self.labels[v] for v in body.constants}
+        labels |= zip(body.inputs, given, strict=True)
+        live = flow.live_equations(body, *body.outputs)
+        returned = self.returned or outputs
+        Labelling(self.known, body, labels, live, (*self.loops, loop), returned).run()
+        return [labels[v] for v in body.outputs]
+
+    def _choice(self, position: int, kinds: Sequence[Label]) -> list[Label]:
+        """The labels of what a `cond` returns: a loop that runs once, through one of its branches.
+
+        A layer in a branch has rows when that ran, and zeros when not.
+        """
+        equation, programs = self.program.equations[position], self.program.bodies[position]
+        given = [virtual(self.scope, label) for label in kinds[1:]]
+        given = [DATA if isinstance(label, Output) else label for label in given]
+        found = [
+            self._inside(body, given, Loop((*equation.path, k), 1, position), equation.outputs)
+            for k, body in enumerate(programs)
+        ]
+        meets_data = any(map(is_data, kinds))
+        leaves = frozenset().union(*map(leaves_of, given))
+        result: list[Label] = []
+        for labels in zip(*found, strict=True):
+            first = labels[0]
+            if isinstance(first, Weight) and all(label == first for label in labels):
+                result.append(first)
+            else:
+                result.append(DATA if meets_data else Derived(leaves, "cond"))
         return result
 
     def _started(self, position: int, operand: int, label: Weight) -> Label:

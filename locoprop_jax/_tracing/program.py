@@ -14,6 +14,7 @@ from jax.core import Tracer
 from locoprop_jax._tracing.jaxpr import (
     Path,
     body,
+    branches,
     is_elementwise,
     is_literal,
     open_jaxpr,
@@ -48,7 +49,8 @@ class Program:
     """A traced function, calls inlined. A value is a number below `len(avals)`.
 
     The equations of a call stand among the others; `calls` notes where it was. A `scan` is one
-    equation, and its body a program of its own, which shares the numbers of values.
+    equation, and its body a program of its own, which shares the numbers of values; so is a `cond`,
+    with a program for each branch.
     """
 
     equations: tuple[Equation, ...]
@@ -58,13 +60,13 @@ class Program:
     outputs: tuple[int, ...]
     constants: Mapping[int, Any]  # values known when tracing: literals and closed-over arrays
     literals: Set[int]
-    bodies: Mapping[int, Program]  # of scans, by position
+    bodies: Mapping[int, tuple[Program, ...]]  # of scans and branches, by position
     is_body: bool = False
 
     def all_equations(self) -> Iterator[Equation]:
         """Its own and those of all loops."""
         yield from self.equations
-        for inner in self.bodies.values():
+        for inner in (inner for programs in self.bodies.values() for inner in programs):
             yield from inner.all_equations()
 
     def shape(self, value: int) -> tuple[int, ...]:
@@ -160,7 +162,7 @@ def flatten(closed: Any) -> Program:
     def program(jaxpr: Any, consts: Sequence[Any], path: Path, is_body: bool) -> Program:
         equations: list[Equation] = []
         calls: list[Equation | None] = []
-        bodies: dict[int, Program] = {}
+        bodies: dict[int, tuple[Program, ...]] = {}
 
         def walk(jaxpr: Any, consts: Sequence[Any], args: Sequence[int], path: Path) -> list[int]:
             env: dict[Any, int] = dict(zip(jaxpr.invars, args, strict=True))
@@ -185,7 +187,12 @@ def flatten(closed: Any) -> Program:
                     outputs = [new(v.aval) for v in eqn.outvars]
                     if eqn.primitive in SCAN:
                         inner = open_jaxpr(eqn.params["jaxpr"])
-                        bodies[len(equations)] = program(*inner, here, True)
+                        bodies[len(equations)] = (program(*inner, here, True),)
+                    elif found := branches(eqn):
+                        bodies[len(equations)] = tuple(
+                            program(*open_jaxpr(branch), (*here, k), True)
+                            for k, branch in enumerate(found)
+                        )
                     equations.append(Equation(here, eqn, jaxpr, tuple(inputs), tuple(outputs)))
                 env.update(zip(eqn.outvars, outputs, strict=True))
             return [read(v) for v in jaxpr.outvars]
