@@ -7,8 +7,8 @@ products C'C sum, in expectation, to the Hessian H of the loss as written (mathe
     ggn_mc            H^(1/2) xi      xi = +-1
     ggn_exact         the columns of H^(1/2)
 
-w is the weight of a term in the loss, 1/B in a mean. Where the loss is not one of
-`locoprop_jax.losses`, H is taken by Hessian-vector products of the head.
+w is the weight of a term in the loss, 1/B in a mean. Where the loss is not known, marked or
+recognised, H is taken by Hessian-vector products of the head.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from locoprop_jax import losses
-from locoprop_jax._capture.targets import KINDS, Target
+from locoprop_jax._capture.target import KINDS, Target
 from locoprop_jax._tracing import jaxpr
 
 SAMPLED = ("fisher_mc", "ggn_mc")
@@ -79,15 +79,36 @@ class Point(NamedTuple):
 
     Attributes:
       value: the outputs of the network.
-      operands: of the marked loss's call; none for the output of a layer.
-      weights: the derivative of the loss by the marked loss's terms; None for a layer.
-      head: the loss as a function of the outputs; None for a marked loss.
+      operands: of the marked loss's call; none where nothing is marked.
+      weights: the derivative of the loss by the known loss's terms; None for a head.
+      head: the loss as a function of the outputs; None for a known loss.
     """
 
     value: Array
     operands: tuple[Any, ...] = ()
     weights: Array | None = None
     head: Callable[[Array], Array] | None = None
+
+
+def point(
+    target: Target, known: Mapping[int, Any], value: Array, derivatives: Mapping[int, Array]
+) -> Point:
+    """The arrays of a target.
+
+    Args:
+      target: from `find_targets`.
+      known: by number, the values that it needs.
+      value: the outputs.
+      derivatives: of the loss, by the number of what weighs the target.
+    """
+    if target.head is not None:
+        return Point(value, head=target.head.function(known))
+    operands = () if target.call is None else tuple(known[v] for v in target.call.inputs)
+    weights = [sign * derivatives[v] for v, sign in target.ends]
+    if target.call is None:  # sums may have kept their axes, of length one
+        shape = tuple(value.shape[i] for i in target.examples)
+        weights = [weight.reshape(shape) for weight in weights]
+    return Point(value, operands, functools.reduce(jnp.add, weights))
 
 
 def cotangents(

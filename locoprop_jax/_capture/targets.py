@@ -1,67 +1,22 @@
 """Where curvature cotangents are injected into a traced loss: at its targets.
 
-With a loss of `locoprop_jax.losses` the target is what it takes, and each call of one is a target;
-else the target is the output of the one output layer.
+Each call of a loss of `locoprop_jax.losses` is a target, what it takes; what else the loss is made
+of has targets as `unmarked` finds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
 
 from locoprop_jax import losses
-from locoprop_jax._tracing import primitives, separable
+from locoprop_jax._capture import unmarked
+from locoprop_jax._capture.recognise import Reader
+from locoprop_jax._capture.target import KINDS, REMEDY, Target, asker, batch_of
+from locoprop_jax._tracing import ends, separable
 from locoprop_jax._tracing.chains import Chain, Shape
 from locoprop_jax._tracing.flow import reached_live
-from locoprop_jax._tracing.heads import other_params, output_sites, reached_past
 from locoprop_jax._tracing.program import Equation, Program
 from locoprop_jax._tracing.trace import Traced
-
-KINDS = ("fisher_mc", "fisher_empirical", "ggn_mc", "ggn_exact", "ggn_output")
-
-REMEDY = (
-    "Write the loss with `locoprop_jax.losses` (such as `losses.softmax_cross_entropy`), or mark "
-    "your own loss of each example by `@losses.output_loss(sample=...)`, and only weight, sum and "
-    "average its terms"
-)
-
-
-class Target(NamedTuple):
-    """Where cotangents are injected.
-
-    Attributes:
-      value: the outputs of the network.
-      examples: the axes of the outputs along which the Hessian is block-diagonal, in the order of
-        the loss terms' axes if the loss is marked.
-      outputs: the other axes: those of one block.
-      alone: the axes along which exact columns differ: those of one block, and those whose entries
-        meet in the network.
-      joins_positions: whether an exact column has entries at several positions of one example.
-      call: of the marked loss; None for the output of a layer.
-      loss: the marked loss; None for the output of a layer.
-      mass_axes: of the labels, the axes in the order of `examples` (None where it has no such
-        axis) and then all others; None unless the loss needs the mass of its labels.
-    """
-
-    value: int
-    examples: Shape
-    outputs: Shape
-    alone: Shape
-    joins_positions: bool = False
-    call: Equation | None = None
-    loss: losses.OutputLoss | None = None
-    mass_axes: tuple[tuple[int | None, ...], Shape] | None = None
-
-    @property
-    def terms(self) -> int:
-        """The marked loss's terms."""
-        assert self.call is not None
-        return self.call.outputs[0]
-
-    @property
-    def operands(self) -> tuple[int, ...]:
-        """What the marked loss takes; nothing for the output of a layer."""
-        return () if self.call is None else self.call.inputs
 
 
 def find_targets(
@@ -83,85 +38,92 @@ def find_targets(
     sites = traced.detection.sites
     of_params = reached_live(program, live, program.inputs[: traced.n_leaves])
     # Products need no layers where the loss says what the outputs are.
-    outputs = [v for site in sites for v in site.outside]
+    outputs = {v for site in sites for v in site.outside}
     of_layers = reached_live(program, live, outputs) if sites else of_params
-    marked: dict[int, tuple[Equation, losses.OutputLoss]] = {}
-    for call in program.calls:
-        loss = losses.find(str(call.params.get("name", "")))
-        if loss is not None and program.is_inexact(call.outputs[0]):
-            marked.setdefault(call.outputs[0], (call, loss))
-    ends = [v for v in linear_ends(program, of_params, set(marked)) if v in of_layers]
-    plain = [v for v in ends if v not in marked]
-    found = [marked[v] for v in ends if v in marked]
-    if not sites and (plain or curvature in KINDS):
+    marked = _marked_calls(program)
+    passed, others, calls = _ends(traced, of_params, of_layers, outputs, marked)
+    if not sites and (others or curvature in KINDS):
         why = "`find_layers` says why"
         if traced.batch_axes is None:
             why += ", given the batch as an argument. Scales are layers only where it is known"
-        raise ValueError(f"{_asker(curvature)} found no layer in this loss function: {why}.")
-    if not plain:
-        targets = [_marked_target(traced, *each, of_params) for each in found]
-    elif curvature == "fisher_mc" or found:
-        why = f"the loss reaches the layers' outputs through `{_producer(program, plain[0])}`"
-        wish = "samples labels from the distribution that the model predicts"
-        wish = wish if curvature == "fisher_mc" else "takes a loss whose terms are all marked"
+        raise ValueError(f"{asker(curvature)} found no layer in this loss function: {why}.")
+    reader = Reader(program, of_layers, outputs, passed)
+    known = unmarked.known(traced, others, reader)
+    plain = [end for end in others if end not in known]
+    if plain and curvature == "fisher_mc":
         raise ValueError(
-            f"{_asker(curvature)} {wish}, but {why} outside of a marked loss. {REMEDY}."
+            f"{asker(curvature)} samples labels from the distribution that the model predicts, but "
+            f"the loss reaches the layers' outputs through `{_producer(program, plain[0])}` "
+            f"outside of a marked loss. {REMEDY}."
         )
-    else:
-        targets = [_layer_target(traced, curvature, plain, names)]
+    targets = [_marked_target(traced, *marked[v], of_params) for v in calls]
+    targets += unmarked.known_targets(traced, known)
+    held = [*calls, *known]
+    targets += unmarked.head_targets(traced, curvature, plain, held, of_layers, names)
     if curvature == "ggn_exact":
         targets = [_with_columns(traced, target, names, to_rows) for target in targets]
     return tuple(targets)
 
 
-def _asker(curvature: str) -> str:
-    return f"`curvature={curvature!r}`" if curvature in KINDS else f"`{curvature}`"
+def is_non_negative(traced: Traced, targets: Sequence[Target]) -> bool:
+    """Whether a loss is made of marked losses that are never negative, and of nothing else."""
+    if any(t.call is None or t.loss not in losses.NON_NEGATIVE for t in targets):
+        return False
+    program, live = traced.program, traced.detection.live
+    of_params = reached_live(program, live, program.inputs[: traced.n_leaves])
+    of_layers = reached_live(
+        program, live, [v for site in traced.detection.sites for v in site.outside]
+    )
+    terms = {v for target in targets for v in target.weighing}
+    found = ends.linear(program, program.outputs[0], of_params, terms, kinks=False).ends
+    return terms.issuperset(of_layers.intersection(found))
+
+
+Marked = tuple[Equation, losses.OutputLoss]
+
+
+def _marked_calls(program: Program) -> dict[int, Marked]:
+    """The calls of marked losses, by their terms."""
+    found: dict[int, Marked] = {}
+    for call in program.calls:
+        loss = losses.find(str(call.params.get("name", "")))
+        if loss is not None and program.is_inexact(call.outputs[0]):
+            found.setdefault(call.outputs[0], (call, loss))
+    return found
+
+
+def _ends(
+    traced: Traced,
+    of_params: set[int],
+    of_layers: set[int],
+    outputs: set[int],
+    marked: Collection[int],
+) -> tuple[frozenset[int], list[int], list[int]]:
+    """What the loss is a weighted sum of: what is linear on the way, unmarked ends, marked terms.
+
+    Marked terms of which another end is made are no weighted terms, and followed like any others.
+    Of a loss without second derivatives all ends are given, so that its curvature is zero.
+    """
+    program, loss = traced.program, traced.program.outputs[0]
+    stop = set(marked)
+    while True:
+        found = ends.linear(program, loss, of_params, stop | outputs)
+        own = [v for v in found.ends if v in of_layers]
+        read = {v for v in own if v in stop and unmarked.is_read(traced, v, own)}
+        if not read:
+            break
+        stop -= read
+    curved = [v for v in own if v not in outputs]
+    if not curved:
+        straight = ends.linear(program, loss, of_params, outputs, kinks=False).ends
+        curved = [v for v in straight if v in of_layers]
+    terms = [v for v in curved if v in stop]
+    return found.passed, [v for v in curved if v not in stop], terms
 
 
 def _producer(program: Program, value: int) -> str:
     position = program.producers.get(value)
     return "a parameter" if position is None else str(program.equations[position].primitive)
-
-
-def linear_ends(program: Program, of_params: set[int], stop: set[int]) -> list[int]:
-    """The values that the loss is a weighted sum of, the weights free of parameters.
-
-    The loss is followed back through linear equations, up to marked losses and to what is computed
-    in another way.
-    """
-    producers, ends = program.producers, dict[int, None]()
-    seen, pending = set(), [program.outputs[0]]
-    while pending:
-        value = pending.pop()
-        if value in seen or value not in of_params:
-            continue
-        seen.add(value)
-        if value in stop or value not in producers:
-            ends[value] = None
-            continue
-        equation = program.equations[producers[value]]
-        moving = [v for v in equation.inputs if v in of_params]
-        if equation.primitive in _LINEAR:
-            pending.extend(moving)
-        elif equation.primitive in primitives.MUL | primitives.DOT_GENERAL and len(moving) == 1:
-            pending.extend(moving)
-        elif equation.primitive in primitives.DIV and equation.inputs[1] not in of_params:
-            pending.extend(moving)
-        else:
-            ends[value] = None
-    return list(ends)
-
-
-_LINEAR = (
-    primitives.SUMS
-    | primitives.TRANSPOSE
-    | primitives.SELECT
-    | primitives.SLICE
-    | primitives.PAD
-    | primitives.CONCATENATE
-    | primitives.GATHER
-    | primitives.SPLIT
-)
 
 
 def _marked_target(
@@ -191,7 +153,7 @@ def _marked_target(
             f"own. With `jax.vmap`, map over the outputs along their first axis."
         )
     examples, outputs = tuple(i for i in axes[0] if i is not None), axes[1]
-    if _batch(traced, value) & set(outputs):
+    if batch_of(traced, value) & set(outputs):
         raise ValueError(
             f"{loss!r} makes one loss of several examples. It has to return the loss of each, of "
             f"the leading shape of its outputs; take sums and means outside."
@@ -202,7 +164,16 @@ def _marked_target(
         mass_axes = _axes_of(followed.get(labels), program.shape(labels), of_terms)
         if mass_axes is None:
             raise ValueError(f"Capture cannot tell the examples of the labels of {loss!r} apart.")
-    return Target(value, examples, outputs, outputs, call=call, loss=loss, mass_axes=mass_axes)
+    return Target(
+        value,
+        examples,
+        outputs,
+        outputs,
+        loss=loss,
+        ends=((terms, 1.0),),
+        call=call,
+        mass_axes=mass_axes,
+    )
 
 
 def _axes_of(
@@ -233,59 +204,6 @@ def _axes_of(
     return tuple(found), tuple(i for i in range(len(shape)) if i not in found)
 
 
-def _layer_target(
-    traced: Traced, curvature: str, ends: Sequence[int], names: Sequence[str]
-) -> Target:
-    """The output of the one output layer, whose head is not marked."""
-    program, detection = traced.program, traced.detection
-    heads = output_sites(traced)
-    needs = f"{_asker(curvature)} needs the Hessian of the loss by the network's outputs, but"
-    if len(heads) != 1:
-        listed = ", ".join(names[i] for i in heads)
-        raise ValueError(f"{needs} several layers are outputs: {listed}. {REMEDY}.")
-    (head,) = heads
-    site = detection.sites[head]
-    past = reached_past(traced, site.output)
-    if program.outputs[0] in past:
-        raise ValueError(
-            f"{needs} the loss also depends on a layer in a way that does not pass through "
-            f"{names[head]}, its last. {REMEDY}."
-        )
-    if traced.batch_axes is None and any(other_params(traced, site.output, v) for v in ends):
-        raise ValueError(
-            f"{needs} parameters are used between {names[head]}, the last layer found, and the "
-            f"loss, which closes over its batch. {REMEDY}. Or, where they scale the outputs, pass "
-            f"the batch as an argument of the loss: then they are a layer."
-        )
-    followed = [separable.follow(program, end, detection.live)[0] for end in ends]
-    found = [env[site.output] for env in followed if site.output in env]
-    examples = tuple(
-        i
-        for i in range(len(program.shape(site.output)))
-        if all(is_separate(axes[i]) for axes in found)
-    )
-    outputs = tuple(i for i in range(len(program.shape(site.output))) if i not in examples)
-    mixed = _batch(traced, site.output) & set(outputs)
-    if mixed and curvature in KINDS:
-        raise ValueError(
-            f"{needs} capture cannot tell that the examples do not meet between the layer "
-            f"{names[head]} and the loss, so the Hessian may not be one block per example. "
-            f"{REMEDY}."
-        )
-    return Target(site.output, examples, outputs, outputs)
-
-
-def is_separate(axis: separable.Axis) -> bool:
-    return all(factor.axis is not None for factor in axis)
-
-
-def _batch(traced: Traced, value: int) -> set[int]:
-    """The batch axes of a value that are longer than one."""
-    if traced.batch_axes is None:
-        return set()
-    return {i for i in traced.batch_axes[value] if traced.program.shape(value)[i] > 1}
-
-
 def _with_columns(
     traced: Traced, target: Target, names: Sequence[str], to_rows: Sequence[Chain]
 ) -> Target:
@@ -297,7 +215,7 @@ def _with_columns(
     followed, lost = separable.follow(program, target.value, traced.detection.live)
     meeting: dict[int, str] = {}
     of_positions: set[int | None] = set()
-    growing = _batch(traced, target.value)
+    growing = batch_of(traced, target.value)
     for i, (site, name, chain) in enumerate(zip(sites, names, to_rows, strict=True)):
         if site.loops:  # which are not looked into: positions may meet there
             meeting.update((axis, name) for axis in target.examples if axis not in growing)

@@ -13,10 +13,11 @@ from jax import Array
 from locoprop_jax import _linalg, losses
 from locoprop_jax._capture import curvature
 from locoprop_jax._capture.curvature import Point
-from locoprop_jax._capture.targets import Target, find_targets
+from locoprop_jax._capture.target import Target
+from locoprop_jax._capture.targets import find_targets, is_non_negative
 from locoprop_jax._layers.layers import Layers
 from locoprop_jax._tracing.evaluate import evaluate
-from locoprop_jax._tracing.heads import Cut, addresses, cut
+from locoprop_jax._tracing.heads import addresses, cut
 from locoprop_jax._tracing.trace import layer_names, trace
 from locoprop_jax._trees import path_name
 
@@ -34,6 +35,7 @@ class Linearised(NamedTuple):
       hessian: H u for the Hessian H of the loss by the outputs; linear.
       targets: where the outputs are.
       points: the outputs, and what the loss makes of them.
+      is_non_negative: whether the loss is seen never to be negative.
     """
 
     push: Callable[[Tree], Outputs]
@@ -41,6 +43,7 @@ class Linearised(NamedTuple):
     hessian: Callable[[Outputs], Outputs]
     targets: tuple[Target, ...]
     points: list[Point]
+    is_non_negative: bool
 
 
 def gauss_newton_vector_product(
@@ -178,11 +181,10 @@ def linearise(
     traced = trace(loss_fn, params, tuple(args), kwargs, has_aux)
     program = traced.program
     targets = find_targets(traced, asked, layer_names(traced), ())
-    starts = [target.value if target.call is None else target.terms for target in targets]
-    heads = [cut(traced, start, program.outputs[0]) for start in starts]
-    free = [v for head in heads for v in head.free]
-    operands = [v for target in targets for v in target.operands]
-    wanted = addresses(program, [*(t.value for t in targets), *starts, *operands, *free])
+    rests = {v: cut(traced, v, program.outputs[0]) for t in targets for v in t.weighing}
+    free = [v for rest in rests.values() for v in rest.free]
+    needed = [v for target in targets for v in (target.value, *target.needed)]
+    wanted = addresses(program, [*needed, *rests, *free])
 
     def forward(params: Tree) -> tuple[Outputs, dict]:
         flat = [*jax.tree.leaves(params), *traced.arguments]
@@ -197,21 +199,18 @@ def linearise(
     known |= program.constants
     known |= {value: recorded[address] for value, address in wanted.items()}
 
-    def point(target: Target, head: Cut) -> Point:
-        rest = head.function(known)
-        if target.call is None:
-            return Point(known[target.value], head=rest)
-        weights = jax.grad(rest)(known[target.terms])
-        return Point(known[target.value], tuple(known[v] for v in target.operands), weights)
-
-    points = [point(target, head) for target, head in zip(targets, heads, strict=True)]
+    slopes = {v: jax.grad(rest.function(known))(known[v]) for v, rest in rests.items()}
+    points = [curvature.point(t, known, known[t.value], slopes) for t in targets]
     # Once: it may take a factorisation, which a loop over products would repeat.
     products = [_hessian(target, point) for target, point in zip(targets, points, strict=True)]
 
     def hessian(vectors: Outputs) -> Outputs:
         return [product(vector) for product, vector in zip(products, vectors, strict=True)]
 
-    return Linearised(lambda v: push(v)[0], lambda u: pull(u)[0], hessian, targets, points)
+    is_positive = is_non_negative(traced, targets)
+    return Linearised(
+        lambda v: push(v)[0], lambda u: pull(u)[0], hessian, targets, points, is_positive
+    )
 
 
 def _hessian(target: Target, point: Point) -> Callable[[Array], Array]:

@@ -30,7 +30,9 @@ MUL = _primitives("mul")
 DIV = _primitives("div")
 REDUCE_SUM = _primitives("reduce_sum")
 REDUCE = REDUCE_SUM | _primitives("reduce_max", "reduce_min", "reduce_prod")
-CUMULATIVE = _primitives("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+ABS, SUB = _primitives("abs"), _primitives("sub")
+CUMSUM = _primitives("cumsum")
+CUMULATIVE = CUMSUM | _primitives("cumprod", "cummax", "cummin", "cumlogsumexp")
 DYNAMIC_SLICE = _primitives("dynamic_slice")
 SLICE = DYNAMIC_SLICE | _primitives("slice")
 PAD = _primitives("pad")
@@ -39,6 +41,10 @@ CONCATENATE = _primitives("concatenate")
 GATHER = _primitives("gather")
 SELECT = _primitives("select_n")
 CONVOLUTION = _primitives("conv_general_dilated")
+# Linear but for kinks.
+PIECEWISE = _primitives("abs", "max", "min", "clamp", "reduce_max", "reduce_min")
+LOG, EXP = _primitives("log"), _primitives("exp")
+SQUARE = _primitives("integer_pow", "square")
 # Not exported by name.
 SPLIT = frozenset(
     eqn.primitive

@@ -78,6 +78,11 @@ def is_unknown(axes: Axes) -> bool:
     return any(factor.label == UNKNOWN for axis in axes for factor in axis)
 
 
+def is_separate(axis: Axis) -> bool:
+    """Whether each entry along an axis reaches entries of its own along one of the target's."""
+    return all(factor.axis is not None for factor in axis)
+
+
 def rearranged(chain: Chain, axes: Axes) -> Axes:
     """The axes of a value after a chain of transpositions and reshapes."""
     for step, argument in chain:

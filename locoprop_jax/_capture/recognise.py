@@ -1,0 +1,236 @@
+"""Common losses, recognised in a trace for what they are, whoever wrote them.
+
+Whatever enters a loss linearly has no Hessian, so of a cross entropy only the normaliser counts:
+log sum exp of the logits, softplus of a logit. Labels, their smoothing and masks decide no more
+than its weight in the loss, which is the derivative of the loss by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from locoprop_jax import losses
+from locoprop_jax._tracing import ends, jaxpr, primitives
+from locoprop_jax._tracing.chains import Shape
+from locoprop_jax._tracing.program import Equation, Program, flatten
+
+
+class Recognised(NamedTuple):
+    """An end of a loss whose Hessian is that of a known loss.
+
+    Attributes:
+      value: the outputs that the known loss takes.
+      outputs: the axes of the outputs of one example.
+      loss: the known loss.
+      sign: by what its Hessian is multiplied.
+    """
+
+    value: int
+    outputs: Shape
+    loss: losses.OutputLoss
+    sign: float
+
+
+class Reader:
+    """What the ends of one loss are read in.
+
+    Attributes:
+      program: the loss.
+      moving: the values that depend on the layers' outputs.
+      outputs: the layers' outputs.
+      passed: the values that enter the loss linearly.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        moving: Collection[int],
+        outputs: Collection[int],
+        passed: Collection[int],
+    ):
+        self.program, self.moving = program, moving
+        self.outputs, self.passed = outputs, passed
+
+    def recognise(self, end: int) -> Recognised | None:
+        """Tell which known loss has an end's Hessian, if one has."""
+        return self._square(end) or self._softmax(end) or self._sigmoid(end)
+
+    def _equation(self, value: int) -> Equation | None:
+        position = self.program.producers.get(value)
+        return None if position is None else self.program.equations[position]
+
+    def _is_linear(self, value: int) -> bool:
+        return ends.is_linear(self.program, value, self.moving, self.outputs)
+
+    def _through(self, value: int, passing: frozenset) -> Equation | None:
+        """The equation that a value comes from, but for some that change nothing here."""
+        equation = self._equation(value)
+        while equation is not None and equation.primitive in passing:
+            equation = self._equation(equation.inputs[0])
+        return equation
+
+    def _square(self, end: int) -> Recognised | None:
+        """(a - y)^2 of outputs a, entry by entry."""
+        equation = self._equation(end)
+        if equation is None:
+            return None
+        primitive, (base, *others) = equation.primitive, equation.inputs
+        is_square = primitive in primitives.SQUARE and equation.params.get("y", 2) == 2
+        is_product = primitive in primitives.MUL and others == [base]
+        if not (is_square or is_product) or not self._is_linear(base):
+            return None
+        return Recognised(base, (), losses.squared_error, 1.0)
+
+    def _softmax(self, end: int) -> Recognised | None:
+        """Log sum exp of logits along an axis.
+
+        Logits that are no linear map of the layers' outputs (capped ones) are where the network
+        ends if the loss also takes them as they are, as cross entropies take that of the label.
+        """
+        equation = self._equation(end)
+        if equation is None or equation.primitive not in primitives.LOG:
+            return None
+        added = self._through(equation.inputs[0], _MOVED | primitives.ABS)
+        if added is None or added.primitive not in primitives.REDUCE_SUM:
+            return None
+        axes: Shape = tuple(added.params["axes"])
+        raised = self._through(added.inputs[0], _SAME)
+        if raised is None or raised.primitive not in primitives.EXP or len(axes) != 1:
+            return None
+        (logits,) = raised.inputs
+        rest = [size for i, size in enumerate(self.program.shape(logits)) if i not in axes]
+        if _without_ones(self.program.shape(end)) != _without_ones(rest):
+            return None
+        is_taken = logits in self.passed
+        while (before := self._unshifted(logits, axes[0])) is not None:
+            logits = before
+            is_taken = is_taken or logits in self.passed
+        if not (is_taken or self._is_linear(logits)):
+            return None
+        loss = losses.softmax_cross_entropy_with_integer_labels
+        return Recognised(logits, axes, loss, 1.0)
+
+    def _unshifted(self, value: int, axis: int) -> int | None:
+        """The logits before something was subtracted from all of a row, such as their maximum."""
+        equation = self._equation(value)
+        if equation is None or equation.primitive not in primitives.SUB:
+            return None
+        logits, shift = equation.inputs
+        same = self.program.shape(logits) == self.program.shape(value)
+        if shift in self.moving or not same or not self._is_same_along(shift, axis):
+            return None
+        return logits
+
+    def _is_same_along(self, value: int, axis: int) -> bool:
+        shape, equation = self.program.shape(value), self._equation(value)
+        if not shape or shape[axis] == 1:
+            return True
+        while equation is not None and equation.primitive in _SPREAD:
+            if equation.primitive in primitives.BROADCAST:
+                places = list(equation.params["broadcast_dimensions"])
+                source = self.program.shape(equation.inputs[0])
+                return axis not in places or source[places.index(axis)] == 1
+            equation = self._equation(equation.inputs[0])
+        return False
+
+    def _sigmoid(self, end: int) -> Recognised | None:
+        """An elementwise function of logits with second derivative p (1 - p), or -p (1 - p)."""
+        program = self.program
+        for value in reversed(self._elementwise_sources(end)):
+            if self._is_linear(value) or value in self.passed:
+                sign = _sign_of_curvature(program, value, end)
+                if sign:
+                    return Recognised(value, (), losses.sigmoid_binary_cross_entropy, sign)
+        return None
+
+    def _elementwise_sources(self, end: int) -> list[int]:
+        """The values of which, each by itself, an end is an elementwise function."""
+        program, found = self.program, list[int]()
+        pending = {end}
+        while pending:
+            value = max(pending, key=lambda v: program.producers.get(v, -1))
+            pending.remove(value)
+            if not pending and value != end:
+                found.append(value)
+            equation = self._equation(value)
+            if value in self.outputs or equation is None or not self._is_by_entry(equation):
+                break
+            pending.update(v for v in equation.inputs if v not in program.uniform)
+        return found
+
+    def _is_by_entry(self, equation: Equation) -> bool:
+        shape = self.program.shape(equation.outputs[0])
+        inputs = (v for v in equation.inputs if v not in self.program.uniform)
+        if equation.primitive in primitives.CUSTOM:
+            bodies = jaxpr.inner_jaxprs(equation.eqn)
+            if [len(jaxpr.open_jaxpr(body)[0].invars) for body in bodies] != [len(equation.inputs)]:
+                return False
+        return (
+            len(equation.outputs) == 1
+            and jaxpr.is_elementwise(equation.eqn)
+            and all(self.program.shape(v) == shape for v in inputs)
+        )
+
+
+_SAME = primitives.CAST | primitives.SAME
+_MOVED = primitives.RESHAPE | primitives.BROADCAST | _SAME
+_SPREAD = primitives.BROADCAST | primitives.STOP_GRADIENT | _SAME
+
+
+def _without_ones(shape: Any) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
+_POINTS = np.linspace(-4.0, 4.0, 16)
+
+
+def _sign_of_curvature(program: Program, source: int, end: int) -> float:
+    """1 or -1 where the second derivative is that often p (1 - p), by trying; 0 where it is not."""
+    dtype = program.avals[source].dtype
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
+        return 0.0
+    equations, _ = program.slice([source], end)
+
+    def function(x: Any) -> Any:
+        known = _numbers(program) | {source: x}
+        return _of_numbers(equations, known)[end].astype(dtype)
+
+    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+        second = jax.jit(jax.vmap(jax.grad(jax.grad(function))))
+        found = np.asarray(second(jnp.asarray(_POINTS, dtype)), np.float64)
+    p = 1 / (1 + np.exp(-_POINTS))
+    for sign in (1.0, -1.0):
+        if np.allclose(sign * found, p * (1 - p), rtol=0, atol=1e3 * jnp.finfo(dtype).eps):
+            return sign
+    return 0.0
+
+
+def _numbers(program: Program) -> dict[int, Any]:
+    """The constants of one entry."""
+    constants = program.constants.items()
+    is_one = ((v, x) for v, x in constants if not isinstance(x, Tracer) and np.size(x) == 1)
+    return {v: jnp.reshape(jnp.asarray(x), ()) for v, x in is_one}
+
+
+def _of_numbers(equations: Sequence[Equation], known: dict[int, Any]) -> dict[int, Any]:
+    """Run elementwise equations, written for arrays, on single numbers."""
+    for equation in equations:
+        operands = [known[v] for v in equation.inputs]
+        if equation.primitive in primitives.BROADCAST | primitives.RESHAPE:
+            results = operands[:1]
+        elif equation.primitive in primitives.CUSTOM:
+            # By its body, because the rule of its derivative is written for arrays too.
+            inner = flatten(jaxpr.inner_jaxprs(equation.eqn)[0])
+            inside = _numbers(inner) | dict(zip(inner.inputs, operands, strict=True))
+            inside = _of_numbers(inner.equations, inside)
+            results = [inside[v] for v in inner.outputs]
+        else:
+            results = jaxpr.run_equation(equation.jaxpr, equation.eqn, operands)
+        known = known | dict(zip(equation.outputs, results, strict=True))
+    return known

@@ -1,0 +1,79 @@
+"""A target: where curvature cotangents are injected into a traced loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from locoprop_jax import losses
+from locoprop_jax._tracing.chains import Shape
+from locoprop_jax._tracing.heads import Cut
+from locoprop_jax._tracing.program import Equation
+from locoprop_jax._tracing.trace import Traced
+
+KINDS = ("fisher_mc", "fisher_empirical", "ggn_mc", "ggn_exact", "ggn_output")
+
+REMEDY = (
+    "Write the loss with `locoprop_jax.losses` (such as `losses.softmax_cross_entropy`), or mark "
+    "your own loss of each example by `@losses.output_loss(sample=...)`, and only weight, sum and "
+    "average its terms"
+)
+
+
+class Target(NamedTuple):
+    """Where cotangents are injected.
+
+    Its Hessian is that of a known loss, marked or recognised, times its weight in the loss, or of
+    a head.
+
+    Attributes:
+      value: the outputs of the network.
+      examples: the axes of the outputs along which the Hessian is block-diagonal, in the order of
+        the loss terms' axes if the loss is known.
+      outputs: the other axes: those of one block.
+      alone: the axes along which exact columns differ: those of one block, and those whose entries
+        meet in the network.
+      joins_positions: whether an exact column has entries at several positions of one example.
+      loss: the known loss; None for a head.
+      ends: the values whose derivatives of the loss, each multiplied by its number and all added
+        up, weigh the known loss's terms; none for a head.
+      head: the loss as a function of the outputs, up to what is linear in them; None for a known
+        loss.
+      call: of the marked loss; None where nothing is marked.
+      mass_axes: of the labels, the axes in the order of `examples` (None where it has no such
+        axis) and then all others; None unless the loss needs the mass of its labels.
+    """
+
+    value: int
+    examples: Shape
+    outputs: Shape
+    alone: Shape
+    joins_positions: bool = False
+    loss: losses.OutputLoss | None = None
+    ends: tuple[tuple[int, float], ...] = ()
+    head: Cut | None = None
+    call: Equation | None = None
+    mass_axes: tuple[tuple[int | None, ...], Shape] | None = None
+
+    @property
+    def weighing(self) -> tuple[int, ...]:
+        """The values whose derivatives weigh the known loss."""
+        return tuple(value for value, _ in self.ends)
+
+    @property
+    def needed(self) -> tuple[int, ...]:
+        """What the Hessian is made of besides: what a marked loss takes, or the head."""
+        if self.head is not None:
+            return tuple(self.head.free)
+        return () if self.call is None else self.call.inputs
+
+
+def asker(curvature: str) -> str:
+    """Who asks for targets, for errors."""
+    return f"`curvature={curvature!r}`" if curvature in KINDS else f"`{curvature}`"
+
+
+def batch_of(traced: Traced, value: int) -> set[int]:
+    """The batch axes of a value that are longer than one."""
+    if traced.batch_axes is None:
+        return set()
+    return {i for i in traced.batch_axes[value] if traced.program.shape(value)[i] > 1}

@@ -1,0 +1,132 @@
+"""The targets of a loss that is not marked.
+
+Each end of the loss (`_tracing.ends`) has a target: the logits or residuals of a known loss, where
+one is recognised, else the outputs of the layers that it is made of. Ends of the same outputs have
+one target, whose Hessian is taken by derivatives. Between targets there is no second derivative
+but by ends of their own, so the Hessian of the loss is the sum over targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from locoprop_jax._capture.recognise import Reader, Recognised
+from locoprop_jax._capture.target import KINDS, REMEDY, Target, asker, batch_of
+from locoprop_jax._tracing import ends as loss_ends
+from locoprop_jax._tracing import separable
+from locoprop_jax._tracing.flow import reached_live
+from locoprop_jax._tracing.heads import other_params
+from locoprop_jax._tracing.trace import Traced
+
+
+def known(traced: Traced, ends: Sequence[int], reader: Reader) -> dict[int, Recognised]:
+    """The ends that are known losses, of which no other end is made."""
+    found = {}
+    for end in ends:
+        recognised = None if end in reader.outputs else reader.recognise(end)
+        if recognised is None or is_read(traced, end, ends):
+            continue
+        mixed = batch_of(traced, recognised.value) & set(recognised.outputs)
+        if not mixed:
+            found[end] = recognised
+    return found
+
+
+def is_read(traced: Traced, end: int, ends: Collection[int]) -> bool:
+    """Whether another end is made of this one, so that its derivative is no weight."""
+    after = reached_live(traced.program, traced.detection.live, [end]) - {end}
+    return not after.isdisjoint(ends)
+
+
+def known_targets(traced: Traced, found: Mapping[int, Recognised]) -> list[Target]:
+    """The targets of known losses, one for each known loss of the same outputs."""
+    groups: dict[Recognised, list[tuple[int, float]]] = {}
+    for end, recognised in found.items():
+        groups.setdefault(recognised._replace(sign=1.0), []).append((end, recognised.sign))
+    targets = []
+    for recognised, of_group in groups.items():
+        value, outputs = recognised.value, recognised.outputs
+        examples = tuple(i for i in range(len(traced.program.shape(value))) if i not in outputs)
+        targets.append(
+            Target(value, examples, outputs, outputs, loss=recognised.loss, ends=tuple(of_group))
+        )
+    return targets
+
+
+def head_targets(
+    traced: Traced,
+    curvature: str,
+    ends: Sequence[int],
+    others: Sequence[int],
+    moving: Collection[int],
+    names: Sequence[str],
+) -> list[Target]:
+    """The targets of all other ends, one for each value where the network becomes the loss.
+
+    Args:
+      traced: the loss.
+      curvature: which, or the name of a method that takes products with the Hessian, for which
+        examples may meet.
+      ends: of the loss, those that no known loss was recognised in.
+      others: all other ends.
+      moving: the values that depend on layers' outputs.
+      names: of the layers, for errors.
+
+    Raises:
+      ValueError: outputs or examples meet.
+    """
+    program, sites = traced.program, traced.detection.sites
+    layer_of = {v: name for site, name in zip(sites, names, strict=True) for v in site.outside}
+    groups: dict[int, list[int]] = {}
+    outputs_of: dict[int, str] = {}
+    needs = f"{asker(curvature)} needs the Hessian of the loss by the network's outputs, but"
+    for end in ends:
+        value, outputs = loss_ends.network_output(program, end, moving, layer_of)
+        listed = ", ".join(dict.fromkeys(layer_of[v] for v in sorted(outputs) if v in layer_of))
+        if value is None:
+            primitive = program.equations[program.producers[end]].primitive
+            raise ValueError(
+                f"{needs} outputs of several layers meet in a term of the loss, at a "
+                f"`{primitive}`, so it may have second derivatives between them: {listed}. "
+                f"{REMEDY}. It takes these outputs concatenated."
+            )
+        groups.setdefault(value, []).append(end)
+        outputs_of[value] = listed
+    targets = []
+    for value, own in groups.items():
+        rest = [*others, *(end for end in ends if end not in own)]
+        targets.append(_head_target(traced, curvature, value, own, rest, outputs_of[value], needs))
+    return targets
+
+
+def _head_target(
+    traced: Traced,
+    curvature: str,
+    value: int,
+    own: Sequence[int],
+    rest: Sequence[int],
+    name: str,
+    needs: str,
+) -> Target:
+    program = traced.program
+    if traced.batch_axes is None and any(other_params(traced, [value], end) for end in own):
+        raise ValueError(
+            f"{needs} parameters are used between {name}, the last layer found, and the loss, "
+            f"which closes over its batch. {REMEDY}. Or, where they scale the outputs, pass the "
+            f"batch as an argument of the loss: then they are a layer."
+        )
+    between = reached_live(program, traced.detection.live, [value])
+    use = [not between.isdisjoint(equation.inputs) for equation in program.equations]
+    use = [a and b for a, b in zip(use, traced.detection.live, strict=True)]
+    followed = [separable.follow(program, end, use)[0] for end in own]
+    found = [env[value] for env in followed if value in env]
+    axes = range(len(program.shape(value)))
+    examples = tuple(i for i in axes if all(separable.is_separate(each[i]) for each in found))
+    outputs = tuple(i for i in axes if i not in examples)
+    if batch_of(traced, value) & set(outputs) and curvature in KINDS:
+        raise ValueError(
+            f"{needs} capture cannot tell that the examples do not meet between the layer {name} "
+            f"and the loss, so the Hessian may not be one block per example. {REMEDY}."
+        )
+    head = loss_ends.head(traced, value, own, rest)
+    return Target(value, examples, outputs, outputs, head=head)
