@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from locoprop_jax import losses
-from locoprop_jax._capture.target import KINDS, Target
+from locoprop_jax._capture.target import KINDS, Target, Weight
 from locoprop_jax._tracing import jaxpr
+from locoprop_jax._tracing.chains import Shape
 
 SAMPLED = ("fisher_mc", "ggn_mc")
 PULLED = ("fisher_mc", "ggn_mc", "ggn_exact")  # by passes of their own
@@ -104,11 +105,19 @@ def point(
     if target.head is not None:
         return Point(value, head=target.head.function(known))
     operands = () if target.call is None else tuple(known[v] for v in target.call.inputs)
-    weights = [sign * derivatives[v] for v, sign in target.ends]
-    if target.call is None:  # sums may have kept their axes, of length one
-        shape = tuple(value.shape[i] for i in target.examples)
-        weights = [weight.reshape(shape) for weight in weights]
+    shape = tuple(value.shape[i] for i in target.examples)
+    weights = [_of_terms(weight, derivatives[weight.value], shape) for weight in target.weights]
     return Point(value, operands, functools.reduce(jnp.add, weights))
+
+
+def _of_terms(weight: Weight, derivative: Array, shape: Shape) -> Array:
+    """The weight of each term, of which there are so many."""
+    if weight.axes is None:
+        return weight.sign * derivative
+    kept = [i for i in weight.axes if i is not None]
+    added = tuple(i for i in range(derivative.ndim) if i not in kept)
+    ordered = derivative.transpose((*kept, *added))
+    return weight.sign * ordered.sum(tuple(range(len(kept), ordered.ndim))).reshape(shape)
 
 
 def cotangents(

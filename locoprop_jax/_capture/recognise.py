@@ -29,12 +29,15 @@ class Recognised(NamedTuple):
       outputs: the axes of the outputs of one example.
       loss: the known loss.
       sign: by what its Hessian is multiplied.
+      axes: of the end, those that belong to the axes of examples, in their order; None for one of
+        length one. Along all others the end's derivative is added up.
     """
 
     value: int
     outputs: Shape
     loss: losses.OutputLoss
     sign: float
+    axes: tuple[int | None, ...]
 
 
 class Reader:
@@ -42,6 +45,7 @@ class Reader:
 
     Attributes:
       program: the loss.
+      live: which equations a gradient flows through.
       moving: the values that depend on the layers' outputs.
       outputs: the layers' outputs.
       passed: the values that enter the loss linearly.
@@ -50,11 +54,12 @@ class Reader:
     def __init__(
         self,
         program: Program,
+        live: Sequence[bool],
         moving: Collection[int],
         outputs: Collection[int],
         passed: Collection[int],
     ):
-        self.program, self.moving = program, moving
+        self.program, self.live, self.moving = program, live, moving
         self.outputs, self.passed = outputs, passed
 
     def recognise(self, end: int) -> Recognised | None:
@@ -65,7 +70,11 @@ class Reader:
         position = self.program.producers.get(value)
         return None if position is None else self.program.equations[position]
 
-    def _is_linear(self, value: int) -> bool:
+    def _own_axes(self, value: int) -> tuple[int, ...]:
+        return tuple(range(len(self.program.shape(value))))
+
+    def is_linear(self, value: int) -> bool:
+        """Whether a value is a linear map of the layers' outputs."""
         return ends.is_linear(self.program, value, self.moving, self.outputs)
 
     def _through(self, value: int, passing: frozenset) -> Equation | None:
@@ -83,12 +92,12 @@ class Reader:
         primitive, (base, *others) = equation.primitive, equation.inputs
         is_square = primitive in primitives.SQUARE and equation.params.get("y", 2) == 2
         is_product = primitive in primitives.MUL and others == [base]
-        if not (is_square or is_product) or not self._is_linear(base):
+        if not (is_square or is_product) or not self.is_linear(base):
             return None
-        return Recognised(base, (), losses.squared_error, 1.0)
+        return Recognised(base, (), losses.squared_error, 1.0, self._own_axes(base))
 
     def _softmax(self, end: int) -> Recognised | None:
-        """Log sum exp of logits along an axis.
+        """Log sum exp of logits along an axis, or the logarithm of their softmax.
 
         Logits that are no linear map of the layers' outputs (capped ones) are where the network
         ends if the loss also takes them as they are, as cross entropies take that of the label.
@@ -96,25 +105,49 @@ class Reader:
         equation = self._equation(end)
         if equation is None or equation.primitive not in primitives.LOG:
             return None
-        added = self._through(equation.inputs[0], _MOVED | primitives.ABS)
+        before = self._through(equation.inputs[0], _MOVED)
+        if before is not None and before.primitive in primitives.DIV:
+            added, sign = self._through(before.inputs[1], _SPREAD | primitives.RESHAPE), -1.0
+            divided = self._through(before.inputs[0], _SAME)
+        else:
+            added, sign, divided = before, 1.0, None
         if added is None or added.primitive not in primitives.REDUCE_SUM:
             return None
-        axes: Shape = tuple(added.params["axes"])
         raised = self._through(added.inputs[0], _SAME)
-        if raised is None or raised.primitive not in primitives.EXP or len(axes) != 1:
+        if (
+            raised is None
+            or raised.primitive not in primitives.EXP
+            or divided not in (None, raised)
+        ):
+            return None
+        axes: Shape = tuple(added.params["axes"])
+        examples = self._axes_of(end, raised.outputs[0], axes)
+        if len(axes) != 1 or examples is None:
             return None
         (logits,) = raised.inputs
-        rest = [size for i, size in enumerate(self.program.shape(logits)) if i not in axes]
-        if _without_ones(self.program.shape(end)) != _without_ones(rest):
-            return None
-        is_taken = logits in self.passed
-        while (before := self._unshifted(logits, axes[0])) is not None:
-            logits = before
+        is_taken = sign < 0 or logits in self.passed
+        while (before_shift := self._unshifted(logits, axes[0])) is not None:
+            logits = before_shift
             is_taken = is_taken or logits in self.passed
-        if not (is_taken or self._is_linear(logits)):
+        if not (is_taken or self.is_linear(logits)):
             return None
         loss = losses.softmax_cross_entropy_with_integer_labels
-        return Recognised(logits, axes, loss, 1.0)
+        return Recognised(logits, axes, loss, sign, examples)
+
+    def _axes_of(self, end: int, value: int, without: Shape) -> tuple[int | None, ...] | None:
+        """The axes of an end that belong to a value's axes; None for a value's axis of length one.
+
+        None where they do not belong together.
+        """
+        found: list[int | None] = []
+        for i, axis in enumerate(ends.axes_between(self.program, self.live, value, end)):
+            if i in without:
+                continue
+            label = axis[0].label if len(axis) == 1 else None
+            if axis and not (isinstance(label, int) and label >= 0):
+                return None
+            found.append(label if isinstance(label, int) else None)
+        return tuple(found)
 
     def _unshifted(self, value: int, axis: int) -> int | None:
         """The logits before something was subtracted from all of a row, such as their maximum."""
@@ -143,10 +176,11 @@ class Reader:
         """An elementwise function of logits with second derivative p (1 - p), or -p (1 - p)."""
         program = self.program
         for value in reversed(self._elementwise_sources(end)):
-            if self._is_linear(value) or value in self.passed:
+            if self.is_linear(value) or value in self.passed:
                 sign = _sign_of_curvature(program, value, end)
                 if sign:
-                    return Recognised(value, (), losses.sigmoid_binary_cross_entropy, sign)
+                    loss = losses.sigmoid_binary_cross_entropy
+                    return Recognised(value, (), loss, sign, self._own_axes(value))
         return None
 
     def _elementwise_sources(self, end: int) -> list[int]:
@@ -179,12 +213,10 @@ class Reader:
 
 
 _SAME = primitives.CAST | primitives.SAME
-_MOVED = primitives.RESHAPE | primitives.BROADCAST | _SAME
+# Of each row one entry, or several, or all of them.
+_MOVED = primitives.RESHAPE | primitives.BROADCAST | primitives.TRANSPOSE | primitives.ABS | _SAME
+_MOVED |= primitives.GATHER | primitives.SLICE
 _SPREAD = primitives.BROADCAST | primitives.STOP_GRADIENT | _SAME
-
-
-def _without_ones(shape: Any) -> list[int]:
-    return [size for size in shape if size != 1]
 
 
 _POINTS = np.linspace(-4.0, 4.0, 16)
@@ -205,8 +237,10 @@ def _sign_of_curvature(program: Program, source: int, end: int) -> float:
         second = jax.jit(jax.vmap(jax.grad(jax.grad(function))))
         found = np.asarray(second(jnp.asarray(_POINTS, dtype)), np.float64)
     p = 1 / (1 + np.exp(-_POINTS))
+    # What rounding leaves of log(1 - p).
+    precision = 30 * float(jnp.finfo(dtype).eps) * np.exp(2 * np.abs(_POINTS))
     for sign in (1.0, -1.0):
-        if np.allclose(sign * found, p * (1 - p), rtol=0, atol=1e3 * jnp.finfo(dtype).eps):
+        if np.all(np.abs(sign * found - p * (1 - p)) <= precision):
             return sign
     return 0.0
 

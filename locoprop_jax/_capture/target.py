@@ -19,6 +19,21 @@ REMEDY = (
 )
 
 
+class Weight(NamedTuple):
+    """The derivative of the loss by a value, as the weight of a known loss's terms.
+
+    Attributes:
+      value: the value.
+      sign: by what its derivative is multiplied.
+      axes: its axes that belong to those of the terms, in their order, None for one of length one;
+        along all others the derivative is added up. None where it has the shape of the terms.
+    """
+
+    value: int
+    sign: float = 1.0
+    axes: tuple[int | None, ...] | None = None
+
+
 class Target(NamedTuple):
     """Where cotangents are injected.
 
@@ -34,8 +49,7 @@ class Target(NamedTuple):
         meet in the network.
       joins_positions: whether an exact column has entries at several positions of one example.
       loss: the known loss; None for a head.
-      ends: the values whose derivatives of the loss, each multiplied by its number and all added
-        up, weigh the known loss's terms; none for a head.
+      weights: what weighs the known loss's terms, all added up; nothing for a head.
       head: the loss as a function of the outputs, up to what is linear in them; None for a known
         loss.
       call: of the marked loss; None where nothing is marked.
@@ -49,7 +63,7 @@ class Target(NamedTuple):
     alone: Shape
     joins_positions: bool = False
     loss: losses.OutputLoss | None = None
-    ends: tuple[tuple[int, float], ...] = ()
+    weights: tuple[Weight, ...] = ()
     head: Cut | None = None
     call: Equation | None = None
     mass_axes: tuple[tuple[int | None, ...], Shape] | None = None
@@ -57,7 +71,7 @@ class Target(NamedTuple):
     @property
     def weighing(self) -> tuple[int, ...]:
         """The values whose derivatives weigh the known loss."""
-        return tuple(value for value, _ in self.ends)
+        return tuple(weight.value for weight in self.weights)
 
     @property
     def needed(self) -> tuple[int, ...]:

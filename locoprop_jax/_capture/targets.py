@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from locoprop_jax import losses
 from locoprop_jax._capture import unmarked
 from locoprop_jax._capture.recognise import Reader
-from locoprop_jax._capture.target import KINDS, REMEDY, Target, asker, batch_of
+from locoprop_jax._capture.target import KINDS, REMEDY, Target, Weight, asker, batch_of
 from locoprop_jax._tracing import ends, separable
 from locoprop_jax._tracing.chains import Chain, Shape
 from locoprop_jax._tracing.flow import reached_live
@@ -42,13 +42,18 @@ def find_targets(
     of_layers = reached_live(program, live, outputs) if sites else of_params
     marked = _marked_calls(program)
     passed, others, calls = _ends(traced, of_params, of_layers, outputs, marked)
+    reader = Reader(program, live, of_layers, outputs, passed)
+    known = unmarked.known(traced, others, reader)
+    logits = {v for each in known.values() if not reader.is_linear(v := each.value)}
+    if logits:  # they are the network's outputs, whatever made them
+        passed, others, calls = _ends(traced, of_params, of_layers, outputs | logits, marked)
+        reader = Reader(program, live, of_layers, outputs | logits, passed)
+        known = unmarked.known(traced, others, reader)
     if not sites and (others or curvature in KINDS):
         why = "`find_layers` says why"
         if traced.batch_axes is None:
             why += ", given the batch as an argument. Scales are layers only where it is known"
         raise ValueError(f"{asker(curvature)} found no layer in this loss function: {why}.")
-    reader = Reader(program, of_layers, outputs, passed)
-    known = unmarked.known(traced, others, reader)
     plain = [end for end in others if end not in known]
     if plain and curvature == "fisher_mc":
         raise ValueError(
@@ -170,7 +175,7 @@ def _marked_target(
         outputs,
         outputs,
         loss=loss,
-        ends=((terms, 1.0),),
+        weights=(Weight(terms),),
         call=call,
         mass_axes=mass_axes,
     )

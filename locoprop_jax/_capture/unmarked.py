@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from locoprop_jax import losses
 from locoprop_jax._capture.recognise import Reader, Recognised
-from locoprop_jax._capture.target import KINDS, REMEDY, Target, asker, batch_of
+from locoprop_jax._capture.target import KINDS, REMEDY, Target, Weight, asker, batch_of
 from locoprop_jax._tracing import ends as loss_ends
 from locoprop_jax._tracing import separable
+from locoprop_jax._tracing.chains import Shape, others
 from locoprop_jax._tracing.flow import reached_live
 from locoprop_jax._tracing.heads import other_params
 from locoprop_jax._tracing.trace import Traced
@@ -40,16 +42,14 @@ def is_read(traced: Traced, end: int, ends: Collection[int]) -> bool:
 
 def known_targets(traced: Traced, found: Mapping[int, Recognised]) -> list[Target]:
     """The targets of known losses, one for each known loss of the same outputs."""
-    groups: dict[Recognised, list[tuple[int, float]]] = {}
-    for end, recognised in found.items():
-        groups.setdefault(recognised._replace(sign=1.0), []).append((end, recognised.sign))
+    groups: dict[tuple[int, Shape, losses.OutputLoss], list[Weight]] = {}
+    for end, each in found.items():
+        key = each.value, each.outputs, each.loss
+        groups.setdefault(key, []).append(Weight(end, each.sign, each.axes))
     targets = []
-    for recognised, of_group in groups.items():
-        value, outputs = recognised.value, recognised.outputs
-        examples = tuple(i for i in range(len(traced.program.shape(value))) if i not in outputs)
-        targets.append(
-            Target(value, examples, outputs, outputs, loss=recognised.loss, ends=tuple(of_group))
-        )
+    for (value, outputs, loss), weights in groups.items():
+        examples = others(traced.program.shape(value), outputs)
+        targets.append(Target(value, examples, outputs, outputs, loss=loss, weights=tuple(weights)))
     return targets
 
 
@@ -115,11 +115,8 @@ def _head_target(
             f"which closes over its batch. {REMEDY}. Or, where they scale the outputs, pass the "
             f"batch as an argument of the loss: then they are a layer."
         )
-    between = reached_live(program, traced.detection.live, [value])
-    use = [not between.isdisjoint(equation.inputs) for equation in program.equations]
-    use = [a and b for a, b in zip(use, traced.detection.live, strict=True)]
-    followed = [separable.follow(program, end, use)[0] for end in own]
-    found = [env[value] for env in followed if value in env]
+    live = traced.detection.live
+    found = [loss_ends.axes_between(program, live, value, end) for end in own]
     axes = range(len(program.shape(value)))
     examples = tuple(i for i in axes if all(separable.is_separate(each[i]) for each in found))
     outputs = tuple(i for i in axes if i not in examples)

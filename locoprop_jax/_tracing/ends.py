@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from locoprop_jax._tracing import primitives
+from locoprop_jax._tracing import primitives, separable
+from locoprop_jax._tracing.flow import reached_live
 from locoprop_jax._tracing.heads import Cut, as_struct, other_params
 from locoprop_jax._tracing.program import Program
 from locoprop_jax._tracing.trace import Traced
@@ -140,6 +141,16 @@ def is_linear(
 ) -> bool:
     """Whether a value is a linear map of outputs."""
     return set(linear(program, value, moving, outputs, kinks=False).ends) <= set(outputs)
+
+
+def axes_between(program: Program, live: Sequence[bool], value: int, end: int) -> separable.Axes:
+    """The axes of a value, as those of a later one that is made of it (`separable.follow`)."""
+    between = reached_live(program, live, [value])
+    use = [
+        is_live and not between.isdisjoint(equation.inputs)
+        for is_live, equation in zip(live, program.equations, strict=True)
+    ]
+    return separable.follow(program, end, use)[0][value]
 
 
 def head(traced: Traced, source: int, ends: Sequence[int], others: Sequence[int]) -> Cut:
