@@ -25,7 +25,7 @@ from jax import Array
 
 from locoprop_jax import losses
 from locoprop_jax._capture.target import KINDS, Target, Weight
-from locoprop_jax._tracing import jaxpr
+from locoprop_jax._tracing import chains, jaxpr
 from locoprop_jax._tracing.chains import Shape
 
 SAMPLED = ("fisher_mc", "ggn_mc")
@@ -105,7 +105,9 @@ def point(
     if target.head is not None:
         return Point(value, head=target.head.function(known))
     operands = () if target.call is None else tuple(known[v] for v in target.call.inputs)
-    shape = tuple(value.shape[i] for i in target.examples)
+    assert target.loss is not None
+    shape = chains.result_shape(target.to_terms, value.shape)
+    shape = shape[: len(shape) - (target.loss.output_axes or 0)]
     weights = [_of_terms(weight, derivatives[weight.value], shape) for weight in target.weights]
     return Point(value, operands, functools.reduce(jnp.add, weights))
 
@@ -183,9 +185,8 @@ def _labels_sampled(target: Target, point: Point) -> Callable[[Array], Array]:
     def draw(key: Array) -> Array:
         labels = jax.lax.stop_gradient(loss.sample(key, outputs))
         gradient = jax.grad(lambda z: jnp.sum(loss.function(z, labels)))(outputs)
-        return _as_given(
-            target, losses.spread(scale, outputs.ndim).astype(gradient.dtype) * gradient
-        )
+        scaled = losses.spread(scale, outputs.ndim).astype(gradient.dtype) * gradient
+        return _as_given(target, scaled, point.value.shape)
 
     return draw
 
@@ -207,7 +208,7 @@ def root_of(target: Target, point: Point) -> Callable[[Array], Array]:
 
     def root(v: Array) -> Array:
         v = by_example(target, v).astype(outputs.dtype)
-        return _as_given(target, scale * of_examples(outputs, v))
+        return _as_given(target, scale * of_examples(outputs, v), point.value.shape)
 
     return root
 
@@ -237,9 +238,9 @@ def scale_of(target: Target, point: Point) -> Array:
 
 
 def by_example(target: Target, x: Array) -> Array:
-    return x.transpose((*target.examples, *target.outputs))
+    """An array like the outputs, as the known loss takes it."""
+    return chains.apply(target.to_terms, x)
 
 
-def _as_given(target: Target, x: Array) -> Array:
-    order = (*target.examples, *target.outputs)
-    return x.transpose([order.index(i) for i in range(len(order))])
+def _as_given(target: Target, x: Array, shape: Shape) -> Array:
+    return chains.apply(chains.inverse(target.to_terms, shape), x)

@@ -94,7 +94,19 @@ class Reader:
         is_product = primitive in primitives.MUL and others == [base]
         if not (is_square or is_product) or not self.is_linear(base):
             return None
+        while (before := self._without_label(base)) is not None:
+            base = before
         return Recognised(base, (), losses.squared_error, 1.0, self._own_axes(base))
+
+    def _without_label(self, value: int) -> int | None:
+        """The outputs a of a - y or y - a; None of anything else."""
+        equation = self._equation(value)
+        passing = primitives.ADD | primitives.SUB | primitives.NEG
+        if value in self.outputs or equation is None or equation.primitive not in passing:
+            return None
+        moving = [v for v in equation.inputs if v in self.moving]
+        same = all(self.program.shape(v) == self.program.shape(value) for v in moving)
+        return moving[0] if len(moving) == 1 and same else None
 
     def _softmax(self, end: int) -> Recognised | None:
         """Log sum exp of logits along an axis, or the logarithm of their softmax.

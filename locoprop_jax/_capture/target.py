@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from locoprop_jax import losses
-from locoprop_jax._tracing.chains import Shape
+from locoprop_jax._tracing.chains import Chain, Shape
 from locoprop_jax._tracing.heads import Cut
 from locoprop_jax._tracing.program import Equation
 from locoprop_jax._tracing.trace import Traced
@@ -43,12 +43,13 @@ class Target(NamedTuple):
     Attributes:
       value: the outputs of the network.
       examples: the axes of the outputs along which the Hessian is block-diagonal, in the order of
-        the loss terms' axes if the loss is known.
+        the loss terms' axes if the loss is marked.
       outputs: the other axes: those of one block.
       alone: the axes along which exact columns differ: those of one block, and those whose entries
         meet in the network.
       joins_positions: whether an exact column has entries at several positions of one example.
       loss: the known loss; None for a head.
+      to_terms: what brings the outputs to (*terms, *outputs of one) for a known loss.
       weights: what weighs the known loss's terms, all added up; nothing for a head.
       head: the loss as a function of the outputs, up to what is linear in them; None for a known
         loss.
@@ -63,6 +64,7 @@ class Target(NamedTuple):
     alone: Shape
     joins_positions: bool = False
     loss: losses.OutputLoss | None = None
+    to_terms: Chain = ()
     weights: tuple[Weight, ...] = ()
     head: Cut | None = None
     call: Equation | None = None

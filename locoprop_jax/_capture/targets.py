@@ -175,6 +175,7 @@ def _marked_target(
         outputs,
         outputs,
         loss=loss,
+        to_terms=(("transpose", (*examples, *outputs)),),
         weights=(Weight(terms),),
         call=call,
         mass_axes=mass_axes,

@@ -13,10 +13,10 @@ from collections.abc import Collection, Mapping, Sequence
 from locoprop_jax import losses
 from locoprop_jax._capture.recognise import Reader, Recognised
 from locoprop_jax._capture.target import KINDS, REMEDY, Target, Weight, asker, batch_of
+from locoprop_jax._tracing import chains, primitives, separable
 from locoprop_jax._tracing import ends as loss_ends
-from locoprop_jax._tracing import separable
-from locoprop_jax._tracing.chains import Shape, others
-from locoprop_jax._tracing.flow import reached_live
+from locoprop_jax._tracing.chains import Chain, Shape
+from locoprop_jax._tracing.flow import reached_live, rearranged
 from locoprop_jax._tracing.heads import other_params
 from locoprop_jax._tracing.trace import Traced
 
@@ -48,9 +48,47 @@ def known_targets(traced: Traced, found: Mapping[int, Recognised]) -> list[Targe
         groups.setdefault(key, []).append(Weight(end, each.sign, each.axes))
     targets = []
     for (value, outputs, loss), weights in groups.items():
-        examples = others(traced.program.shape(value), outputs)
-        targets.append(Target(value, examples, outputs, outputs, loss=loss, weights=tuple(weights)))
+        shape = traced.program.shape(value)
+        order = (*chains.others(shape, outputs), *outputs)
+        value, outputs, chain = _as_put_out(traced, value, outputs)
+        to_terms = chains.extend(chain, shape, "transpose", order)
+        examples = chains.others(traced.program.shape(value), outputs)
+        target = Target(value, examples, outputs, outputs, loss=loss, to_terms=to_terms)
+        targets.append(target._replace(weights=tuple(weights)))
     return targets
+
+
+def _as_put_out(traced: Traced, value: int, outputs: Shape) -> tuple[int, Shape, Chain]:
+    """A value before it was rearranged, where that keeps examples and outputs apart.
+
+    There its axes still say what belongs to one example: exact columns need to know.
+
+    Args:
+      traced: the loss.
+      value: what a known loss takes.
+      outputs: its axes that are the outputs of one term.
+
+    Returns:
+      The value before, its axes that are outputs, and what was done to it.
+    """
+    program, end = traced.program, value
+    layers = {v for site in traced.detection.sites for v in site.outside}
+    equations = []
+    while value not in layers and value in program.producers:
+        equation = program.equations[program.producers[value]]
+        if equation.primitive not in primitives.TRANSPOSE | primitives.RESHAPE:
+            break
+        equations.append(equation)
+        value = equation.inputs[0]
+    chain: Chain = ()
+    for equation in reversed(equations):
+        chain = rearranged(program, equation, chain) or ()  # never None for these
+    axes = separable.rearranged(chain, separable.own_axes(program.shape(value)))
+    of_outputs = {factor.axis for i in outputs for factor in axes[i]}
+    of_terms = {f.axis for i, axis in enumerate(axes) if i not in outputs for f in axis}
+    if None in of_outputs | of_terms or of_outputs & of_terms:
+        return end, outputs, ()
+    return value, tuple(sorted(axis for axis in of_outputs if axis is not None)), chain
 
 
 def head_targets(

@@ -107,8 +107,12 @@ def follow(
       The axes of each value that reaches the target; and for each axis of the target, the values
       whose equation lost it, with that equation's primitive.
     """
-    own = tuple(_axis(size, i) for i, size in enumerate(program.shape(target)))
-    return _walk(program, {target: own}, use)
+    return _walk(program, {target: own_axes(program.shape(target))}, use)
+
+
+def own_axes(shape: Shape) -> Axes:
+    """The axes of a value of this shape, each its own label."""
+    return tuple(_axis(size, i) for i, size in enumerate(shape))
 
 
 def _walk(
