@@ -119,7 +119,9 @@ def _of_terms(weight: Weight, derivative: Array, shape: Shape) -> Array:
     kept = [i for i in weight.axes if i is not None]
     added = tuple(i for i in range(derivative.ndim) if i not in kept)
     ordered = derivative.transpose((*kept, *added))
-    return weight.sign * ordered.sum(tuple(range(len(kept), ordered.ndim))).reshape(shape)
+    total = ordered.sum(tuple(range(len(kept), ordered.ndim)))
+    spread = [1 if i is None else n for i, n in zip(weight.axes, shape, strict=True)]
+    return weight.sign * jnp.broadcast_to(total.reshape(spread), shape)
 
 
 def cotangents(

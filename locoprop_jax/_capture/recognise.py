@@ -29,8 +29,8 @@ class Recognised(NamedTuple):
       outputs: the axes of the outputs of one example.
       loss: the known loss.
       sign: by what its Hessian is multiplied.
-      axes: of the end, those that belong to the axes of examples, in their order; None for one of
-        length one. Along all others the end's derivative is added up.
+      axes: of the end, those that belong to the axes of examples, in their order; None for one
+        that it does not have. Along all others the end's derivative is added up.
     """
 
     value: int
@@ -70,6 +70,14 @@ class Reader:
         position = self.program.producers.get(value)
         return None if position is None else self.program.equations[position]
 
+    def _is_same(self, a: int, b: int) -> bool:
+        """Whether two values are computed alike: programs repeat what is written twice."""
+        one, other = self._equation(a), self._equation(b)
+        if a == b or one is None or other is None:
+            return a == b
+        same = one.primitive == other.primitive and one.inputs == other.inputs
+        return same and str(one.params) == str(other.params)
+
     def _own_axes(self, value: int) -> tuple[int, ...]:
         return tuple(range(len(self.program.shape(value))))
 
@@ -85,18 +93,24 @@ class Reader:
         return equation
 
     def _square(self, end: int) -> Recognised | None:
-        """(a - y)^2 of outputs a, entry by entry."""
+        """(a - y)^2 of outputs a, entry by entry, or summed as a product of vectors."""
         equation = self._equation(end)
         if equation is None:
             return None
         primitive, (base, *others) = equation.primitive, equation.inputs
+        axes: tuple[int | None, ...] = self._own_axes(base)
         is_square = primitive in primitives.SQUARE and equation.params.get("y", 2) == 2
-        is_product = primitive in primitives.MUL and others == [base]
+        is_product = primitive in primitives.MUL and self._is_same(base, *others)
+        if primitive in primitives.DOT_GENERAL and self._is_same(base, *others):
+            contract, batch = equation.params["dimension_numbers"]
+            is_product = contract[0] == contract[1] and batch[0] == batch[1]
+            is_product = is_product and len(contract[0]) + len(batch[0]) == len(axes)
+            axes = tuple(batch[0].index(i) if i in batch[0] else None for i in range(len(axes)))
         if not (is_square or is_product) or not self.is_linear(base):
             return None
         while (before := self._without_label(base)) is not None:
             base = before
-        return Recognised(base, (), losses.squared_error, 1.0, self._own_axes(base))
+        return Recognised(base, (), losses.squared_error, 1.0, axes)
 
     def _without_label(self, value: int) -> int | None:
         """The outputs a of a - y or y - a; None of anything else."""

@@ -25,8 +25,8 @@ class Weight(NamedTuple):
     Attributes:
       value: the value.
       sign: by what its derivative is multiplied.
-      axes: its axes that belong to those of the terms, in their order, None for one of length one;
-        along all others the derivative is added up. None where it has the shape of the terms.
+      axes: its axes that belong to those of the terms, in their order, None for one that it does
+        not have; along all others the derivative is added up. None where it has the terms' shape.
     """
 
     value: int

@@ -7,6 +7,7 @@ of has targets as `unmarked` finds them.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from locoprop_jax import losses
 from locoprop_jax._capture import unmarked
@@ -37,33 +38,29 @@ def find_targets(
     program, live = traced.program, traced.detection.live
     sites = traced.detection.sites
     of_params = reached_live(program, live, program.inputs[: traced.n_leaves])
-    # Products need no layers where the loss says what the outputs are.
-    outputs = {v for site in sites for v in site.outside}
-    of_layers = reached_live(program, live, outputs) if sites else of_params
+    outputs, of_layers = {v for site in sites for v in site.outside}, _of_layers(traced)
     marked = _marked_calls(program)
-    passed, others, calls = _ends(traced, of_params, of_layers, outputs, marked)
-    reader = Reader(program, live, of_layers, outputs, passed)
-    known = unmarked.known(traced, others, reader)
-    logits = {v for each in known.values() if not reader.is_linear(v := each.value)}
-    if logits:  # they are the network's outputs, whatever made them
-        passed, others, calls = _ends(traced, of_params, of_layers, outputs | logits, marked)
-        reader = Reader(program, live, of_layers, outputs | logits, passed)
-        known = unmarked.known(traced, others, reader)
-    if not sites and (others or curvature in KINDS):
+    found = _ends(traced, of_layers, outputs, marked)
+    reader = Reader(program, live, of_layers, found.outputs, found.passed)
+    known = unmarked.known(traced, found.unmarked, reader)
+    if known:  # what they take is the network's outputs, whatever made it
+        taken = found.outputs | {each.value for each in known.values()}
+        found = _ends(traced, of_layers, taken, marked)
+    plain = [end for end in found.unmarked if end not in known]
+    if not sites and (plain or curvature in KINDS):
         why = "`find_layers` says why"
         if traced.batch_axes is None:
             why += ", given the batch as an argument. Scales are layers only where it is known"
         raise ValueError(f"{asker(curvature)} found no layer in this loss function: {why}.")
-    plain = [end for end in others if end not in known]
     if plain and curvature == "fisher_mc":
         raise ValueError(
             f"{asker(curvature)} samples labels from the distribution that the model predicts, but "
             f"the loss reaches the layers' outputs through `{_producer(program, plain[0])}` "
             f"outside of a marked loss. {REMEDY}."
         )
-    targets = [_marked_target(traced, *marked[v], of_params) for v in calls]
+    targets = [_marked_target(traced, *marked[v], of_params) for v in found.marked]
     targets += unmarked.known_targets(traced, known)
-    held = [*calls, *known]
+    held = [*found.marked, *known]
     targets += unmarked.head_targets(traced, curvature, plain, held, of_layers, names)
     if curvature == "ggn_exact":
         targets = [_with_columns(traced, target, names, to_rows) for target in targets]
@@ -74,14 +71,21 @@ def is_non_negative(traced: Traced, targets: Sequence[Target]) -> bool:
     """Whether a loss is made of marked losses that are never negative, and of nothing else."""
     if any(t.call is None or t.loss not in losses.NON_NEGATIVE for t in targets):
         return False
-    program, live = traced.program, traced.detection.live
-    of_params = reached_live(program, live, program.inputs[: traced.n_leaves])
-    of_layers = reached_live(
-        program, live, [v for site in traced.detection.sites for v in site.outside]
-    )
     terms = {v for target in targets for v in target.weighing}
-    found = ends.linear(program, program.outputs[0], of_params, terms, kinks=False).ends
-    return terms.issuperset(of_layers.intersection(found))
+    of_layers = _of_layers(traced)
+    found = ends.linear(traced.program, traced.program.outputs[0], of_layers, terms, kinks=False)
+    return terms.issuperset(found.ends)
+
+
+def _of_layers(traced: Traced) -> set[int]:
+    """What depends on outputs of layers; on parameters, where there are no layers.
+
+    Products need none where the loss says what the outputs are.
+    """
+    program, sites = traced.program, traced.detection.sites
+    outputs = [v for site in sites for v in site.outside]
+    start = outputs if sites else program.inputs[: traced.n_leaves]
+    return reached_live(program, traced.detection.live, start)
 
 
 Marked = tuple[Equation, losses.OutputLoss]
@@ -97,33 +101,45 @@ def _marked_calls(program: Program) -> dict[int, Marked]:
     return found
 
 
-def _ends(
-    traced: Traced,
-    of_params: set[int],
-    of_layers: set[int],
-    outputs: set[int],
-    marked: Collection[int],
-) -> tuple[frozenset[int], list[int], list[int]]:
-    """What the loss is a weighted sum of: what is linear on the way, unmarked ends, marked terms.
+class _Ends(NamedTuple):
+    """What a loss is a weighted sum of.
+
+    Attributes:
+      passed: what is linear on the way.
+      unmarked: its ends but for marked terms.
+      marked: these.
+      outputs: the layers' outputs that are the network's.
+    """
+
+    passed: frozenset[int]
+    unmarked: list[int]
+    marked: list[int]
+    outputs: set[int]
+
+
+def _ends(traced: Traced, moving: set[int], outputs: set[int], marked: Collection[int]) -> _Ends:
+    """Follow a loss back to where it stops being linear.
 
     Marked terms of which another end is made are no weighted terms, and followed like any others.
-    Of a loss without second derivatives all ends are given, so that its curvature is zero.
+    A scale that the loss is linear in is the weight of what it scales, and no output. Of a loss
+    without second derivatives all ends are given, so that its curvature is zero.
     """
     program, loss = traced.program, traced.program.outputs[0]
-    stop = set(marked)
+    sites = traced.detection.sites
+    scales = {v for site in sites if site.kind in ("scale", "bias") for v in site.outside}
+    terms = set(marked)
     while True:
-        found = ends.linear(program, loss, of_params, stop | outputs)
-        own = [v for v in found.ends if v in of_layers]
-        read = {v for v in own if v in stop and unmarked.is_read(traced, v, own)}
-        if not read:
+        found = ends.linear(program, loss, moving, terms | outputs)
+        read = {v for v in found.ends if unmarked.is_read(traced, v, found.ends)}
+        weights = scales.intersection(found.ends, outputs) - read
+        if not (weights or terms & read):
             break
-        stop -= read
-    curved = [v for v in own if v not in outputs]
+        terms, outputs = terms - read, outputs - weights
+    curved = [v for v in found.ends if v not in outputs]
     if not curved:
-        straight = ends.linear(program, loss, of_params, outputs, kinks=False).ends
-        curved = [v for v in straight if v in of_layers]
-    terms = [v for v in curved if v in stop]
-    return found.passed, [v for v in curved if v not in stop], terms
+        curved = ends.linear(program, loss, moving, outputs, kinks=False).ends
+    rest = [v for v in curved if v not in terms]
+    return _Ends(found.passed, rest, [v for v in curved if v in terms], outputs)
 
 
 def _producer(program: Program, value: int) -> str:

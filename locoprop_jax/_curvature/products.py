@@ -58,10 +58,10 @@ def gauss_newton_vector_product(
 
     The matrix is J'HJ, with J the Jacobian of the network's outputs by all parameters and H the
     Hessian of the loss, as written, by these outputs: what a mean over the batch divides by stays
-    in it. Any loss will do whose head is convex and which one layer feeds; the losses of
-    `locoprop_jax.losses` may be several, and where the Hessian of one is not positive
-    semi-definite its positive part counts. What an unmarked loss does with parameters after its
-    last layer, or past every layer (weight decay), does not enter.
+    in it. Any loss will do whose heads are convex, of several outputs too unless unmarked ones meet
+    in one term; where the Hessian of a loss marked by `locoprop_jax.losses.output_loss` is not
+    positive semi-definite its positive part counts. What an unmarked loss does with parameters
+    after its last layer, or past every layer (weight decay), does not enter.
 
     The network runs forward when this is called, a product is one pass forward and one backward.
 
@@ -80,7 +80,7 @@ def gauss_newton_vector_product(
 
     Raises:
       TypeError: the loss is not a scalar, or a parameter is not an array.
-      ValueError: no layer was found, or several unmarked output layers were.
+      ValueError: no layer was found, or unmarked outputs of several layers meet in the loss.
 
     References:
       N. Schraudolph, `Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent
@@ -120,7 +120,8 @@ def fisher_vector_product(
     exponential families in their natural parameters its expectation is the Gauss-Newton matrix.
 
     Args:
-      loss_fn: `loss_fn(params, *args, **kwargs)`, written with `locoprop_jax.losses`.
+      loss_fn: `loss_fn(params, *args, **kwargs)`, of losses of `locoprop_jax.losses`, or of cross
+        entropies and squared errors that are recognised.
       params: where to take the matrix.
       *args: a batch and whatever else the loss takes.
       rng: a key, for the labels. The loss does not get it.
@@ -135,7 +136,7 @@ def fisher_vector_product(
 
     Raises:
       TypeError: the loss is not a scalar, a parameter is not an array, or `rng` is missing.
-      ValueError: the loss is not marked, or `samples` is not positive.
+      ValueError: the loss is neither marked nor recognised, or `samples` is not positive.
     """
     curvature.check_arguments("fisher_mc", samples)
     if rng is None:

@@ -30,6 +30,7 @@ _LINEAR = (
     | primitives.SPLIT
     | primitives.REVERSE
     | primitives.CUMSUM
+    | primitives.STACK
 )
 
 

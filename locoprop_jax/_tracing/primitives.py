@@ -50,6 +50,11 @@ SPLIT = frozenset(
     eqn.primitive
     for eqn in jax.make_jaxpr(lambda x: jax.lax.split(x, (1, 1)))(np.zeros(2, np.float32)).eqns
 )
+STACK = frozenset(  # made of others before JAX 0.11
+    eqn.primitive
+    for eqn in jax.make_jaxpr(lambda x: jax.numpy.stack([x, x]))(np.zeros(2, np.float32)).eqns
+    if eqn.primitive not in BROADCAST | CONCATENATE | RESHAPE | CALLS
+)
 # Equations through which a loss is a weighted sum of its terms.
 SUMS = ADD | _primitives("sub", "neg", "reduce_sum") | RESHAPE | BROADCAST | CAST | SAME
 _ENTRY_BY_ENTRY = """

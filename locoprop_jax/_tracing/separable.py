@@ -196,6 +196,9 @@ def _operands(program: Program, equation: Equation, env: dict[int, Axes]) -> lis
     elif primitive in primitives.CONCATENATE | primitives.CUMULATIVE:
         axis = params["dimension" if primitive in primitives.CONCATENATE else "axis"]
         kept = {i: i for i in range(len(result)) if i != axis}
+    elif primitive in primitives.STACK:
+        kept = {i: i + (i >= params["axis"]) for i in range(len(shapes[0]))}
+        return [_kept(shape, after, kept) for shape in shapes]
     elif primitive in primitives.REVERSE:
         kept = {i: i for i in range(len(result)) if i not in params["dimensions"]}
     elif primitive in primitives.SLICE:

@@ -856,6 +856,7 @@ def test_a_marked_loss_inside_value_and_grad_is_still_the_loss():
         (lambda x: jax.nn.relu(x), {0, 1, 2}),
         (lambda x: x + x[::-1], {1, 2}),
         (lambda x: jnp.concatenate([x, x], 2), {0, 1}),
+        (lambda x: jnp.stack([x, 2 * x], 1), {0, 2, 3}),
         (lambda x: jnp.pad(x, [(0, 0), (1, 0), (0, 0)]), {0, 2}),
         (lambda x: jnp.cumsum(x, 1), {0, 2}),
         (lambda x: x[:, 1:], {0, 2}),

@@ -184,6 +184,16 @@ KNOWN = {
         lambda z: masked_mean(optax.squared_error(z[..., 0], MASK)),
         lambda z: masked_mean(SQUARED(z[..., 0], MASK)),
     ),
+    "squares by vectors": (
+        X,
+        lambda z: jax.vmap(lambda z, y: (z - y) @ (z - y))(z, BITS).mean(),
+        lambda z: SQUARED(z, BITS).sum(-1).mean(),
+    ),
+    "squares by a product of arrays": (
+        TOKENS,
+        lambda z: jnp.vdot(z - TOKENS, z - TOKENS) / 7,
+        lambda z: SQUARED(z, TOKENS).sum() / 7,
+    ),
     "squares by hand": (
         X,
         lambda z: jnp.mean(WEIGHTS[:, None] * jnp.square(BITS - z)),
@@ -471,6 +481,43 @@ def test_what_is_like_a_known_loss_is_not_taken_for_one(head):
 
 def test_a_logit_and_its_negative_are_one_output():
     assert heads_of(lambda z: jnp.mean(jax.nn.softplus(z) + jax.nn.softplus(-z))) == [False]
+
+
+def test_a_weight_that_is_learned_is_held_fixed():
+    """One that is a layer by itself, a scale of the losses, and one that is none."""
+
+    def loss(p, x, y, ce):
+        z = jnp.tanh(x @ p["first"]) @ p["second"]
+        return (p["weight"] * ce(z, y)).mean() + jnp.exp(-p["log"]) * ce(z, y).sum() + p["log"]
+
+    params = PARAMS | {"weight": jnp.asarray(0.5), "log": jnp.asarray(0.3)}
+
+    def expected(p, x, y):
+        z = jnp.tanh(x @ p["first"]) @ p["second"]
+        return SOFTMAX(z, y).sum() * (0.5 / 5 + jnp.exp(-0.3))
+
+    args = X, PROBABILITIES
+    wanted = blocks(captured(expected, PARAMS, *args, curvature="ggn_exact"))
+    for ce in (SOFTMAX, optax.softmax_cross_entropy):
+        found = captured(
+            lambda p, x, y, ce=ce: loss(p, x, y, ce), params, *args, curvature="ggn_exact"
+        )
+        close({name: block for name, block in blocks(found).items() if name in wanted}, wanted)
+
+
+def test_what_leaves_a_loop_of_layers_may_be_the_outputs():
+    params = {"stack": normal(0, 4, 3, 3), "in": normal(1, 3, 3)}
+    vector = {"stack": normal(2, 4, 3, 3), "in": normal(3, 3, 3)}
+
+    def loss(p, x, ce):
+        h = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x @ p["in"], p["stack"])[0]
+        return ce(h, PROBABILITIES).mean()
+
+    plain, marked = (
+        lp.gauss_newton_vector_product(lambda p, x, ce=ce: loss(p, x, ce), params, X)(vector)
+        for ce in (optax.softmax_cross_entropy, SOFTMAX)
+    )
+    close(plain, marked)
 
 
 # --- size ----------------------------------------------------------------------------------------
