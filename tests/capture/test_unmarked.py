@@ -191,7 +191,7 @@ KNOWN = {
     ),
     "squares by a product of arrays": (
         TOKENS,
-        lambda z: jnp.vdot(z - TOKENS, z - TOKENS) / 7,
+        lambda z: jnp.vdot(r := z - TOKENS, r) / 7,
         lambda z: SQUARED(z, TOKENS).sum() / 7,
     ),
     "squares by hand": (
@@ -502,7 +502,7 @@ def test_a_weight_that_is_learned_is_held_fixed():
         found = captured(
             lambda p, x, y, ce=ce: loss(p, x, y, ce), params, *args, curvature="ggn_exact"
         )
-        close({name: block for name, block in blocks(found).items() if name in wanted}, wanted)
+        close(blocks({name: found[name] for name in wanted}), wanted)
 
 
 def test_what_leaves_a_loop_of_layers_may_be_the_outputs():
