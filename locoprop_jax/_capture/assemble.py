@@ -13,7 +13,7 @@ from locoprop_jax._capture import curvature, output_hessian, parameters
 from locoprop_jax._capture.curvature import Point
 from locoprop_jax._capture.passes import Passes, PassPlan
 from locoprop_jax._capture.plan import LayerPlan
-from locoprop_jax._capture.targets import Target
+from locoprop_jax._capture.target import Target
 from locoprop_jax._layers import made
 from locoprop_jax._layers.arrays import Deferred, LayerArrays
 from locoprop_jax._layers.captured import Captured
@@ -168,12 +168,10 @@ def _averaged_terms(heads: Mapping[int, Head], names: Sequence[str]) -> float:
 
 def _point(plan: PassPlan, target: Target, passes: Passes, known: Known) -> Point:
     """The arrays of a target of curvature cotangents."""
-    value = passes.recorded[plan.places.injected[target.value]]
-    if target.call is not None:
-        weights = passes.cotangents[plan.places.terms[target.terms].path]
-        return Point(value, tuple(known[v] for v in target.operands), weights)
-    (head,) = plan.heads.values()
-    return Point(value, head=head.function(known))
+    places = plan.places
+    value = passes.recorded[places.injected[target.value]]
+    derivatives = {v: passes.cotangents[places.terms[v].path] for v in target.weighing}
+    return curvature.point(target, known, value, derivatives)
 
 
 def _output_hessian(

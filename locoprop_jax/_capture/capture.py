@@ -36,7 +36,7 @@ def value_grad_and_capture(
     one more backward pass for each sample or column, batched by `jax.vmap`:
 
     * "fisher_mc": the gradients of terms with labels that the model predicts. The loss has to be
-      written with `locoprop_jax.losses`.
+      one of `locoprop_jax.losses`, or a cross entropy or squared error that is recognised.
     * "fisher_empirical": the cotangents times sqrt(c), where c is the number of terms that the
       loss averages over: the gradients for the labels given. No further pass.
     * "ggn_mc": random signs times a square root of the loss Hessian.
@@ -49,10 +49,11 @@ def value_grad_and_capture(
     (d_out,) where the loss takes each output by itself. No further pass. The loss has one output
     layer, and no row of it meets another in the loss.
 
-    Losses of `locoprop_jax.losses` have square roots in closed form, and there may be several of
-    them; any other loss works for "ggn_mc" and "ggn_exact" if a single layer feeds it and its
-    Hessian is seen to be one block per example. A negative part of an example's Hessian counts as
-    zero, as does a term with a negative weight.
+    Losses of `locoprop_jax.losses` have square roots in closed form, and so have softmax and
+    sigmoid cross entropies and squared errors that Optax or the user wrote. Any other loss works
+    for "ggn_mc" and "ggn_exact" if its Hessian is seen to be one block per example. There may be
+    several losses, of outputs of several layers, unless unmarked outputs meet in one term. A
+    negative part of an example's Hessian counts as zero, as does a term with a negative weight.
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)` with a scalar loss, or a pair (loss, aux).

@@ -14,7 +14,8 @@ from locoprop_jax._capture import output_hessian
 from locoprop_jax._capture.curvature import PULLED
 from locoprop_jax._capture.output_hessian import OutputPlan
 from locoprop_jax._capture.plan import LayerPlan
-from locoprop_jax._capture.targets import Target, find_targets
+from locoprop_jax._capture.target import Target
+from locoprop_jax._capture.targets import find_targets
 from locoprop_jax._checks import REAL_REMEDY
 from locoprop_jax._layers.uses import Layout
 from locoprop_jax._tracing.chains import Shape
@@ -37,7 +38,7 @@ class Places(NamedTuple):
         cotangents.
       fixed: by value, what heads and targets need besides.
       injected: by value, where curvature cotangents enter.
-      terms: by value, the terms of marked losses.
+      terms: by value, what weighs known losses.
     """
 
     inputs: list[tuple[Address, ...]]
@@ -136,7 +137,7 @@ def _places(
 ) -> Places:
     program, sites = layers.traced.program, layers.sites
     needed = [v for each in cuts for v in each.free]
-    needed += [v for target in targets for v in target.operands]
+    needed += [v for target in targets for v in target.needed]
     return Places(
         inputs=[input_addresses(site) for site in sites],
         outputs=[output_address(site) for site in sites],
@@ -146,7 +147,7 @@ def _places(
         ],
         fixed=addresses(program, needed),
         injected=addresses(program, [target.value for target in targets]),
-        terms=addresses(program, [target.terms for target in targets if target.call]),
+        terms=addresses(program, [v for target in targets for v in target.weighing]),
     )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from locoprop_jax import _linalg, losses
+from locoprop_jax import _linalg
 from locoprop_jax._checks import check_real, is_number
 from locoprop_jax._curvature.products import Linearised
 from locoprop_jax._trees import wide_dtype
@@ -104,8 +104,7 @@ def most_fall(network: Linearised, value: Any, l2: Any, dtype: Any) -> Scalar:
 
     A loss of unknown sign may fall by any amount, and with l2 its model has a part more.
     """
-    is_positive = all(target.loss in losses.NON_NEGATIVE for target in network.targets)
-    if not is_positive or not is_number(l2) or l2 != 0:
+    if not network.is_non_negative or not is_number(l2) or l2 != 0:
         return jnp.asarray(jnp.inf, dtype)
     value = jnp.asarray(value, dtype)
     return jnp.where(value > 0, value, jnp.inf)

@@ -250,15 +250,15 @@ class Labelling:
             self._inside(body, given, Loop((*equation.path, k), 1, position), equation.outputs)
             for k, body in enumerate(programs)
         ]
-        meets_data = any(map(is_data, kinds))
-        leaves = frozenset().union(*map(leaves_of, given))
         result: list[Label] = []
-        for labels in zip(*found, strict=True):
-            first = labels[0]
-            if isinstance(first, Weight) and all(label == first for label in labels):
-                result.append(first)
-            else:
-                result.append(DATA if meets_data else Derived(leaves, "cond"))
+        for value, *labels in zip(equation.outputs, *found, strict=True):
+            leaves = frozenset().union(*map(leaves_of, labels))
+            if all(label == labels[0] for label in labels) and not isinstance(labels[0], Output):
+                result.append(labels[0])
+            elif any(map(is_data, labels)) or not leaves:
+                result.append(DATA)
+            else:  # a parameter that one branch passes on and another stops
+                result.append(Derived(leaves, "cond", value, met_data=True))
         return result
 
     def _started(self, position: int, operand: int, label: Weight) -> Label:

@@ -28,14 +28,15 @@ RESHAPE = SQUEEZE | _primitives("reshape")
 BROADCAST = _primitives("broadcast_in_dim")
 CAST = _primitives("convert_element_type", "reduce_precision")
 SAME = _primitives("copy", "copy_p", "device_put", "name", "sharding_constraint")
-SUB = _primitives("sub")
 MUL = _primitives("mul")
 DIV = _primitives("div")
 REDUCE_SUM = _primitives("reduce_sum")
 REDUCE = REDUCE_SUM | _primitives("reduce_max", "reduce_min", "reduce_prod")
+ABS, SUB, NEG = _primitives("abs"), _primitives("sub"), _primitives("neg")
 REDUCE_OTHER = _primitives("argmax", "argmin", "reduce_and", "reduce_or", "reduce_xor")
 SORT = _primitives("sort")
-CUMULATIVE = _primitives("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+CUMSUM = _primitives("cumsum")
+CUMULATIVE = CUMSUM | _primitives("cumprod", "cummax", "cummin", "cumlogsumexp")
 DYNAMIC_SLICE = _primitives("dynamic_slice")
 SLICE = DYNAMIC_SLICE | _primitives("slice")
 UPDATE_SLICE = _primitives("dynamic_update_slice")
@@ -46,10 +47,19 @@ GATHER = _primitives("gather")
 SCATTER = _primitives("scatter", "scatter_add", "scatter_mul", "scatter_min", "scatter_max")
 SELECT = _primitives("select_n")
 CONVOLUTION = _primitives("conv_general_dilated")
+# Linear but for kinks.
+PIECEWISE = _primitives("abs", "max", "min", "clamp", "reduce_max", "reduce_min")
+LOG, EXP = _primitives("log"), _primitives("exp")
+SQUARE = _primitives("integer_pow", "square")
 # Not exported by name.
 SPLIT = frozenset(
     eqn.primitive
     for eqn in jax.make_jaxpr(lambda x: jax.lax.split(x, (1, 1)))(np.zeros(2, np.float32)).eqns
+)
+STACK = frozenset(  # made of others before JAX 0.11
+    eqn.primitive
+    for eqn in jax.make_jaxpr(lambda x: jax.numpy.stack([x, x]))(np.zeros(2, np.float32)).eqns
+    if eqn.primitive not in BROADCAST | CONCATENATE | RESHAPE | CALLS
 )
 # Equations through which a loss is a weighted sum of its terms.
 SUMS = ADD | _primitives("sub", "neg", "reduce_sum") | RESHAPE | BROADCAST | CAST | SAME
