@@ -141,6 +141,7 @@ def write(
 ) -> dict[str, Array]:
     """The inverse; a part of an array is put into the leaf."""
     if isinstance(part, Parameter):
-        return {part.path: part.write(block, leaves[part.path])}
+        leaf = leaves[part.path]
+        return {part.path: part.write(block.astype(leaf.dtype), leaf)}
     like = [leaves[path] for path in part.paths]
     return dict(zip(part.paths, part.write(block, like, space, point), strict=True))

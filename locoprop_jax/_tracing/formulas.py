@@ -109,10 +109,26 @@ def _read(weight: Weight, leaf: Any) -> Any:
 
 
 def formula(
-    program: Program, target: int, labels: Mapping[int, Label], change: str = ""
+    program: Program,
+    target: int,
+    leaves: frozenset[int],
+    labels: Mapping[int, Label],
+    change: str = "",
 ) -> Formula | None:
-    """How a value is computed, None where that is from more than can be told."""
-    entering = {v: k for v in program.inputs if isinstance(k := labels[v], Weight)}
+    """How a value is computed, None where that is from more than can be told.
+
+    Args:
+      program: that it is part of.
+      target: the value.
+      leaves: the parameters that it is made of; an equation on its way may take others.
+      labels: of the program's inputs.
+      change: what is done to it at last.
+    """
+    entering = {
+        v: label
+        for v in program.inputs
+        if isinstance(label := labels[v], Weight) and leaves_of(label) <= leaves
+    }
     _, free = program.slice(entering, target)
     roots = tuple((v, entering[v]) for v in free if v in entering)
     others = tuple(v for v in free if v not in entering and v not in program.constants)

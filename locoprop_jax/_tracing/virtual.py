@@ -35,7 +35,7 @@ def virtual(scope: Scope, label: Label, change: str = "", value: int | None = No
     elif not (change and isinstance(label, Weight)):
         return label
     assert value is not None
-    found = formula(scope.program, value, scope.labels, change)
+    found = formula(scope.program, value, leaves_of(label), scope.labels, change)
     if found is None:
         return label
     leaf = scope.known.number(found)
