@@ -251,6 +251,7 @@ def replace(
         (layers[name].parts[part], value, (points or {}).get((name, part)))
         for name, block in new.items()
         for part, value in block.items()
+        if leaves.keys() >= set(made.paths(layers[name].parts[part]))  # none of it is masked
     ]
     whole = {
         path
