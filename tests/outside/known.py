@@ -1,7 +1,7 @@
 """What capture refuses of the outside models today, and why.
 
-`KNOWN` has, for each model, the parameters by a regular expression of their paths, and a part of the
-reason that capture gives. A model without a single layer is known as `NO_LAYER`.
+`KNOWN` has, for each model, the parameters by a regular expression of their paths, and a part of
+the reason that capture gives. A model without a single layer is known as `NO_LAYER`.
 """
 
 NO_LAYER = ".*"
@@ -60,7 +60,6 @@ KNOWN: dict[str, dict[str, str]] = {
     "jraph: deep sets": {"Mlp_0": GRAPHS},
     "jraph: graph attention": {"query": f"`dot_general` {CHANGED}"},
     "jraph: interaction network": {"Mlp_0": GRAPHS},
-    "netket: deep set": {"ds_rho": GRAPHS},
     # --- control flow, own derivatives ---
     "diffrax: neural ODE, BacksolveAdjoint": {NO_LAYER: "its own derivative"},
     "diffrax: neural ODE, DirectAdjoint": {NO_LAYER: "`cond`"},
@@ -85,5 +84,5 @@ KNOWN: dict[str, dict[str, str]] = {
         "layers/1/weight": SEVERAL_USES,
         "layers/2/weight": f"`dot_general` {CHANGED}",
     },
-    "folx: local energies of a harmonic oscillator": {"layers/0/weight": f"`dot_general` {CHANGED}"},
+    "folx: local energies of an oscillator": {"layers/0/weight": f"`dot_general` {CHANGED}"},
 }

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
@@ -104,18 +103,18 @@ def test_gradients_are_those_of_jax_and_of_the_captured_arrays(name):
             products[layer_name] = block_gradient(captured[layer_name], layer.bias is not None)
             blocks[layer_name] = layers.block(expected[1], layer_name)
         updates, state = tx.update(grads, state, params, captured=captured)
-        return (value, grads), expected, products, blocks, optax.apply_updates(params, updates), state
+        params = optax.apply_updates(params, updates)
+        return params, state, ((value, grads), expected), (products, blocks)
 
     state = tx.init(params)
     for _ in range(STEPS):
-        found_here, expected, products, blocks, params, state = step(params, state, batch)
-        assert jnp.isfinite(found_here[0])
-        close(found_here, expected)
-        close(products, blocks)
+        params, state, gradients, of_arrays = step(params, state, batch)
+        close(*gradients)
+        close(*of_arrays)
 
 
 def close(actual, desired):
-    """Equal up to rounding of the largest number there is, in float64."""
+    """Finite, and equal up to rounding of the largest number there is, in float64."""
+    chex.assert_tree_all_finite(desired)
     largest = max(float(jnp.abs(leaf).max(initial=0)) for leaf in jax.tree.leaves(desired))
-    assert np.isfinite(largest)
     chex.assert_trees_all_close(actual, desired, rtol=1e-8, atol=1e-8 * largest)

@@ -35,16 +35,17 @@ def coupling_flow():
     def bijector(params):
         return distrax.RationalQuadraticSpline(params, range_min=-4.0, range_max=4.0)
 
+    def base(dtype):
+        normal = distrax.Normal(jnp.zeros(SIZE, dtype), jnp.ones(SIZE, dtype))
+        return distrax.Independent(normal, 1)
+
     def loss(x):
         mask = jnp.arange(SIZE) % 2 == 0
         layers = []
         for _ in range(2):
-            layers.append(distrax.MaskedCoupling(mask, conditioner=conditioner(), bijector=bijector))
+            layers.append(distrax.MaskedCoupling(mask, conditioner(), bijector))
             mask = ~mask
-        base = distrax.Independent(
-            distrax.Normal(jnp.zeros(SIZE, x.dtype), jnp.ones(SIZE, x.dtype)), 1
-        )
-        flow = distrax.Transformed(base, distrax.Inverse(distrax.Chain(layers)))
+        flow = distrax.Transformed(base(x.dtype), distrax.Inverse(distrax.Chain(layers)))
         return -flow.log_prob(x).mean()
 
     return problem(loss, 1 + normal(BATCH, SIZE))
@@ -119,5 +120,3 @@ def hidden_markov():
         return -jax.vmap(lambda seen: model.forward(seen)[1])(y - shift).mean()
 
     return problem(loss, normal(BATCH, length, 2), normal(BATCH, length, seed=1))
-
-

@@ -58,7 +58,8 @@ class Recurrent(nn.Module):
     def __call__(self, words):
         x = nn.Embed(11, 4)(words)
         exact = {"param_dtype": jnp.result_type(float)}
-        both = nn.Bidirectional(nn.RNN(nn.OptimizedLSTMCell(5, **exact)), nn.RNN(nn.GRUCell(5, **exact)))
+        lstm, gru = nn.OptimizedLSTMCell(5, **exact), nn.GRUCell(5, **exact)
+        both = nn.Bidirectional(nn.RNN(lstm), nn.RNN(gru))
         return nn.Dense(CLASSES)(both(x)[:, -1])
 
 

@@ -69,7 +69,5 @@ def planar():
 
 @model("flowjax: triangular spline flow")
 def triangular_spline():
-    flow = flows.triangular_spline_flow(
-        jax.random.key(0), base_dist=base(), flow_layers=2, knots=4
-    )
+    flow = flows.triangular_spline_flow(jax.random.key(0), base_dist=base(), flow_layers=2, knots=4)
     return problem(flow)

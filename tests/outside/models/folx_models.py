@@ -52,9 +52,9 @@ def parallel():
     return problem(laplacian(folx.ParallelLaplacianOperator()))
 
 
-@model("folx: local energies of a harmonic oscillator")
+@model("folx: local energies of an oscillator")
 def local_energy():
-    """The variance of the local energy, which is 0 at an eigenstate."""
+    """The variance of a harmonic oscillator's local energy, which is 0 at an eigenstate."""
     network = eqx.nn.MLP(SIZE, "scalar", 8, 1, jnp.tanh, key=jax.random.key(0))
     params, static = eqx.partition(network, eqx.is_inexact_array)
 

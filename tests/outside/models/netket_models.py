@@ -19,9 +19,9 @@ def spins() -> jax.Array:
     return jnp.asarray(2 * draw - 1, jnp.result_type(float))
 
 
-def problem(module, target=None) -> Problem:
+def problem(module, target=None, x=None) -> Problem:
     """|log psi - target|^2; state (the cache of autoregressive networks) stays as it is."""
-    x = spins()
+    x = spins() if x is None else x
     variables = module.init(jax.random.key(0), x)
     state = {name: values for name, values in variables.items() if name != "params"}
 
@@ -103,10 +103,9 @@ def gcnn_fft():
 
 @model("netket: deep set")
 def deep_set():
-    sizes = {"features_phi": (5,), "features_rho": (5, 1)}
+    sizes = {"features_phi": (5,), "features_rho": (5,)}
     module = nk.models.DeepSetMLP(**sizes, param_dtype=dtype())
-    made = problem(module)
-    return made
+    return problem(module, x=normal(BATCH, SITES, 2))  # particles in two dimensions
 
 
 @model("netket: MLP")

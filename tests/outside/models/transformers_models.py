@@ -148,7 +148,8 @@ def wav2vec2():
         mask_time_prob=0.0,
     )
     network = hf.FlaxWav2Vec2ForCTC(config, input_shape=(1, 64), seed=0, dtype=dtype())
-    return problem(network, normal(BATCH, 64), integers(WORDS, BATCH, 14), freeze_feature_encoder=False)
+    batch = normal(BATCH, 64), integers(WORDS, BATCH, 14)
+    return problem(network, *batch, freeze_feature_encoder=False)
 
 
 @model("transformers: Whisper")
