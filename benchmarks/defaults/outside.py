@@ -111,7 +111,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 def main(argv: cli.Argv = None) -> int:
     description = "Layers of models of other packages, and thirty steps at defaults beside Adam."
     parser = cli.make_parser("outside", description)
-    parser.add_argument("--only", default="", help="models with this in their names")
+    parser.add_argument("--only", nargs="+", default=[""], help="models with one of these in them")
     parser.add_argument("--steps", type=cli.positive_int, help=f"default: {STEPS}")
     parser.add_argument(
         "--quick",
@@ -124,7 +124,7 @@ def main(argv: cli.Argv = None) -> int:
 
 def chosen(names: list[str], args: argparse.Namespace) -> list[str]:
     """The models to train: of those asked for, all or the first of each package."""
-    names = [name for name in names if args.only in name]
+    names = [name for name in names if any(part in name for part in args.only)]
     if not args.quick:
         return names
     first: dict[str, str] = {}

@@ -27,14 +27,12 @@ KNOWN: dict[str, dict[str, str]] = {
     },
     "flax: linen, weight normalisation": {"hidden/layer_instance/kernel": f"`mul` {CHANGED}"},
     "flowjax: block neural autoregressive flow": {NO_LAYER: f"`custom_jvp_call` {CHANGED}"},
-    "flowjax: conditional masked autoregressive flow of splines": {
-        NO_LAYER: f"`select_n` {CHANGED}"
-    },
+    "flowjax: conditional masked autoregressive flow of splines": {NO_LAYER: "`select_n`"},
     "flowjax: coupling flow": {
         "base_dist/bijection/loc": "a `sub` of data and a parameter",
         "base_dist/bijection/scale": f"`custom_jvp_call` {CHANGED}",
     },
-    "flowjax: masked autoregressive flow": {NO_LAYER: f"`select_n` {CHANGED}"},
+    "flowjax: masked autoregressive flow": {NO_LAYER: "`select_n`"},
     "flowjax: planar flow": {NO_LAYER: f"`slice` {CHANGED}"},
     "flowjax: triangular spline flow": {NO_LAYER: f"`custom_jvp_call` {CHANGED}"},
     "haiku: VQ-VAE": {"embeddings": f"`device_put` {CHANGED}"},
