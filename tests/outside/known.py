@@ -2,6 +2,9 @@
 
 `KNOWN` has, for each model, the parameters by a regular expression of their paths, and a part of
 the reason that capture gives. A model without a single layer is known as `NO_LAYER`.
+
+NetKet sets a global mesh when it is imported, under which capture finds no batch axis. Without it
+four parameters of "jraph: deep sets" are refused, and reasons for flowjax's flows are worded differently.
 """
 
 NO_LAYER = ".*"
@@ -55,7 +58,6 @@ KNOWN: dict[str, dict[str, str]] = {
     # --- no batch axis to double ---
     "jraph: GraphNetwork": {"": GRAPHS},
     "jraph: GraphNetwork, padded": {"": GRAPHS},
-    "jraph: deep sets": {"Mlp_0": GRAPHS},
     "jraph: graph attention": {"query": f"`dot_general` {CHANGED}"},
     "jraph: interaction network": {"Mlp_0": GRAPHS},
     # --- control flow, own derivatives ---
