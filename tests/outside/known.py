@@ -4,7 +4,7 @@
 the reason that capture gives. A model without a single layer is known as `NO_LAYER`.
 
 NetKet sets a global mesh when it is imported, under which capture finds no batch axis. Without it
-four parameters of "jraph: deep sets" are refused, and reasons for flowjax's flows are worded differently.
+four parameters of "jraph: deep sets" are refused, and flowjax's flows with other reasons.
 """
 
 NO_LAYER = ".*"
