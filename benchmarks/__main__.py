@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 ENTRIES: Mapping[str, Mapping[str, str]] = {
     "defaults": {
         "defaults": "every method at its defaults beside tuned Adam, AdamW, Muon and others",
+        "outside": "models of other packages: the layers found, thirty steps beside Adam",
     },
     "experiments": {
         "autoencoder": "the deep autoencoder with LocoProp, FOOF, LNB, K-FAC, RMSProp and Adam",
