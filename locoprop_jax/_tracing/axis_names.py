@@ -29,6 +29,8 @@ class Names:
 
     def solved(self, axis: Sequence[int]) -> Axis:
         """The names that these stand for."""
+        if self._meaning.keys().isdisjoint(axis):
+            return tuple(axis)
         found: list[int] = []
         pending = list(reversed(axis))
         while pending:
