@@ -13,7 +13,8 @@ import dataclasses
 
 from locoprop_jax._tracing import flow
 from locoprop_jax._tracing.formulas import Formula
-from locoprop_jax._tracing.grouping import groups_of, joined_groups, misused
+from locoprop_jax._tracing.grouping import entry_by_entry, groups_of, joined_groups, misused
+from locoprop_jax._tracing.kinds.entries import own_value
 from locoprop_jax._tracing.known import Known, kernel_key
 from locoprop_jax._tracing.labelling import Labelling
 from locoprop_jax._tracing.labels import CONSTANT, DATA, Label, Weight
@@ -68,6 +69,7 @@ def detect(program: Program, n_leaves: int) -> Detection:
     reasons: dict[int, Reason] = {}
     unattached: set[int] = set()
     at_once: set[int] = set()
+    at_value: set[int] = set()
     with_constants: set[tuple[frozenset[int], bool]] = set()
     while True:
         known = Known(
@@ -85,7 +87,8 @@ def detect(program: Program, n_leaves: int) -> Detection:
             v: DATA if v in data else CONSTANT for v in (*program.inputs, *program.constants)
         }
         for i, v in enumerate(program.inputs[:n_leaves]):
-            labels[v] = Weight(i, program.shape(v), ())
+            labels[v] = DATA if i in at_value else Weight(i, program.shape(v), ())
+        known.sites.extend(own_value(program, leaf) for leaf in sorted(at_value))
         Labelling(known, program, labels, live).run()
         groups, transposed = groups_of(known.sites)
         joined, apart = joined_groups(known.sites, groups, transposed)
@@ -101,10 +104,13 @@ def detect(program: Program, n_leaves: int) -> Detection:
         unattached.update(new[0])
         at_once.update(new[1])
         with_constants.update(new[2])
-        if not any(new):  # a use may be understood now
-            if not found:
-                break
-            reasons.update(found)
+        if any(new):  # a use may be understood now
+            continue
+        own = entry_by_entry(known.sites, found)
+        if not found:
+            break
+        at_value.update(own)
+        reasons.update((leaf, why) for leaf, why in found.items() if leaf not in own)
     sites = known.sites
     read = {v for i, eq in enumerate(program.equations) if live[i] for v in eq.inputs}
     without = frozenset(i for i in range(n_leaves) if program.inputs[i] not in read)

@@ -50,7 +50,7 @@ def evaluate(
       args: its flat arguments.
       record: which values to return besides the results.
       perturbations: for an equation's path, what to add (to derivatives only) to its first
-        result, of that result's shape and dtype.
+        result, of that result's shape and dtype. The path (-1 - i,) is the i-th argument itself.
 
     Returns:
       The flat results, and the recorded values by address.
@@ -162,5 +162,11 @@ def evaluate(
     by_path: dict[Path, list[tuple[str, int]]] = {}
     for address in sorted(record):
         by_path.setdefault(address.path, []).append((address.side, address.index))
+    args = list(args)
+    for path, z in perturbations.items():
+        if path[0] < 0:
+            args[-1 - path[0]] = tap(args[-1 - path[0]], z)
     jaxpr, consts = open_jaxpr(closed)
-    return run(jaxpr, consts, args, perturbations, ())
+    results, recorded = run(jaxpr, consts, args, perturbations, ())
+    recorded |= {a: args[-1 - a.path[0]] for a in record if a.path[0] < 0}
+    return results, recorded

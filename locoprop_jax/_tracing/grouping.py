@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -87,6 +87,13 @@ def misused(
         if any(a is None or b is None or a.overlaps(b) for (a, *_), (b, *_) in pairs):
             reasons[leaf] = used_differently(roles[leaf])
     return reasons
+
+
+def entry_by_entry(sites: Sequence[Site], leaves: Collection[int]) -> set[int]:
+    """Those of some parameters that all sites take entry by entry."""
+    others = {leaf for site in sites if site.kind not in ("scale", "bias") for leaf in site.leaves}
+    within = {leaf for site in sites for leaf in site.leaves}
+    return (within & set(leaves)) - others
 
 
 def _is_transposed(site: Site, other: Site) -> bool:

@@ -31,7 +31,9 @@ def output_sites(traced: Traced) -> list[int]:
         if detection.live[i] and (i in positions or not feeding.isdisjoint(equation.outputs)):
             feeding.update(equation.inputs)
     return [
-        i for i, site in enumerate(detection.sites) if not site.loops and site.output not in feeding
+        i
+        for i, site in enumerate(detection.sites)
+        if not site.loops and site.position >= 0 and site.output not in feeding
     ]
 
 

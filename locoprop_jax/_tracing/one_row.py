@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 from locoprop_jax._tracing import chains, flow, primitives
 from locoprop_jax._tracing.jaxpr import is_elementwise
+from locoprop_jax._tracing.kinds.embedding import embedding
 from locoprop_jax._tracing.known import Scope
-from locoprop_jax._tracing.labels import Derived, Label, leaves_of
+from locoprop_jax._tracing.labels import Derived, Label, Weight, leaves_of
 from locoprop_jax._tracing.program import END, Equation
+from locoprop_jax._tracing.reasons import Reason
 
 
 def is_one_row(scope: Scope, position: int, kinds: Sequence[Label]) -> bool:
@@ -27,8 +29,10 @@ def is_one_row(scope: Scope, position: int, kinds: Sequence[Label]) -> bool:
     if moved or not leaves.isdisjoint(scope.known.at_once):
         return False
     if equation.primitive in primitives.GATHER:
-        of_arguments = not scope.known.of_arguments.isdisjoint(data)
-        return not of_arguments and _is_kernel(scope, equation.outputs[0])
+        if not scope.known.of_arguments.isdisjoint(data) or not isinstance(kinds[0], Weight):
+            return False
+        no_rows = isinstance(embedding(scope.program, position, kinds), Reason)
+        return no_rows or _is_kernel(scope, equation.outputs[0])
     if equation.primitive in primitives.DOT_GENERAL:
         contract, batch = equation.params["dimension_numbers"]
         at = equation.inputs.index(data[0])

@@ -31,7 +31,7 @@ class Site:
     Attributes:
       program: that it is part of: the whole, or the body of a loop.
       kind: "dense", "conv", "scale", "embedding" or "bias".
-      position: of the equation that applies the weights.
+      position: of the equation that applies the weights; see `of_input` for a parameter itself.
       weight: the kernel; None for a bias on its own.
       kernel: leaf -> (d_in, d_out), with the stack in front if there is one.
       own_stack: how many independent layers this is each time that it runs, None for one that is
@@ -145,7 +145,14 @@ def input_addresses(site: Site) -> tuple[Address, ...]:
     )
 
 
+def of_input(leaf: int) -> int:
+    """The position that stands for an input of the whole program, which no equation computes."""
+    return -1 - leaf
+
+
 def output_address(site: Site) -> Address:
+    if site.tapped < 0:
+        return Address((site.tapped,), "out", 0)
     equation = site.program.equations[site.tapped]
     return Address(equation.path, "out", equation.outputs.index(site.output))
 

@@ -228,3 +228,26 @@ def test_a_regularizer_toward_other_weights_is_no_layer():
     params = parameters({"w": (4, 4)})
     layers = lp.find_layers(loss_fn, params, X, Y, jnp.ones((4, 4)), jnp.zeros((4, 4)))
     assert {layer.kind for layer in layers.values()} == {"dense"}
+
+
+def test_a_deviation_that_divides_and_whose_logarithm_is_added_is_a_layer_at_its_own_value():
+    def loss_fn(p, x, y):
+        error = (x @ p["w"] - y) / jnp.exp(p["log_sigma"])[None]
+        return jnp.mean(0.5 * error**2 + p["log_sigma"][None])
+
+    params = {"w": normal(2, 4, 2), "log_sigma": normal(3, 2)}
+    layers, captured = assert_captured(loss_fn, params, X, Y)
+    assert layers["log_sigma"].kind == "bias"
+    assert captured["log_sigma"].cotangents.shape == (2, 1, 1, 1)
+
+
+def test_entries_gathered_one_by_one_into_a_triangular_kernel():
+    rows, columns = np.tril_indices(4)
+
+    def loss_fn(p, x, y):
+        kernel = (
+            jnp.zeros((4, 4)).at[rows, columns].set(jax.nn.softplus(p["w"])[TABLE.ravel()[:10]])
+        )
+        return model(lambda own: kernel)(p, x, y)
+
+    assert_captured(loss_fn, {"w": normal(2, 4), "own": {}, "last": LAST}, X, Y)

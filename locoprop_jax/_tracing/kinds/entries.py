@@ -21,7 +21,7 @@ from locoprop_jax._tracing.labels import (
 from locoprop_jax._tracing.operands import Nothing, Product, Stage
 from locoprop_jax._tracing.program import Program
 from locoprop_jax._tracing.reasons import ENTRIES, Reason
-from locoprop_jax._tracing.sites import Axes, Site
+from locoprop_jax._tracing.sites import Axes, Site, of_input
 
 
 def scaled(
@@ -75,6 +75,19 @@ def bias(program: Program, position: int, result: int, weight: Weight) -> Site |
     numbers = chains.apply(weight.chain, chains.numbers(weight.own))
     numbers = np.broadcast_to(numbers, program.shape(value))
     return _by_entry("bias", program, position, value, weight, numbers)
+
+
+def own_value(program: Program, leaf: int) -> Site:
+    """A parameter as a layer at its own value, wherever that goes: its entries have one row each.
+
+    For one whose uses entry by entry do not agree, such as a deviation that data are divided by and
+    whose logarithm is added to the loss.
+    """
+    value = program.inputs[leaf]
+    weight = Weight(leaf, program.shape(value), ())
+    found = _by_entry("bias", program, of_input(leaf), value, weight, chains.numbers(weight.own))
+    assert isinstance(found, Site), "each entry stands once, in order"
+    return found
 
 
 def _by_entry(
