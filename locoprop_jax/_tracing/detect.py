@@ -20,7 +20,7 @@ from locoprop_jax._tracing.labelling import Labelling
 from locoprop_jax._tracing.labels import CONSTANT, DATA, Label, Weight
 from locoprop_jax._tracing.program import Program
 from locoprop_jax._tracing.reasons import NEVER_MEETS_DATA, NO_GRADIENT, Reason
-from locoprop_jax._tracing.sites import Site
+from locoprop_jax._tracing.sites import Site, has_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,11 @@ def detect(program: Program, n_leaves: int) -> Detection:
         joined, apart = joined_groups(known.sites, groups, transposed)
         found = known.reasons | misused(known.sites, groups, joined)
         layered = {leaf for site in known.sites for leaf in site.leaves}
-        kernels = {kernel_key(site.weight) for site in known.sites if site.weight is not None}
+        kernels = {
+            kernel_key(site.weight)
+            for site in known.sites
+            if site.weight is not None and has_rows(site)
+        }
         alone = known.one_row - layered - found.keys() - reasons.keys()
         new = (
             apart - unattached,

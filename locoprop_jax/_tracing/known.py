@@ -26,12 +26,13 @@ class Known:
       excluded: the parameters that were not understood in an earlier pass.
       unattached: biases that are layers of their own wherever they are added.
       at_once: the parameters that data from outside meet in a layer even in one row.
-      with_constants: the kernels that constants are rows of, because data are: `kernel_key`s.
+      with_constants: the kernels that constants, and data in one row, are rows of, because other
+        data are: `kernel_key`s.
       sites: those found so far.
       reasons: those found so far.
       one_row: the parameters that data from outside met in one row, in no layer.
       networks: those of them that another layer came after.
-      met_constants: the kernels whose product with a constant was formed.
+      met_constants: the kernels whose product with a constant, or with one row, was formed.
       formulas: by key, what is made of parameters, with its number as a virtual leaf.
     """
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from locoprop_jax._tracing import chains, flow, primitives
 from locoprop_jax._tracing.jaxpr import is_elementwise
 from locoprop_jax._tracing.kinds.embedding import embedding
-from locoprop_jax._tracing.known import Scope
+from locoprop_jax._tracing.known import Scope, kernel_key
 from locoprop_jax._tracing.labels import Derived, Label, Weight, leaves_of
 from locoprop_jax._tracing.program import END, Equation
 from locoprop_jax._tracing.reasons import Reason
@@ -28,12 +28,18 @@ def is_one_row(scope: Scope, position: int, kinds: Sequence[Label]) -> bool:
     moved = any(v in scope.known.of_params for v in data)
     if moved or not leaves.isdisjoint(scope.known.at_once):
         return False
+    if equation.primitive in primitives.SCATTER | primitives.UPDATE_SLICE:
+        return scope.known.of_arguments.isdisjoint(data)
     if equation.primitive in primitives.GATHER:
         if not scope.known.of_arguments.isdisjoint(data) or not isinstance(kinds[0], Weight):
             return False
         no_rows = isinstance(embedding(scope.program, position, kinds), Reason)
         return no_rows or _is_kernel(scope, equation.outputs[0])
     if equation.primitive in primitives.DOT_GENERAL:
+        kernel = kernel_key(next(k for k in kinds if leaves_of(k)))
+        if kernel in scope.known.with_constants:
+            return False
+        scope.known.met_constants.add(kernel)
         contract, batch = equation.params["dimension_numbers"]
         at = equation.inputs.index(data[0])
         shape = scope.program.shape(data[0])

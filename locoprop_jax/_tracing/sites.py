@@ -145,6 +145,12 @@ def input_addresses(site: Site) -> tuple[Address, ...]:
     )
 
 
+def has_rows(site: Site) -> bool:
+    """Whether its weights meet several rows at a time."""
+    shape = site.program.shape(raw_output(site))
+    return any(shape[axis] > 1 for axis in site.row_axes)
+
+
 def of_input(leaf: int) -> int:
     """The position that stands for an input of the whole program, which no equation computes."""
     return -1 - leaf

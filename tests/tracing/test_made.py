@@ -246,7 +246,7 @@ def test_entries_gathered_one_by_one_into_a_triangular_kernel():
 
     def loss_fn(p, x, y):
         kernel = (
-            jnp.zeros((4, 4)).at[rows, columns].set(jax.nn.softplus(p["w"])[TABLE.ravel()[:10]])
+            jnp.zeros((4, 4)).at[rows, columns].set(jax.nn.softplus(p["w"])[jnp.arange(10) % 4])
         )
         return model(lambda own: kernel)(p, x, y)
 
