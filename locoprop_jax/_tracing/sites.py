@@ -146,9 +146,9 @@ def input_addresses(site: Site) -> tuple[Address, ...]:
 
 
 def has_rows(site: Site) -> bool:
-    """Whether its weights meet several rows at a time."""
+    """Whether its weights meet several rows at a time; one row in a loop may be power iteration."""
     shape = site.program.shape(raw_output(site))
-    return any(shape[axis] > 1 for axis in site.row_axes)
+    return not site.loops or any(shape[axis] > 1 for axis in site.row_axes)
 
 
 def of_input(leaf: int) -> int:
