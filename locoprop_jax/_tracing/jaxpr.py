@@ -56,6 +56,11 @@ def body(eqn: Any) -> Any | None:
     return eqn.params["jaxpr"] if eqn.primitive in REMAT else None
 
 
+def own_function(eqn: Any) -> Any:
+    """The jaxpr of a function with its own derivative, which that is meant to be of."""
+    return inner_jaxprs(eqn)[0]
+
+
 def branches(eqn: Any) -> Sequence[Any]:
     """The jaxprs of which a `cond` or `switch` runs one; none for any other equation."""
     return eqn.params["branches"] if eqn.primitive in COND else ()
@@ -92,6 +97,12 @@ def scan_of(eqn: Any) -> Scan:
 def as_callable(closed: Any) -> Callable[..., list[jax.Array]]:
     """A traced function as a function of its flat arguments."""
     return jex.jaxpr_as_fun(closed)
+
+
+def closed_over_nothing(jaxpr: Any) -> Any:
+    """A jaxpr with the values of its constants, of which it may have none."""
+    inner, consts = open_jaxpr(jaxpr)
+    return jex.ClosedJaxpr(inner, consts)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class StaticJaxpr:

@@ -105,7 +105,7 @@ def trace(loss_fn: Callable, params: Any, args: tuple, kwargs: dict, has_aux: bo
         merged = [next(rest) if a else x for x, a in zip(static, arrays, strict=True)]
         return jax.tree.unflatten(tree, merged)
 
-    program = flatten(closed)
+    program = flatten(closed, len(leaves))
     detection = detect.detect(program, len(leaves))
     return Traced(
         closed,
