@@ -143,6 +143,11 @@ def run_equation(jaxpr: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return [None if isinstance(v, jex.DropVar) else next(results) for v in eqn.outvars]
 
 
+def read_results(eqn: Any) -> list[Any]:
+    """The shapes and dtypes of an equation's results, None where the result is dropped."""
+    return [None if isinstance(v, jex.DropVar) else v.aval for v in eqn.outvars]
+
+
 def is_elementwise(equation: Any) -> bool:
     """Whether an equation computes each entry of its result from the same entry of its operands.
 

@@ -23,7 +23,8 @@ def is_one_row(scope: Scope, position: int, kinds: Sequence[Label]) -> bool:
     leaves = frozenset().union(*map(leaves_of, kinds))
     pairs = list(zip(equation.inputs, kinds, strict=True))
     data = [v for v, k in pairs if not leaves_of(k)]
-    moved = any(v in scope.known.of_params for v in data)
+    outer = scope.known.outer
+    moved = any(outer.get(v, v) in scope.known.of_params for v in data)
     if moved or not leaves.isdisjoint(scope.known.at_once):
         return False
     if equation.primitive in primitives.GATHER:

@@ -20,14 +20,6 @@ class Reason(str):
 
 # --- where it meets the data ---------------------------------------------------------------------
 
-BROADCAST = Reason(
-    "it is broadcast before it meets the data",
-    "Let the layer's result be broadcast, or use `jax.vmap` over the data alone.",
-)
-ENTRIES = Reason(
-    "its entries meet the data in another order, or more than once in a row",
-    "Store it as it meets the data: each entry once for each output, in the same order.",
-)
 LOOP_START = Reason(
     "a loop starts from it, the same for all examples",
     "Broadcast it over the examples before the loop.",
@@ -86,33 +78,6 @@ PARTS_OF_ROWS = Reason(
     "Take whole rows, as `table[ids]` does, then their parts.",
 )
 
-# --- biases --------------------------------------------------------------------------------------
-
-SECOND_BIAS = Reason(
-    "it is a second bias of the same layer",
-    "One of them is enough.",
-)
-ADDED_TO_ROWS = Reason(
-    "it is added to rows of a table",
-    "The table can hold it: leave it out.",
-)
-ADDED_TO_NO_OUTPUT = Reason(
-    "it is added to data that is not a layer's output",
-    "Give it an entry for each place that it is added to, or add it to a layer's output.",
-)
-USED_WITHOUT_IT = Reason(
-    "it is added to a layer's output that is used elsewhere without it",
-    "Use the sum, or the layer's output, at all places.",
-)
-ADDED_AFTER_BROADCAST = Reason(
-    "it is added to a layer's output after that was broadcast",
-    "Add it before.",
-)
-NOT_THE_OUTPUTS = Reason(
-    "it varies along more than the outputs of the layer that it is added to",
-    "Give it one entry for each output of the layer, or leave the layer without a bias.",
-)
-
 # --- the whole model -----------------------------------------------------------------------------
 
 NO_GRADIENT = Reason("the loss does not depend on it (unused, or behind a stop_gradient)", "")
@@ -120,6 +85,11 @@ NEVER_MEETS_DATA = Reason(
     "it never meets the data: only a regularizer uses it",
     "Train it by another optimizer.",
 )
+
+
+def follows(name: str, why: Reason) -> Reason:
+    """It makes one kernel, scale or bias with a parameter that is in no layer."""
+    return Reason(f"it belongs to {name!r}, which is in no layer because {why}", why.remedy)
 
 
 def used_differently(roles: list[str]) -> Reason:

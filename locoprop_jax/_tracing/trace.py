@@ -106,7 +106,7 @@ def trace(loss_fn: Callable, params: Any, args: tuple, kwargs: dict, has_aux: bo
         return jax.tree.unflatten(tree, merged)
 
     program = flatten(closed, len(leaves))
-    detection = detect.detect(program, len(leaves))
+    detection = detect.detect(program, names)
     return Traced(
         closed,
         program,
