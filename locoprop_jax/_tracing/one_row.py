@@ -27,8 +27,10 @@ def is_one_row(scope: Scope, position: int, kinds: Sequence[Label]) -> bool:
     moved = any(outer.get(v, v) in scope.known.of_params for v in data)
     if moved or not leaves.isdisjoint(scope.known.at_once):
         return False
+    of_arguments = any(outer.get(v, v) in scope.known.of_arguments for v in data)
+    if equation.primitive in primitives.SCATTER:  # entries put in their places in a kernel
+        return not of_arguments and not any(map(scope.program.is_inexact, data))
     if equation.primitive in primitives.GATHER:
-        of_arguments = not scope.known.of_arguments.isdisjoint(data)
         return not of_arguments and _is_kernel(scope, equation.outputs[0])
     if equation.primitive in primitives.DOT_GENERAL:
         contract, batch = equation.params["dimension_numbers"]

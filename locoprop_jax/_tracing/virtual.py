@@ -71,7 +71,7 @@ def _not_spread(scope: Scope, value: int, label: Label) -> Label:
 
 
 def in_order(scope: Scope, values: Sequence[int], labels: Sequence[Label]) -> list[Label]:
-    """Parameters whose entries meet data in another order, or more than once, as arrays that do not.
+    """Parameters whose entries meet data in another order, or more than once, as other arrays.
 
     Args:
       scope: that they are in.
