@@ -83,6 +83,6 @@ def _inputs(traced: Traced, places: Sequence[Place]) -> tuple[list[int], list[in
         leaf = pending.pop()
         if leaf >= traced.n_leaves:
             formula = traced.detection.formulas[leaf - traced.n_leaves]
-            free.update(dict.fromkeys(formula.free))
+            free.update(dict.fromkeys(outer for _, outer in formula.free))
             pending.extend(weight.leaf for _, weight in formula.roots)
     return leaves, list(free)

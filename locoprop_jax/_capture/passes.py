@@ -36,7 +36,7 @@ class Places(NamedTuple):
       outputs: of each site.
       after: of each site, what the transfer function makes of its outputs; None where that gets no
         cotangents.
-      fixed: by value, what heads and targets need besides.
+      fixed: by value, what heads, targets and kernels made of parameters need besides.
       injected: by value, where curvature cotangents enter.
       terms: by value, what weighs known losses.
     """
@@ -138,6 +138,7 @@ def _places(
     program, sites = layers.traced.program, layers.sites
     needed = [v for each in cuts for v in each.free]
     needed += [v for target in targets for v in target.needed]
+    needed += [v for made in layers.traced.detection.formulas for _, v in made.free]
     return Places(
         inputs=[input_addresses(site) for site in sites],
         outputs=[output_address(site) for site in sites],

@@ -101,10 +101,11 @@ class Made:
             at = tuple(jnp.zeros(jnp.shape(leaf), dtype) for leaf in like)
         else:
             at = tuple(jnp.asarray(leaf).astype(dtype) for leaf in point[:count])
-        _, push = jax.linearize(lambda *leaves: self._call(leaves, point), *at)
-        pull = jax.linear_transpose(push, *at)
+        # Backwards first: a function with its own derivative may have no other one.
+        block, pull = jax.vjp(lambda *leaves: self._call(leaves, point), *at)
+        push = jax.linear_transpose(pull, block)
         return (
-            lambda leaves: push(*(jnp.asarray(leaf).astype(dtype) for leaf in leaves)),
+            lambda leaves: push(tuple(jnp.asarray(leaf).astype(dtype) for leaf in leaves))[0],
             # The conjugate transpose: gradients come as directions of ascent.
             lambda block: jax.tree.map(jnp.conj, pull(jnp.conj(block.astype(dtype)))),
         )

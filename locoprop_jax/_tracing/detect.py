@@ -10,6 +10,7 @@ that apply the same weights in the same way are one layer.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from locoprop_jax._tracing import flow
 from locoprop_jax._tracing.formulas import Formula
@@ -50,13 +51,14 @@ class Detection:
     terms: dict[int, float]
 
 
-def detect(program: Program, n_leaves: int) -> Detection:
+def detect(program: Program, names: Sequence[str]) -> Detection:
     """Find the layers.
 
     Args:
       program: the loss, its parameter leaves the first inputs, the loss the first output.
-      n_leaves: how many inputs are parameters.
+      names: of the parameters, which are the first inputs.
     """
+    n_leaves = len(names)
     loss = program.outputs[0]
     live = flow.live_equations(program, loss)
     others = (*program.inputs[n_leaves:], *program.constants)
@@ -77,8 +79,8 @@ def detect(program: Program, n_leaves: int) -> Detection:
             of_arguments=of_arguments,
             of_params=of_params,
             terms=terms,
-            n_leaves=n_leaves,
-            excluded=frozenset(reasons),
+            names=names,
+            excluded=dict(reasons),
             unattached=frozenset(unattached),
             at_once=frozenset(at_once),
             with_constants=frozenset(with_constants),

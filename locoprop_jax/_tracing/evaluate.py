@@ -9,8 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from locoprop_jax._tracing.jaxpr import Path, body, is_literal, open_jaxpr, run_equation, scan_of
-from locoprop_jax._tracing.primitives import CALLS, COND, SCAN
+from locoprop_jax._tracing.jaxpr import (
+    Path,
+    body,
+    is_literal,
+    open_jaxpr,
+    own_function,
+    run_equation,
+    scan_of,
+)
+from locoprop_jax._tracing.primitives import CALLS, COND, CUSTOM, SCAN
 
 
 class Address(NamedTuple):
@@ -35,6 +43,10 @@ def tap(x: jax.Array, perturbation: jax.Array) -> jax.Array:
 @tap.defjvp
 def _tap_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     return primals[0], jax.tree.map(jax.numpy.add, tangents[0], tangents[1])
+
+
+def is_inexact(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def evaluate(
@@ -70,7 +82,7 @@ def evaluate(
             here = (*path, i)
             operands = [read(v) for v in eqn.invars]
             if here in entered:
-                results, inner = enter(eqn, operands, z, here)
+                results, inner = enter(jaxpr, eqn, operands, z, here)
                 recorded.update(inner)
             else:
                 results = run_equation(jaxpr, eqn, operands)
@@ -82,9 +94,11 @@ def evaluate(
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(v) for v in jaxpr.outvars], recorded
 
-    def enter(eqn: Any, operands: Sequence[Any], z: Mapping, here: Path):
+    def enter(jaxpr: Any, eqn: Any, operands: Sequence[Any], z: Mapping, here: Path):
         if eqn.primitive in CALLS:
             return run(*open_jaxpr(body(eqn)), operands, z, here)
+        if eqn.primitive in CUSTOM:
+            return ruled(jaxpr, eqn, operands, z, here)
         # What is rematerialised stays so: the perturbations enter as arguments, the records leave
         # as results. Those of a loop have an axis for it in front.
         inner = {path: value for path, value in z.items() if path[: len(here)] == here}
@@ -103,6 +117,17 @@ def evaluate(
 
         results, values = jax.checkpoint(rematerialised, **policy)(operands, list(inner.values()))
         return results, dict(zip(inside, values, strict=True))
+
+    def ruled(jaxpr: Any, eqn: Any, operands: Sequence[Any], z: Mapping, here: Path):
+        """A function with its own derivative: its results are the rule's.
+
+        They see the perturbations through the function, whose other operands are held fixed then.
+        """
+        function = open_jaxpr(own_function(eqn))
+        perturbed, _ = run(*function, jax.lax.stop_gradient(list(operands)), z, here)
+        _, recorded = run(*function, operands, z, here)
+        pairs = zip(run_equation(jaxpr, eqn, operands), perturbed, strict=True)
+        return [x if x is None or not is_inexact(x) else tap(x, p) for x, p in pairs], recorded
 
     def scanned(
         eqn: Any,

@@ -33,7 +33,7 @@ class Formula:
       program: that it is part of.
       target: the value.
       roots: the values of the program that it is computed from, as parameters.
-      free: those from outside that are none.
+      free: those from outside that are none, each with its number in the whole program.
       loops: around it, as in `Weight`.
       change: what is done to it at last, a key of `CHANGES` or "".
     """
@@ -41,7 +41,7 @@ class Formula:
     program: Program
     target: int
     roots: tuple[tuple[int, Weight], ...]
-    free: tuple[int, ...]
+    free: tuple[tuple[int, int], ...]
     loops: tuple
     change: str
 
@@ -62,7 +62,7 @@ class Formula:
     def key(self) -> tuple:
         """The same for values that are computed in the same way from the same."""
         equations, _ = self.program.slice([v for v, _ in self.roots], self.target)
-        known: dict[int, Any] = dict(self.roots)
+        known: dict[int, Any] = {**dict(self.free), **dict(self.roots)}
 
         def reference(value: int) -> Any:
             if value in known:
@@ -83,13 +83,14 @@ class Formula:
 
         Args:
           read: gives the leaf of a number, virtual ones too.
-          free: the values from outside.
+          free: the values from outside, by their numbers in the whole program.
         """
         equations, _ = self.program.slice([v for v, _ in self.roots], self.target)
         values = [v for v, _ in self.roots]
 
         def one(*roots: Any) -> Any:
-            env = {**free, **dict(zip(values, roots, strict=True))}
+            env = dict(zip(values, roots, strict=True))
+            env |= {v: free[outer] for v, outer in self.free}
             result = self.program.call(equations, env, self.target)
             return CHANGES[self.change](result) if self.change else result
 
@@ -114,6 +115,7 @@ def formula(
     leaves: frozenset[int],
     labels: Mapping[int, Label],
     change: str = "",
+    outer: Mapping[int, int] | None = None,
 ) -> Formula | None:
     """How a value is computed, None where that is from more than can be told.
 
@@ -123,6 +125,7 @@ def formula(
       leaves: the parameters that it is made of; an equation on its way may take others.
       labels: of the program's inputs.
       change: what is done to it at last.
+      outer: of what enters the body of a loop as it is outside, the number in the whole program.
     """
     entering = {
         v: label
@@ -132,7 +135,11 @@ def formula(
     _, free = program.slice(entering, target)
     roots = tuple((v, entering[v]) for v in free if v in entering)
     others = tuple(v for v in free if v not in entering and v not in program.constants)
+    if program.is_body:
+        pairs = {v: outer[v] for v in others if outer and v in outer}
+    else:
+        pairs = {v: v for v in others}
     loops = {weight.loops for _, weight in roots if weight.loops}
-    if not roots or len(loops) > 1 or (program.is_body and others):
+    if not roots or len(loops) > 1 or len(pairs) < len(others):
         return None
-    return Formula(program, target, roots, others, next(iter(loops), ()), change)
+    return Formula(program, target, roots, tuple(pairs.items()), next(iter(loops), ()), change)

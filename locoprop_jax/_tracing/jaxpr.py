@@ -56,6 +56,11 @@ def body(eqn: Any) -> Any | None:
     return eqn.params["jaxpr"] if eqn.primitive in REMAT else None
 
 
+def own_function(eqn: Any) -> Any:
+    """The jaxpr of a function with its own derivative, which that is meant to be of."""
+    return inner_jaxprs(eqn)[0]
+
+
 def branches(eqn: Any) -> Sequence[Any]:
     """The jaxprs of which a `cond` or `switch` runs one; none for any other equation."""
     return eqn.params["branches"] if eqn.primitive in COND else ()
@@ -94,6 +99,12 @@ def as_callable(closed: Any) -> Callable[..., list[jax.Array]]:
     return jex.jaxpr_as_fun(closed)
 
 
+def closed_over_nothing(jaxpr: Any) -> Any:
+    """A jaxpr with the values of its constants, of which it may have none."""
+    inner, consts = open_jaxpr(jaxpr)
+    return jex.ClosedJaxpr(inner, consts)  # pyright: ignore[reportPrivateImportUsage]
+
+
 class StaticJaxpr:
     """A traced function as static data of a pytree: compared by its text."""
 
@@ -130,6 +141,11 @@ def run_equation(jaxpr: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     values = [x for v, x in zip(eqn.invars, operands, strict=True) if not is_literal(v)]
     results = iter(as_function(jaxpr, eqn)(*values))
     return [None if isinstance(v, jex.DropVar) else next(results) for v in eqn.outvars]
+
+
+def read_results(eqn: Any) -> list[Any]:
+    """The shapes and dtypes of an equation's results, None where the result is dropped."""
+    return [None if isinstance(v, jex.DropVar) else v.aval for v in eqn.outvars]
 
 
 def is_elementwise(equation: Any) -> bool:

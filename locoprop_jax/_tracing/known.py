@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
+from locoprop_jax._tracing import reasons
 from locoprop_jax._tracing.formulas import Formula
 from locoprop_jax._tracing.labels import Label, Weight, leaves_of
 from locoprop_jax._tracing.program import Program
@@ -22,8 +23,8 @@ class Known:
       of_arguments: those that arguments of the loss reach, and not only what it closes over.
       of_params: the values that parameters reach.
       terms: see `flow.loss_terms`.
-      n_leaves: how many parameters there are.
-      excluded: the parameters that were not understood in an earlier pass.
+      names: of the parameters.
+      excluded: the parameters that were not understood in an earlier pass, and why.
       unattached: biases that are layers of their own wherever they are added.
       at_once: the parameters that data from outside meet in a layer even in one row.
       with_constants: the kernels that constants, and data in one row, are rows of, because other
@@ -33,6 +34,7 @@ class Known:
       one_row: the parameters that data from outside met in one row, in no layer.
       networks: those of them that another layer came after.
       met_constants: the kernels whose product with a constant, or with one row, was formed.
+      outer: of what enters the body of a loop or a branch as it is outside, by its number inside.
       formulas: by key, what is made of parameters, with its number as a virtual leaf.
     """
 
@@ -40,8 +42,8 @@ class Known:
     of_arguments: Set[int]
     of_params: Set[int]
     terms: Mapping[int, float]
-    n_leaves: int
-    excluded: frozenset[int]
+    names: Sequence[str]
+    excluded: Mapping[int, Reason]
     unattached: frozenset[int]
     at_once: frozenset[int]
     with_constants: frozenset[tuple[frozenset[int], bool]]
@@ -50,11 +52,17 @@ class Known:
     one_row: set[int] = dataclasses.field(default_factory=set)
     networks: set[int] = dataclasses.field(default_factory=set)
     met_constants: set[tuple[frozenset[int], bool]] = dataclasses.field(default_factory=set)
+    outer: dict[int, int] = dataclasses.field(default_factory=dict)
     formulas: dict[tuple, tuple[int, Formula]] = dataclasses.field(default_factory=dict)
+
+    def follows(self, refused: Iterable[int]) -> Reason:
+        """Why what belongs to a refused parameter is in no layer."""
+        leaf = min(refused)
+        return reasons.follows(self.names[leaf], self.excluded[leaf])
 
     def number(self, formula: Formula) -> int:
         """Of a formula as a virtual leaf."""
-        number = self.n_leaves + len(self.formulas)
+        number = len(self.names) + len(self.formulas)
         return self.formulas.setdefault(formula.key(), (number, formula))[0]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from locoprop_jax._tracing import chains, flow, primitives
 from locoprop_jax._tracing.biases import attach_bias
@@ -31,14 +31,13 @@ from locoprop_jax._tracing.one_row import is_one_row, note_networks
 from locoprop_jax._tracing.operands import AsItIs, Patches, Times
 from locoprop_jax._tracing.program import END, Equation, Program
 from locoprop_jax._tracing.reasons import (
-    ADDED_TO_NO_OUTPUT,
     LOOP_START,
     Reason,
     no_layer,
     own_derivative,
 )
 from locoprop_jax._tracing.sites import Site
-from locoprop_jax._tracing.virtual import as_parameters, virtual
+from locoprop_jax._tracing.virtual import as_parameters, in_order, virtual
 
 
 class Labelling:
@@ -73,10 +72,11 @@ class Labelling:
         leaves = frozenset().union(*map(leaves_of, kinds))
         meets_data = any(map(is_data, kinds))
         plain = DATA if meets_data else CONSTANT
-        is_alive = self.live[position] and not leaves & self.known.excluded
-        if leaves and is_alive and position in self.program.bodies:
+        refused = leaves & self.known.excluded.keys()
+        if leaves - refused and self.live[position] and position in self.program.bodies:
             is_choice = equation.primitive in primitives.COND
             return (self._choice if is_choice else self._loop)(position, kinds)
+        is_alive = self.live[position] and not refused
         if not leaves:
             moved = _rearranged(self.program, equation, kinds)
             return moved or (self._factor(position, kinds) if is_alive else None) or plain
@@ -86,6 +86,8 @@ class Labelling:
             self.known.one_row.update(leaves if is_alive else ())
             meets_data, met_data = False, True
         is_term = equation.primitive in primitives.SUMS and equation.outputs[0] in self.known.terms
+        if self.live[position] and refused and meets_data and not is_term:
+            self._refuse(leaves, self.known.follows(refused))
         is_regularizer = is_term and not self.program.shape(equation.outputs[0])
         if is_alive and not is_regularizer:
             reader = self._site if meets_data else self._before_data
@@ -100,8 +102,13 @@ class Labelling:
             )
         if isinstance(found, Reason) and not is_term:
             # A sum inside the loss adds a regularizer.
-            self.reasons.update((leaf, found) for leaf in leaves if leaf not in self.reasons)
+            self._refuse(leaves, found)
         return plain
+
+    def _refuse(self, leaves: Iterable[int], why: Reason) -> None:
+        """Say why parameters are in no layer; the first reason that was found counts."""
+        for leaf in set(leaves) - self.known.excluded.keys():
+            self.reasons.setdefault(leaf, why)
 
     def _derived(self, equation: Equation, kinds: Sequence[Label], met_data: bool) -> list[Label]:
         leaves = frozenset().union(*map(leaves_of, kinds))
@@ -162,18 +169,15 @@ class Labelling:
         if primitive in primitives.MUL or self._is_divisor(equation, kinds):
             return self._scale(position, kinds)
         if primitive in primitives.ADD | primitives.SUB:
-            attached: Output | Reason = ADDED_TO_NO_OUTPUT
+            attached: Output | None = None
             is_added = primitive in primitives.ADD or isinstance(kinds[1], Weight)
             if is_added and self.known.unattached.isdisjoint(
                 frozenset().union(*map(leaves_of, kinds))
             ):
                 attached = attach_bias(program, position, kinds, self.sites, self.consumers)
-            if isinstance(attached, Output):
-                return attached
-            return self._bias(position, 0, kinds) or attached
-        if primitive in primitives.CONCATENATE | primitives.SELECT:
-            return self._entering(equation, kinds) or self._unsupported(position, kinds)
-        return self._unsupported(position, kinds)
+            own = attached or self._bias(position, 0, kinds)
+            return own or self._unsupported(position, kinds)
+        return self._entering(equation, kinds) or self._unsupported(position, kinds)
 
     def _is_divisor(self, equation: Equation, kinds: Sequence[Label]) -> bool:
         """Whether data are divided by what has become its reciprocal."""
@@ -196,6 +200,7 @@ class Labelling:
         loop = Loop(equation.path, equation.params["length"], position)
         end = scan.consts + scan.carry
         labels: list[Label] = []
+        meets_data = any(map(is_data, kinds))
         for i, (value, label) in enumerate(zip(equation.inputs, kinds, strict=True)):
             shape = self.program.shape(value)
             label = virtual(self.scope, label)
@@ -210,22 +215,37 @@ class Labelling:
                     label = (
                         label.slices(shape, loop) if is_stack else Derived(leaves_of(label), "scan")
                     )
-                elif not passed:
+                elif not passed and meets_data:
                     label = self._started(position, i, label)
+                elif not passed:
+                    label = Derived(leaves_of(label), "scan")
             labels.append(label)
         # What is carried becomes data where the loop meets data at all.
-        meets_data = any(map(is_data, labels))
         for i in range(scan.consts, end):
             if labels[i] is CONSTANT and meets_data:
                 labels[i] = DATA
-        self._inside(body, labels, loop, equation.outputs)
+        same = [
+            i < scan.consts or body.outputs[i - scan.consts] == v
+            for i, v in enumerate(body.inputs[:end])
+        ]
+        self._enter(body.inputs[:end], equation.inputs, same)
+        returned = self._inside(body, labels, loop, equation.outputs)
+        meets_data = meets_data or any(map(is_data, returned))
         leaves = frozenset().union(*map(leaves_of, labels))
-        result: list[Label] = [DATA if meets_data else Derived(leaves, "scan")]
-        result *= len(equation.outputs)
+        result: list[Label] = [
+            DATA if meets_data else Derived(leaves, "scan", v) for v in equation.outputs
+        ]
         for i in range(scan.carry):
             if isinstance(labels[scan.consts + i], Weight):
                 result[i] = kinds[scan.consts + i]
         return result
+
+    def _enter(self, inside: Sequence[int], outside: Sequence[int], same: Sequence[bool]) -> None:
+        """Note what values of a body are in the whole program, where these are the same."""
+        known, is_body = self.known.outer, self.program.is_body
+        for value, before, is_same in zip(inside, outside, same, strict=False):
+            if is_same and (before in known or not is_body):
+                known[value] = known.get(before, before)
 
     def _inside(
         self, body: Program, given: Sequence[Label], loop: Loop, outputs: tuple[int, ...]
@@ -246,6 +266,8 @@ class Labelling:
         equation, programs = self.program.equations[position], self.program.bodies[position]
         given = [virtual(self.scope, label) for label in kinds[1:]]
         given = [DATA if isinstance(label, Output) else label for label in given]
+        for body in programs:
+            self._enter(body.inputs, equation.inputs[1:], [True] * len(given))
         found = [
             self._inside(body, given, Loop((*equation.path, k), 1, position), equation.outputs)
             for k, body in enumerate(programs)
@@ -263,20 +285,24 @@ class Labelling:
 
     def _started(self, position: int, operand: int, label: Weight) -> Label:
         """A parameter that a loop starts from: a layer at its own value, one for each example."""
+        if leaves_of(label) & self.known.excluded.keys():
+            return DATA
         value = self.program.equations[position].inputs[operand]
         found = self._at_value(value, [label])
         if isinstance(found, Output):
             return DATA
-        why = found if isinstance(found, Reason) else LOOP_START
-        self.reasons.setdefault(label.leaf, why)
+        self._refuse(leaves_of(label), LOOP_START)
         return DATA
 
     def _scale(self, position: int, kinds: Sequence[Label]) -> Label | Reason:
-        product = scaled(self.program, position, kinds, self.sites)
-        if isinstance(product, Reason):
-            return product
-        found = scale(self.program, position, product)
-        return found if isinstance(found, Reason) else self._append(found)
+        equation = self.program.equations[position]
+        for own in (kinds, in_order(self.scope, equation.inputs, kinds)):
+            product = scaled(self.program, position, own, self.sites)
+            if isinstance(product, Reason):
+                return product
+            if (found := scale(self.program, position, product)) is not None:
+                return self._append(found)
+        raise AssertionError("an array of its own has its entries in order")
 
     def _factor(self, position: int, kinds: Sequence[Label]) -> Label | None:
         """One more factor of data for a scale whose product goes nowhere else."""
@@ -291,7 +317,7 @@ class Labelling:
         if isinstance(product, Reason):
             return None
         found = scale(self.program, position, product)
-        if isinstance(found, Reason):
+        if found is None:
             return None
         self.sites[output.site] = self._placed(found)
         return Output(output.site, ())
@@ -305,24 +331,32 @@ class Labelling:
             value = self.program.equations[uses[0]].outputs[0]
         return False
 
-    def _bias(self, position: int, result: int, kinds: Sequence[Label]) -> Label | Reason | None:
+    def _bias(self, position: int, result: int, kinds: Sequence[Label]) -> Label | None:
         """A parameter that is added to data as a layer of its own, None where it is no such."""
-        weights = [k for k in kinds if isinstance(k, Weight)]
-        specials = [k for k in kinds if leaves_of(k)]
-        if len(weights) != 1 or len(specials) != 1:
+        if sum(bool(leaves_of(k)) for k in kinds) != 1:
             return None
-        found = bias(self.program, position, result, weights[0])
-        return found if isinstance(found, Reason) else self._append(found)
+        equation = self.program.equations[position]
+        for own in (kinds, in_order(self.scope, equation.inputs, kinds)):
+            for weight in (k for k in own if isinstance(k, Weight)):
+                if (found := bias(self.program, position, result, weight)) is not None:
+                    return self._append(found)
+        return None
 
-    def _entering(self, equation: Equation, kinds: Sequence[Label]) -> Label | Reason | None:
+    def _entering(self, equation: Equation, kinds: Sequence[Label]) -> Label | None:
         """A parameter that is put beside data, once for each example: a layer at its own value."""
         entering = [v for v, k in zip(equation.inputs, kinds, strict=True) if leaves_of(k)]
         if len(entering) != 1:
             return None
-        found = self._at_value(entering[0], [k for k in kinds if leaves_of(k)])
+        own = [k for k in kinds if leaves_of(k)]
+        is_joined = equation.primitive in primitives.CONCATENATE | primitives.SELECT
+        if not is_joined and not any(
+            isinstance(k, Weight) and chains.is_spread(k.chain) for k in own
+        ):
+            return None
+        found = self._at_value(entering[0], own)
         return DATA if isinstance(found, Output) else found
 
-    def _at_value(self, value: int, kinds: Sequence[Label]) -> Label | Reason | None:
+    def _at_value(self, value: int, kinds: Sequence[Label]) -> Label | None:
         """A parameter that is data itself, spread over the examples before it is used once."""
         position = self.program.producers.get(value)
         if position is None or len(self.consumers.get(value, [])) != 1:

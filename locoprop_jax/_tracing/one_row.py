@@ -25,14 +25,16 @@ def is_one_row(scope: Scope, position: int, kinds: Sequence[Label]) -> bool:
     leaves = frozenset().union(*map(leaves_of, kinds))
     pairs = list(zip(equation.inputs, kinds, strict=True))
     data = [v for v, k in pairs if not leaves_of(k)]
-    moved = any(v in scope.known.of_params for v in data)
+    outer = scope.known.outer
+    moved = any(outer.get(v, v) in scope.known.of_params for v in data)
     if moved or not leaves.isdisjoint(scope.known.at_once):
         return False
+    of_arguments = any(outer.get(v, v) in scope.known.of_arguments for v in data)
     if equation.primitive in primitives.SCATTER | primitives.UPDATE_SLICE:
-        return scope.known.of_arguments.isdisjoint(data)
+        return not of_arguments  # entries put in their places in a kernel
     if equation.primitive in primitives.GATHER:
-        if not scope.known.of_arguments.isdisjoint(data) or not isinstance(kinds[0], Weight):
-            return False
+        if of_arguments or not isinstance(kinds[0], Weight):
+            return not of_arguments
         no_rows = isinstance(embedding(scope.program, position, kinds), Reason)
         return no_rows or _is_kernel(scope, equation.outputs[0])
     if equation.primitive in primitives.DOT_GENERAL:

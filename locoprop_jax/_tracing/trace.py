@@ -105,8 +105,8 @@ def trace(loss_fn: Callable, params: Any, args: tuple, kwargs: dict, has_aux: bo
         merged = [next(rest) if a else x for x, a in zip(static, arrays, strict=True)]
         return jax.tree.unflatten(tree, merged)
 
-    program = flatten(closed)
-    detection = detect.detect(program, len(leaves))
+    program = flatten(closed, len(leaves))
+    detection = detect.detect(program, names)
     return Traced(
         closed,
         program,

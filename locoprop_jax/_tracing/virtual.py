@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from locoprop_jax._tracing import chains, primitives
+from locoprop_jax._tracing import chains, flow, primitives
 from locoprop_jax._tracing.formulas import formula
 from locoprop_jax._tracing.known import Scope
 from locoprop_jax._tracing.labels import (
@@ -35,7 +35,8 @@ def virtual(scope: Scope, label: Label, change: str = "", value: int | None = No
     elif not (change and isinstance(label, Weight)):
         return label
     assert value is not None
-    found = formula(scope.program, value, leaves_of(label), scope.labels, change)
+    outer = scope.known.outer
+    found = formula(scope.program, value, leaves_of(label), scope.labels, change, outer)
     if found is None:
         return label
     leaf = scope.known.number(found)
@@ -46,18 +47,48 @@ def as_parameters(scope: Scope, equation: Equation, kinds: Sequence[Label]) -> l
     """The labels of what data meet, what is made of parameters as arrays like them."""
     primitive, program = equation.primitive, scope.program
     result: list[Label] = []
+    is_kernel = primitive in primitives.DOT_GENERAL | primitives.CONVOLUTION
     for i, (value, label) in enumerate(zip(equation.inputs, kinds, strict=True)):
         change = ""
         if i == 1 and primitive in primitives.SUB | primitives.DIV:
             change = str(primitive)
-        is_kernel = primitive in primitives.DOT_GENERAL | primitives.CONVOLUTION
         is_number = is_kernel and isinstance(without_number(program, label), Weight)
         stays = isinstance(label, Scaled) and primitive in primitives.MUL
-        is_spread = isinstance(label, Weight) and not chains.is_invertible(label.chain)
-        if is_spread and (is_kernel or primitive in primitives.GATHER):
-            result.append(virtual(scope, Derived(leaves_of(label), "broadcast_in_dim", value)))
-        else:
-            result.append(label if is_number or stays else virtual(scope, label, change, value))
+        if not is_number and not stays:
+            label = virtual(scope, label, change, value)
+        if is_kernel or primitive in primitives.GATHER:
+            label = _not_spread(scope, value, label)
+        result.append(label)
+    return result
+
+
+def _not_spread(scope: Scope, value: int, label: Label) -> Label:
+    """What was broadcast as an array of its own."""
+    plain = without_number(scope.program, label)
+    if not isinstance(plain, Weight) or chains.is_invertible(plain.chain):
+        return label
+    return virtual(scope, Derived(leaves_of(label), "broadcast_in_dim", value))
+
+
+def in_order(scope: Scope, values: Sequence[int], labels: Sequence[Label]) -> list[Label]:
+    """Parameters whose entries meet data in another order, or more than once, as other arrays.
+
+    Args:
+      scope: that they are in.
+      values: what meets.
+      labels: of these values.
+    """
+    program, result = scope.program, []
+    for value, label in zip(values, labels, strict=True):
+        chain: chains.Chain = ()
+        equation = (
+            program.equations[at] if (at := program.producers.get(value)) is not None else None
+        )
+        if equation is not None and equation.primitive in primitives.BROADCAST:
+            chain = flow.rearranged(program, equation, ()) or ()
+            value = equation.inputs[0]
+        made = Derived(leaves_of(label), "reshape", value, chain)
+        result.append(virtual(scope, made) if leaves_of(label) else label)
     return result
 
 

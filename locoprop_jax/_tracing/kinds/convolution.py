@@ -9,7 +9,7 @@ from locoprop_jax._tracing import chains
 from locoprop_jax._tracing.labels import Label, Operand, Weight
 from locoprop_jax._tracing.operands import Patches
 from locoprop_jax._tracing.program import Program
-from locoprop_jax._tracing.reasons import BATCH_IN_GROUPS, BROADCAST, MOVED_OVER, Reason
+from locoprop_jax._tracing.reasons import BATCH_IN_GROUPS, MOVED_OVER, Reason
 from locoprop_jax._tracing.sites import Axes, Site
 
 
@@ -19,8 +19,7 @@ def convolution(program: Program, position: int, kinds: Sequence[Label]) -> Site
     label = kinds[1]
     if not isinstance(label, Weight):
         return MOVED_OVER
-    if not chains.is_invertible(label.chain):
-        return BROADCAST
+    assert chains.is_invertible(label.chain), "what was broadcast comes as an array of its own"
     params = equation.params
     if params["batch_group_count"] != 1:
         return BATCH_IN_GROUPS
