@@ -106,3 +106,111 @@ def test_the_fisher_of_exact_columns_is_the_gauss_newton_matrix(problem):
     divided = lp.inverse_fisher_product(layers, captured, UNRAVEL(v), 0.1)
     expected = np.linalg.solve(dense + 0.1 * np.eye(len(v)), v)
     np.testing.assert_allclose(ravel_pytree(divided)[0], expected, rtol=1e-8)
+
+
+def test_factors_are_those_of_dangel_mueller_and_zeinhofer():
+    """A of all rows of a forward-mode Laplacian, B of what arrives at their outputs.
+
+    For each coordinate a layer has the rows (z, 1) of the values, (z., 0) of the tangents, the
+    outer and the inner one, and (z.., 0) of the second derivatives. At the first layer the last are
+    zero and no program has them; at the last layer only these reach the Laplacian.
+    """
+    loss_fn = loss_of(POISSON[:1])
+    layers = lp.find_layers(loss_fn, PARAMS)
+    _, grads, captured = capture(loss_fn, "ggn_exact")
+    tx = lp.scale_by_kfac(layers, decay=0.5, match_trace=False)
+    _, state = jax.jit(tx.update)(grads, tx.init(PARAMS), PARAMS, captured=captured)
+
+    def forward(shifts):
+        """The Laplacian by hand, with a shift of each output; and the inputs."""
+        total, inputs = 0.0, {name: [] for name in PARAMS}
+        for i in range(2):
+            tangent = jnp.zeros_like(INSIDE).at[:, i].set(1.0)
+            z = jnp.stack([INSIDE, tangent, tangent, jnp.zeros_like(INSIDE)])
+            for name, p in PARAMS.items():
+                ones = jnp.zeros((4, len(INSIDE), 1)).at[0].set(1.0)
+                extended = jnp.concatenate([z, ones], -1)
+                inputs[name].append(extended)
+                a, outer, inner, second = (
+                    extended @ jnp.concatenate([p["kernel"], p["bias"][None]]) + shifts[name][i]
+                )
+                h = jnp.tanh(a)
+                slope = 1 - h**2
+                bent = slope * second - 2 * h * slope * outer * inner
+                z = jnp.stack([h, slope * outer, slope * inner, bent])
+            total += second[:, 0]
+        return total, inputs
+
+    zeros = {n: jnp.zeros((2, 4, len(INSIDE), p["bias"].size)) for n, p in PARAMS.items()}
+    laplacian, inputs = forward(zeros)
+    np.testing.assert_allclose(laplacian, POISSON[0].residuals(PARAMS), rtol=1e-10)
+    # A row reaches the residual of its own point alone: one pull has them all.
+    cotangents = quick_jit(jax.grad(lambda shifts: forward(shifts)[0].sum()))(zeros)
+    used = {"first": slice(0, 3), "middle": slice(0, 4), "last": slice(3, 4)}
+    for name in layers:
+        x = np.stack(inputs[name])[:, used[name]].reshape(-1, inputs[name][0].shape[-1])
+        c = np.asarray(cotangents[name])[:, used[name]].reshape(-1, cotangents[name].shape[-1])
+        if name == "last":  # whose bias has no gradient and is none of its inputs
+            x = x[:, :-1]
+        expected = x.T @ x / len(x), 2 / len(INSIDE) * c.T @ c  # 2 / N: the mean of squares'
+        for found, factor in zip(state.statistics[name], expected, strict=True):
+            np.testing.assert_allclose(found, factor / 2, rtol=1e-9, atol=1e-12)  # half a step old
+
+
+METHODS = {
+    "foof": lambda layers: lp.foof(layers),
+    "lnb": lambda layers: lp.lnb(layers),
+    "kfac": lambda layers: lp.kfac(layers),
+    "natural_gradient": lambda layers: lp.natural_gradient(layers),
+    "hessian_free": lambda layers: lp.hessian_free(),
+}
+
+
+CURVATURES = [
+    *((name, None) for name in ("foof", "lnb", "hessian_free")),
+    *((name, kind) for name in ("kfac", "natural_gradient") for kind in ("ggn_exact", "ggn_mc")),
+]
+
+
+@pytest.mark.parametrize(("name", "curvature"), CURVATURES)
+def test_each_method_lowers_the_loss_of_an_equation(name, curvature):
+    loss_fn = loss_of(POISSON)
+    layers = lp.find_layers(loss_fn, PARAMS)
+    tx = METHODS[name](layers)
+    get = lp.value_grad_and_capture(loss_fn, curvature=curvature)
+    start = {"rng": jax.random.key(0)} if curvature == "ggn_mc" else {}
+
+    @quick_jit
+    def step(params, state):
+        value, grads, captured = get(params, **start)
+        more = {"captured": captured, "value": value, "grad": grads, "value_fn": loss_fn}
+        updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **more)
+        return optax.apply_updates(params, updates), state, value
+
+    params, state, losses = PARAMS, tx.init(PARAMS), []
+    for _ in range(15):
+        params, state, value = step(params, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_rows_that_are_the_same_for_all_points_are_refused_with_a_remedy():
+    def loss_fn(p):
+        def u(x):
+            return net(p, x[None])[0]
+
+        v = jnp.ones(2)
+        slope = jax.vmap(lambda x: jax.jvp(u, (x,), (v,))[1])(INSIDE)
+        return lp.losses.squared_error(slope, INSIDE[:, 0]).mean()
+
+    layers = lp.find_layers(loss_fn, PARAMS)
+    get = lp.value_grad_and_capture(loss_fn, curvature="ggn_exact")
+    with pytest.raises(ValueError, match=r"first.* the same for all examples.*broadcast_to"):
+        jax.eval_shape(get, PARAMS)
+    get = lp.value_grad_and_capture(loss_fn, curvature="ggn_mc")
+
+    def product(rng):
+        return lp.fisher_product(layers, get(PARAMS, rng=rng)[2], PARAMS)
+
+    with pytest.raises(ValueError, match=r"the same for all examples.*broadcast_to"):
+        jax.eval_shape(product, jax.random.key(0))
