@@ -19,6 +19,9 @@ ENTRIES: Mapping[str, Mapping[str, str]] = {
         "table1": "memory and flops of LocoProp and Adam, beside the formulas of its paper",
         "tune": "search the hyperparameters that `autoencoder` and `ablations` start from",
     },
+    "physics": {
+        "physics": "equations, energies and forces: Adam, L-BFGS, FOOF, K-FAC, natural gradient",
+    },
     "costs": {
         "speed": "a step of each method and its parts on the autoencoder, as ratios",
         "capture_cost": "capture on a transformer, a ViT, a ResNet and a UNet, as ratios",

@@ -66,6 +66,7 @@ def assemble(
         any(target.joins_positions for target in plan.targets),
         deferred,
         counts.pop() if len(counts) == 1 else None,
+        bool(plan.targets) and all(target.batch is not None for target in plan.targets),
     )
 
 

@@ -29,7 +29,6 @@ from locoprop_jax._tracing import chains, jaxpr
 from locoprop_jax._tracing.chains import Shape
 
 SAMPLED = ("fisher_mc", "ggn_mc")
-PULLED = ("fisher_mc", "ggn_mc", "ggn_exact")  # by passes of their own
 
 
 def check_arguments(curvature: str | None, samples: int) -> None:
@@ -142,7 +141,7 @@ def cotangents(
     """
     if curvature == "ggn_exact":
         columns = [_columns(target, point) for target, point in zip(targets, points, strict=True)]
-        return _apart(columns)
+        return _apart(columns, [target.batch for target in targets])
     assert rng is not None
     draw = _labels_sampled if curvature == "fisher_mc" else _noise
     drawn = []
@@ -160,14 +159,22 @@ def _columns(target: Target, point: Point) -> Array:
     return jax.vmap(root)(vectors).astype(point.value.dtype)
 
 
-def _apart(columns: Sequence[Array]) -> list[Array]:
-    """The columns of several targets one after the other, zeros at the other targets."""
-    total, start, result = sum(len(c) for c in columns), 0, []
-    for each in columns:
-        ends = (start, total - start - len(each))
-        result.append(jnp.pad(each, [ends] + [(0, 0)] * (each.ndim - 1)))
-        start += len(each)
-    return result
+def _apart(columns: Sequence[Array], batches: Sequence[int | None]) -> list[Array]:
+    """The columns of several targets one after the other, zeros at the other targets.
+
+    Batches of other sizes have no row in common: their columns are pulled together.
+    """
+    ends: dict[int | None, int] = {}
+    starts = []
+    for each, batch in zip(columns, batches, strict=True):
+        own = batch if None not in batches else None
+        starts.append(ends.get(own, 0))
+        ends[own] = starts[-1] + len(each)
+    total = max(ends.values(), default=0)
+    return [
+        jnp.pad(each, [(start, total - start - len(each))] + [(0, 0)] * (each.ndim - 1))
+        for each, start in zip(columns, starts, strict=True)
+    ]
 
 
 def _noise(target: Target, point: Point) -> Callable[[Array], Array]:

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from locoprop_jax._capture import output_hessian
-from locoprop_jax._capture.curvature import PULLED
 from locoprop_jax._capture.output_hessian import OutputPlan
 from locoprop_jax._capture.plan import LayerPlan
-from locoprop_jax._capture.target import Target
+from locoprop_jax._capture.target import PULLED, Target
 from locoprop_jax._capture.targets import find_targets
 from locoprop_jax._checks import REAL_REMEDY
 from locoprop_jax._layers.uses import Layout

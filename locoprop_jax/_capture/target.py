@@ -11,6 +11,7 @@ from locoprop_jax._tracing.program import Equation
 from locoprop_jax._tracing.trace import Traced
 
 KINDS = ("fisher_mc", "fisher_empirical", "ggn_mc", "ggn_exact", "ggn_output")
+PULLED = ("fisher_mc", "ggn_mc", "ggn_exact")  # by passes of their own
 
 REMEDY = (
     "Write the loss with `locoprop_jax.losses` (such as `losses.softmax_cross_entropy`), or mark "
@@ -48,6 +49,8 @@ class Target(NamedTuple):
       alone: the axes along which exact columns differ: those of one block, and those whose entries
         meet in the network.
       joins_positions: whether an exact column has entries at several positions of one example.
+      batch: how many examples there are, if all rows of layers that reach one of the outputs are
+        those of one example; None if rows of several reach it, or that cannot be told.
       loss: the known loss; None for a head.
       to_terms: what brings the outputs to (*terms, *outputs of one) for a known loss.
       weights: what weighs the known loss's terms, all added up; nothing for a head.
@@ -63,6 +66,7 @@ class Target(NamedTuple):
     outputs: Shape
     alone: Shape
     joins_positions: bool = False
+    batch: int | None = None
     loss: losses.OutputLoss | None = None
     to_terms: Chain = ()
     weights: tuple[Weight, ...] = ()

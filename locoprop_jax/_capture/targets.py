@@ -6,13 +6,14 @@ of has targets as `unmarked` finds them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from locoprop_jax import losses
 from locoprop_jax._capture import unmarked
 from locoprop_jax._capture.recognise import Reader
-from locoprop_jax._capture.target import KINDS, REMEDY, Target, Weight, asker, batch_of
+from locoprop_jax._capture.target import KINDS, PULLED, REMEDY, Target, Weight, asker, batch_of
 from locoprop_jax._tracing import ends, separable
 from locoprop_jax._tracing.chains import Chain, Shape
 from locoprop_jax._tracing.flow import reached_live
@@ -69,6 +70,8 @@ def find_targets(
             f"ones. Hand a loss of `locoprop_jax.losses`, or one marked by `@losses.output_loss`, "
             f"their real and imaginary parts: `jnp.concatenate([z.real, z.imag], -1)`."
         )
+    if curvature in PULLED:
+        targets = [t._replace(batch=_examples(traced, t, to_rows)) for t in targets]
     if curvature == "ggn_exact":
         targets = [_with_columns(traced, target, names, to_rows) for target in targets]
     return tuple(targets)
@@ -233,6 +236,32 @@ def _axes_of(
     return tuple(found), tuple(i for i in range(len(shape)) if i not in found)
 
 
+def _constant(
+    traced: Traced, names: Sequence[str], followed: Mapping[int, separable.Axes]
+) -> str | None:
+    """A layer that has a use without an axis of examples; None if there is none."""
+    for site, name in zip(traced.detection.sites, names, strict=True):
+        if site.output in followed and traced.batch_axes is not None:
+            if not site.loops and not traced.batch_axes[site.output]:
+                return name
+    return None
+
+
+def _examples(traced: Traced, target: Target, to_rows: Sequence[Chain]) -> int | None:
+    """How many examples a target has, if each reaches outputs of its own; else None."""
+    followed, _ = separable.follow(traced.program, target.value, traced.detection.live)
+    batches = set()
+    for site, chain in zip(traced.detection.sites, to_rows, strict=True):
+        if site.output in followed:
+            if site.loops:
+                return None
+            *_, batch, _, _ = separable.rearranged(chain, followed[site.output])
+            batches.add(batch)
+    if len(batches) != 1 or not separable.is_separate(next(iter(batches))):
+        return None
+    return math.prod(factor.size for factor in batches.pop())
+
+
 def _with_columns(
     traced: Traced, target: Target, names: Sequence[str], to_rows: Sequence[Chain]
 ) -> Target:
@@ -258,6 +287,14 @@ def _with_columns(
                 if program.shape(target.value)[axis] > 1 and axis not in labels:
                     meeting.setdefault(axis, name)
     mixed = sorted(growing & set(meeting))
+    if mixed and (name := _constant(traced, names, followed)) is not None:
+        raise ValueError(
+            f"`curvature='ggn_exact'` needs rows of each example, but {name} is applied to what "
+            f"is the same for all examples, as in a derivative along a fixed direction under "
+            f"`jax.vmap`. Differentiate the network of the whole batch instead, along a tangent as "
+            f"large as its inputs: `jax.jvp(f, (x,), (jnp.broadcast_to(v, x.shape),))`; or use "
+            f"`curvature='ggn_mc'`."
+        )
     if mixed:
         axis = mixed[0]
         outputs = [v for site in sites for v in site.outside]

@@ -250,9 +250,9 @@ def _open(
     check_real_captured(captured, method)
     captured = captured.pulled()
     own = woodbury.same_dtype(blocks(layers, tree, space, captured.points))
-    systems = []
+    columns, systems = woodbury.columns_of(captured, own, curvature), []
     for names in woodbury.groups(own, block_diagonal).values():
-        systems.append({n: woodbury.columns_of(captured, n, own[n], curvature) for n in names})
+        systems.append({n: columns[n] for n in names})
         woodbury.check_examples(method, systems[-1])
     return own, systems
 

@@ -250,6 +250,24 @@ class LayerArrays:
             )
         return _joined([use.read_curvature() for use in self.uses])
 
+    def by_batch(self) -> dict[int, tuple[Array, Array]]:
+        """Inputs and curvature cotangents by the number of examples: those of several batches.
+
+        Their shapes are those of `inputs` and `curvature`.
+        """
+        if self.deferred is not None:
+            return self.with_curvature(self.deferred.pull()).by_batch()
+        found: dict[int, list[Use | Transposed]] = {}
+        for use in self.uses:
+            found.setdefault(use.read_outputs().shape[-3], []).append(use)
+        return {
+            size: (
+                _joined([use.read_inputs() for use in uses]),
+                _joined([use.read_curvature() for use in uses]),
+            )
+            for size, uses in found.items()
+        }
+
     @property
     def transferred_curvature(self) -> Float[Array, "*stack samples batch shared d_out"]:
         """The curvature cotangents after the transfer function: `curvature` itself without one.

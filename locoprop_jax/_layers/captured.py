@@ -17,7 +17,7 @@ from locoprop_jax._layers.layers import Layers
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["_arrays", "_deferred"],
-    meta_fields=["_names", "has_joint_columns", "_terms"],
+    meta_fields=["_names", "has_joint_columns", "_terms", "are_apart"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Captured(Mapping[str, LayerArrays]):
@@ -27,6 +27,9 @@ class Captured(Mapping[str, LayerArrays]):
       has_joint_columns: whether an exact column was injected at several positions of an example at
         once, because they do not meet in the network. Its rows then belong to the curvature each
         on their own; products between them do not.
+      are_apart: whether each output that curvature was asked for is of one example, and all rows
+        that reach it are this example's. Then rows of batches of different sizes are of different
+        examples.
     """
 
     _names: tuple[str, ...]  # in the order the data meets the layers, which a dict would lose
@@ -34,6 +37,7 @@ class Captured(Mapping[str, LayerArrays]):
     has_joint_columns: bool = False
     _deferred: Deferred | None = None
     _terms: float | None = None  # None where output layers disagree on it
+    are_apart: bool = False
 
     def __getitem__(self, name: str) -> LayerArrays:
         if name not in self._names:

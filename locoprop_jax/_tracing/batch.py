@@ -3,7 +3,8 @@
 Layers need only rows, and an equation shows these. Which of them belong to one example matters to
 few methods. It follows from where axes come from and where they end: the batch is an axis of the
 data and of the rows of layers, the loss sums over it at its end, and nothing mixes its places
-before. Batch normalisation does; then the first axes of the arguments decide.
+before. Batch normalisation does; then the first axes of the arguments decide. A loss of several
+batches (points inside and at the boundary) has an axis of each, if no value has two of them.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ def batch_axes(program: Program, n_leaves: int, detection: Detection) -> list[Sh
     """
     mixing, sums = _mixing(program, n_leaves, detection)
     axes = NamedAxes(program, mixing)
-    batch = _batch(program, n_leaves, detection, axes, sums)
-    if batch is None:
+    batches = _batches(program, n_leaves, detection, axes, sums)
+    if not batches:
         return None
     known = axes.values
     return [
-        tuple(i for i, axis in enumerate(axes(v)) if batch in axis) if v in known else ()
+        tuple(i for i, axis in enumerate(axes(v)) if batches.intersection(axis))
+        if v in known
+        else ()
         for v in range(len(program.avals))
     ]
 
@@ -60,10 +63,10 @@ def _mixing(
     return mixing, sums
 
 
-def _batch(
+def _batches(
     program: Program, n_leaves: int, detection: Detection, axes: NamedAxes, sums: Sequence[int]
-) -> int | None:
-    """The name of the batch's axis."""
+) -> set[int]:
+    """The names of the batch's axis, and of those of further batches."""
     rows: set[int] = set()
     for site in detection.sites:
         raw = axes(raw_output(site))
@@ -91,9 +94,29 @@ def _batch(
     mixed = axes.names.mixed
     origins = {name: axes.names.origins(name) & order.keys() for name in rows}
 
-    def rank(name: int) -> tuple:
-        is_apart = name not in mixed and name in summed
-        counts = [sum(count[n] for n in origins[name]) for count in (first, anywhere, of_constants)]
-        return is_apart, *counts, -min(order[n] for n in origins[name])
+    def is_apart(name: int) -> bool:
+        return name not in mixed and name in summed
 
-    return max((name for name in rows if origins[name]), key=rank, default=None)
+    def rank(name: int) -> tuple:
+        counts = [sum(count[n] for n in origins[name]) for count in (first, anywhere, of_constants)]
+        return is_apart(name), *counts, -min(order[n] for n in origins[name])
+
+    ranked = sorted((name for name in rows if origins[name]), key=rank, reverse=True)
+    chosen = set(ranked[:1])
+    others = [name for name in ranked[1:] if axes.names.sizes[name] > 1]
+    if others and all(map(is_apart, chosen)):
+        together = _together(axes, rows)
+        for name in filter(is_apart, others):
+            if chosen.isdisjoint(together[name]):
+                chosen.add(name)
+    return chosen
+
+
+def _together(axes: NamedAxes, names: set[int]) -> dict[int, set[int]]:
+    """By each of some names, those that are beside it in some value."""
+    found: dict[int, set[int]] = {name: set() for name in names}
+    for value in axes.values:
+        beside = names.intersection(name for axis in axes(value) for name in axis)
+        for name in beside:
+            found[name] |= beside
+    return found

@@ -21,7 +21,7 @@ COND = _primitives("cond")
 CUSTOM = _primitives("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 STOP_GRADIENT = _primitives("stop_gradient")
 DOT_GENERAL = _primitives("dot_general")
-ADD = _primitives("add", "add_any")
+ADD = _primitives("add", "add_jaxvals")  # add_any, where derivatives meet
 TRANSPOSE = _primitives("transpose")
 SQUEEZE = _primitives("squeeze")
 RESHAPE = SQUEEZE | _primitives("reshape")
@@ -64,9 +64,9 @@ STACK = frozenset(  # made of others before JAX 0.11
 # Equations through which a loss is a weighted sum of its terms.
 SUMS = ADD | _primitives("sub", "neg", "reduce_sum") | RESHAPE | BROADCAST | CAST | SAME
 _ENTRY_BY_ENTRY = """
-abs acos acosh and asin asinh atan atan2 atanh cbrt ceil clamp copy cos cosh digamma eq erf
-erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt
-max min ne neg nextafter not or pow rem round rsqrt select_n sign sin sinh sqrt square sub tan
-tanh xor
+abs acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp copy cos cosh
+digamma eq erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac integer_pow
+is_finite le lgamma log log1p log2 logistic lt max min ne neg nextafter not one_minus_square or
+polygamma pow rem round rsqrt select_n sign sin sinh sqrt square sub tan tanh xor zeta
 """
 ELEMENTWISE = ADD | CAST | MUL | DIV | STOP_GRADIENT | _primitives(*_ENTRY_BY_ENTRY.split())
