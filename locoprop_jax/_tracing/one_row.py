@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from locoprop_jax._tracing import chains, flow, primitives
 from locoprop_jax._tracing.jaxpr import is_elementwise
 from locoprop_jax._tracing.known import Scope
-from locoprop_jax._tracing.labels import Derived, Label, leaves_of
+from locoprop_jax._tracing.labels import Derived, Label, is_data, leaves_of
 from locoprop_jax._tracing.program import END, Equation
 
 
@@ -29,7 +29,8 @@ def is_one_row(scope: Scope, position: int, kinds: Sequence[Label]) -> bool:
         return False
     of_arguments = any(outer.get(v, v) in scope.known.of_arguments for v in data)
     if equation.primitive in primitives.SCATTER:  # entries put in their places in a kernel
-        return not of_arguments and not any(map(scope.program.is_inexact, data))
+        met = any(is_data(k) and scope.program.is_inexact(v) for v, k in pairs)
+        return not of_arguments and not met
     if equation.primitive in primitives.GATHER:
         return not of_arguments and _is_kernel(scope, equation.outputs[0])
     if equation.primitive in primitives.DOT_GENERAL:
