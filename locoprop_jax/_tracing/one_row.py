@@ -9,7 +9,7 @@ from locoprop_jax._tracing import chains, flow, primitives
 from locoprop_jax._tracing.jaxpr import is_elementwise
 from locoprop_jax._tracing.kinds.embedding import embedding
 from locoprop_jax._tracing.known import Scope, kernel_key
-from locoprop_jax._tracing.labels import Derived, Label, Weight, leaves_of
+from locoprop_jax._tracing.labels import Derived, Label, Weight, is_data, leaves_of
 from locoprop_jax._tracing.program import END, Equation
 from locoprop_jax._tracing.reasons import Reason
 
@@ -30,8 +30,9 @@ def is_one_row(scope: Scope, position: int, kinds: Sequence[Label]) -> bool:
     if moved or not leaves.isdisjoint(scope.known.at_once):
         return False
     of_arguments = any(outer.get(v, v) in scope.known.of_arguments for v in data)
-    if equation.primitive in primitives.SCATTER | primitives.UPDATE_SLICE:
-        return not of_arguments  # entries put in their places in a kernel
+    if equation.primitive in primitives.SCATTER:  # entries put in their places in a kernel
+        met = any(is_data(k) and scope.program.is_inexact(v) for v, k in pairs)
+        return not of_arguments and not met
     if equation.primitive in primitives.GATHER:
         if of_arguments or not isinstance(kinds[0], Weight):
             return not of_arguments
