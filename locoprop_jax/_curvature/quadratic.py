@@ -126,7 +126,7 @@ def most_fall(network: Linearised, value: Any, l2: Any, dtype: Any) -> Scalar:
 def adapted_radius(radius: Scalar, length: Scalar, verdict: Verdict, factor: Scalar) -> Scalar:
     """Less after a step that was too long and made the next batch's loss rise, else room to grow.
 
-    It grows three times as fast as it shrinks, and only where the last step was held back by it and
+    It grows twice as fast as it shrinks, and only where the last step was held back by it and
     lowered the loss of the next batch.
 
     Args:
@@ -137,7 +137,7 @@ def adapted_radius(radius: Scalar, length: Scalar, verdict: Verdict, factor: Sca
     """
     has_failed = (verdict.fall < 0) & verdict.is_too_long | ~jnp.isfinite(verdict.ratio)
     was_held = length > 0.99 * radius  # equal, but for rounding
-    grown = jnp.where(was_held & (verdict.fall > 0), factor**-3, 1)
+    grown = jnp.where(was_held & (verdict.fall > 0), factor**-2, 1)
     return radius * jnp.where(has_failed, factor, grown)
 
 

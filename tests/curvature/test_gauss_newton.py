@@ -345,7 +345,7 @@ def test_the_outputs_move_no_further_than_a_share_of_the_first_loss(scale):
 @pytest.mark.parametrize(
     "fall, rest, length, expected",
     [
-        (0.1, 0.1, 3.0, 24.0),  # held back, and good
+        (0.1, 0.1, 3.0, 12.0),  # held back, and good
         (-0.1, 0.1, 3.0, 3.0),  # the loss rose, but not at the end of the step
         (0.1, -0.1, 1.0, 3.0),  # not held back
         (-0.1, -0.1, 1.0, 1.5),  # too long
