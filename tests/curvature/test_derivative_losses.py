@@ -11,7 +11,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import locoprop_jax as lp
-from tests.helpers import block_gradient, normal, quick_jit
+from tests.helpers import normal, quick_jit
 
 INSIDE, EDGE = normal(0, 6, 2), normal(1, 4, 2)
 PARAMS = {

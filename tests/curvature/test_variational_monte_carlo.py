@@ -15,7 +15,9 @@ import locoprop_jax as lp
 from tests.helpers import assert_captured, normal, quick_jit
 
 STATES = jnp.asarray(np.array(np.meshgrid(*[[-1.0, 1.0]] * 3)).reshape(3, -1).T)
-FLIPS = np.stack([np.asarray(STATES) * (1 - 2 * np.eye(3)[i]) for i in range(3)])  # (site, state, spin)
+FLIPS = np.stack(
+    [np.asarray(STATES) * (1 - 2 * np.eye(3)[i]) for i in range(3)]
+)  # (site, state, spin)
 PARAMS = {
     "hidden": {"kernel": 0.3 * normal(0, 3, 4), "bias": 0.1 * normal(1, 4)},
     "amplitude": {"kernel": 0.3 * normal(2, 4, 1)},
