@@ -3,9 +3,9 @@
     python -m benchmarks physics
 
 Every method trains a network of 3 x 32 tanh in float64 on each problem for so many seconds, Adam
-with each of four rates. A run is stored as soon as it is done, in physics.json of the output folder, and is
-not run again unless --again is given. Prints the tables and draws errors.png. --show does that
-alone, from what is stored.
+with each of four rates. A run is stored as soon as it is done, in physics.json of the output
+folder, and is not run again unless --again is given. Prints the tables and draws errors.png.
+--show does that alone, from what is stored.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def run_all(args: argparse.Namespace, path: Path) -> None:
                 ordered = {k: of_problem[k] for k in METHODS if of_problem.get(k)}
                 stored[name] = ordered
                 kept = {k: stored[k] for k in PROBLEMS if stored.get(k)}
-                write_json(path, {"seconds": seconds, "machine": machine(), "runs": kept})
+                write_json(path, {"machine": machine(), "runs": kept})
                 jax.clear_caches()
 
 
