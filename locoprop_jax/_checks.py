@@ -18,9 +18,10 @@ def is_number(value: Any) -> bool:
 
 
 def check_layers(layers: Any, method: str) -> None:
-    """Refuse what is not the layers of a model, or none at all."""
+    """Refuse what is not the layers of a model; there may be none if parameters are left over."""
     is_mapping = isinstance(layers, Mapping)
-    if not is_mapping or not layers or not all(hasattr(own, "parts") for own in layers.values()):
+    are_some = is_mapping and (layers or getattr(layers, "uncaptured", ()))
+    if not are_some or not all(hasattr(own, "parts") for own in layers.values()):
         got = f"a {type(layers).__name__}" if is_mapping and layers else repr(layers)
         raise ValueError(
             f"`{method}` needs the layers of the model: "

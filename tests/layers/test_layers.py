@@ -55,10 +55,6 @@ with_own_derivative.defvjp(
 )
 
 
-def conditional(p, h):
-    return jax.lax.cond(h.sum() > 0, lambda h: h @ p["w"], lambda h: h, h)
-
-
 SQUARE = {"w": (4, 4)}
 
 
@@ -103,18 +99,11 @@ NOT_UNDERSTOOD = {
         {"w": r"it is used 2 times \(dense, dense\)"},
         "a parameter of its own at each",
     ),
-    "cond": (conditional, SQUARE, {"w": "`cond` of data"}, "`checkpoint` or `scan`"),
     "custom_vjp": (
         lambda p, h: with_own_derivative(p["w"], h),
         SQUARE,
         {"w": r"function with its own derivative \(`custom_vjp_call`\)"},
         "outside of that function",
-    ),
-    "repeated entries": (
-        lambda p, h: h * jnp.broadcast_to(p["w"][None], (2, 2)).reshape(1, 4),
-        {"w": (2,)},
-        {"w": "more than once in a row"},
-        "each entry once for each output",
     ),
     "start of a loop": (
         started,

@@ -361,7 +361,7 @@ def test_what_follows_a_refused_parameter_says_so_or_is_in_a_layer(case):
     layers = lp.find_layers(loss_fn, params, X, Y, on_uncaptured="pass")
     found = {other.path: other.reason for other in layers.uncaptured}
     if reason is None:
-        assert set(found) == {"own/w"} and "own/b" in layers
+        assert set(found) == {"own/w"} and set(layers) == {"first", "own", "last"}
     else:
         assert set(found) == {"own/w", "own/b"} and found["own/b"].startswith(reason)
     gradients_of_layers(loss_fn, params, layers)
@@ -491,6 +491,83 @@ def test_a_kernel_may_have_any_derivative():
     second = x.T @ x / len(x) + 0.3 * np.eye(4)
     expected = np.linalg.solve(second, grads["own"]["w"])
     np.testing.assert_allclose(updates["own"]["w"], expected, rtol=1e-5)
+
+
+@jax.custom_vjp
+def solved(w, h):
+    """What solvers do: steps that JAX cannot differentiate, and a rule of their own."""
+    return repeated({"w": w}, h)
+
+
+def _refuse(saved, g):
+    raise NotImplementedError("this rule takes no numbers made up")
+
+
+solved.defvjp(lambda w, h: (solved(w, h), None), _refuse)
+
+
+def test_a_rule_that_cannot_be_compared_is_refused():
+    loss_fn = with_middle(lambda p, h: solved(p["w"], h))
+    with pytest.raises(ValueError, match=r"own/w .* its own derivative .*DirectAdjoint\(\)"):
+        lp.find_layers(loss_fn, parameters(SQUARE), X, Y)
+
+
+@pytest.mark.parametrize("place", ["at the top", "in a loop"])
+def test_entries_put_in_their_places_in_a_kernel(place):
+    i, j = np.triu_indices(4, 1)
+
+    def middle(p, h):
+        w = jnp.zeros((4, 4)).at[i, j].set(p["w"])
+        return h @ (w + w.T)
+
+    def repeatedly(p, h):
+        return jax.lax.fori_loop(0, 2, lambda _, h: jnp.tanh(middle(p, h)), h)
+
+    loss_fn = with_middle(middle if place == "at the top" else repeatedly)
+    layers, _ = assert_captured(loss_fn, parameters({"w": (6,)}), X, Y)
+    assert [layer.kind for layer in layers.values()] == ["dense"] * 3
+
+
+IN_LOOPS = {
+    "mask": lambda w: w * jnp.tril(jnp.ones((4, 4))),
+    "computed mask": lambda w: jnp.where(MASK > 0, w, 0.0),
+}
+MASK = jnp.asarray(np.tril(np.ones((4, 4))))
+
+
+@pytest.mark.parametrize("case", IN_LOOPS)
+def test_kernels_in_a_loop_take_what_is_the_same_each_time(case):
+    def middle(p, h):
+        def step(h, own):
+            return jnp.tanh(h @ IN_LOOPS[case](own["w"]) + own["b"][None]), None
+
+        return jax.lax.scan(step, h, p)[0]
+
+    params = parameters({"w": (2, 4, 4), "b": (2, 4)})
+    layers, _ = assert_captured(with_middle(middle), params, X, Y)
+    assert layers["own"].stack == 2 and layers["own"].bias is not None
+
+
+MORE_KERNELS = {
+    "made by a loop": (
+        lambda p, h: h @ jax.lax.fori_loop(0, 2, lambda _, w: jnp.tanh(w) @ w, p["w"]),
+        SQUARE,
+    ),
+    "repeated entries of a scale": (lambda p, h: h * jnp.tile(p["w"], 2)[None], {"w": (2,)}),
+    "repeated entries of a bias": (lambda p, h: h + jnp.tile(p["w"], 2)[None], {"w": (2,)}),
+    "transposed positions": (lambda p, h: h * p["w"].T, {"w": (4, 6)}),
+    "a multiple, broadcast": (
+        lambda p, h: h @ jnp.broadcast_to(2 * p["w"][:, None], (4, 4)),
+        {"w": (4,)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MORE_KERNELS)
+def test_more_arrays_made_of_parameters(case):
+    middle, shapes = MORE_KERNELS[case]
+    layers, _ = assert_captured(with_middle(middle), parameters(shapes), X, Y)
+    assert not layers.uncaptured
 
 
 # --- no layer at all -----------------------------------------------------------------------------
