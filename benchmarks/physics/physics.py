@@ -4,8 +4,8 @@
 
 Every method trains a network of 3 x 32 tanh in float64 on each problem for so many seconds, Adam
 with each of four rates. A run is stored as soon as it is done, in physics.json of the output
-folder, and is not run again unless --again is given. Prints the tables and draws errors.png.
---show does that alone, from what is stored.
+folder, and is not run again unless --again is given. Prints the tables and draws errors.png. --show
+does that alone, from what is stored.
 """
 
 import argparse
