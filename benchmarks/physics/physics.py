@@ -73,9 +73,9 @@ def run_all(args: argparse.Namespace, path: Path) -> None:
                 jax.clear_caches()
 
 
-def finite(curve: Curve) -> dict[str, list[float]]:
+def finite(curve: Curve) -> dict[str, Sequence[float]]:
     """As JSON has it, which knows no infinity."""
-    rounded = {
+    rounded: dict[str, Sequence[float]] = {
         key: [min(float(f"{x:.5g}"), 1e300) if math.isfinite(x) else 1e300 for x in values]
         for key, values in curve._asdict().items()
     }

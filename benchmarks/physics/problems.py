@@ -172,7 +172,7 @@ def molecule(configurations: int = 150) -> Problem:
         atoms = x.reshape(-1, 3, 2)
         pairs = [(0, 1), (1, 2), (0, 2)]
         lengths = [jnp.sqrt(((atoms[:, i] - atoms[:, j]) ** 2).sum(1)) for i, j in pairs]
-        return sum((1 - jnp.exp(1 - r)) ** 2 for r in lengths)
+        return jnp.stack([(1 - jnp.exp(1 - r)) ** 2 for r in lengths]).sum(0)
 
     def forces(u: Function, x: Points) -> Points:
         return -jax.grad(lambda x: u(x).sum())(x)

@@ -49,7 +49,8 @@ def train(problem: Problem, method: Method, factor: float, seconds: float, seed:
 
     def note(params: Any) -> None:
         loss, error = look(params)
-        for values, value in zip(curve, (taken, spent, float(loss), float(error)), strict=True):
+        curve.steps.append(taken)
+        for values, value in zip(curve[1:], (spent, float(loss), float(error)), strict=True):
             values.append(value)
 
     note(params)
