@@ -295,8 +295,9 @@ class Labelling:
         return DATA
 
     def _scale(self, position: int, kinds: Sequence[Label]) -> Label | Reason:
-        equation = self.program.equations[position]
-        for own in (kinds, in_order(self.scope, equation.inputs, kinds)):
+        inputs = self.program.equations[position].inputs
+        met = list(zip(inputs, kinds, strict=True)) if len(kinds) == len(inputs) else []
+        for own in (kinds, in_order(self.scope, met)):
             product = scaled(self.program, position, own, self.sites)
             if isinstance(product, Reason):
                 return product
@@ -335,8 +336,9 @@ class Labelling:
         """A parameter that is added to data as a layer of its own, None where it is no such."""
         if sum(bool(leaves_of(k)) for k in kinds) != 1:
             return None
-        equation = self.program.equations[position]
-        for own in (kinds, in_order(self.scope, equation.inputs, kinds)):
+        inputs = self.program.equations[position].inputs
+        met = list(zip(inputs, kinds, strict=True)) if len(kinds) == len(inputs) else []
+        for own in (kinds, in_order(self.scope, met)):
             for weight in (k for k in own if isinstance(k, Weight)):
                 if (found := bias(self.program, position, result, weight)) is not None:
                     return self._append(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from locoprop_jax._tracing import chains, flow, primitives
 from locoprop_jax._tracing.formulas import formula
@@ -70,16 +70,15 @@ def _not_spread(scope: Scope, value: int, label: Label) -> Label:
     return virtual(scope, Derived(leaves_of(label), "broadcast_in_dim", value))
 
 
-def in_order(scope: Scope, values: Sequence[int], labels: Sequence[Label]) -> list[Label]:
+def in_order(scope: Scope, met: Iterable[tuple[int, Label]]) -> list[Label]:
     """Parameters whose entries meet data in another order, or more than once, as other arrays.
 
     Args:
       scope: that they are in.
-      values: what meets.
-      labels: of these values.
+      met: what meets, each with its label.
     """
     program, result = scope.program, []
-    for value, label in zip(values, labels, strict=True):
+    for value, label in met:
         chain: chains.Chain = ()
         equation = (
             program.equations[at] if (at := program.producers.get(value)) is not None else None
