@@ -3,6 +3,7 @@
 
     python3 make.py demo [options]           train the autoencoder of the papers
     python3 make.py test [--oldest] [...]    run the tests (further options: pytest's)
+    python3 make.py test --outside [...]     find the layers of models of other packages
     python3 make.py check [paths]            lint, formatting and types
     python3 make.py docs [serve]             build the documentation in out/site, or serve it
     python3 make.py package                  build dist/, install it elsewhere and use it there
@@ -10,7 +11,8 @@
 
 Needs Python 3.11 or newer and a package index, nothing else. The environment is .venv/<version of
 Python>; it is made on first use, and again when pyproject.toml or that Python changes. `--oldest`
-tests against the oldest supported dependencies (tests/oldest-requirements.txt).
+tests against the oldest supported dependencies (tests/oldest-requirements.txt). `--outside` runs
+tests/outside, with the packages of its requirements.txt; these two have environments of their own.
 """
 
 # Standard library only, and no syntax that an old Python stumbles over before `main` can say
@@ -25,7 +27,12 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent
-OLDEST = ROOT / "tests" / "oldest-requirements.txt"
+# name -> what pip is told besides the package and its extra
+VARIANTS = {
+    "": (),
+    "oldest": ("--constraint", ROOT / "tests" / "oldest-requirements.txt"),
+    "outside": ("--requirement", ROOT / "tests" / "outside" / "requirements.txt"),
+}
 EXTRAS = ("benchmarks", "test", "dev")  # as in pyproject.toml: each includes those before it
 VERSION = "{}.{}".format(*sys.version_info)
 
@@ -46,17 +53,18 @@ def python_in(home: Path) -> Path:
     return home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
-def environment(extra: str, oldest: bool = False) -> Path:
+def environment(extra: str, variant: str = "") -> Path:
     """Return the Python of an environment that holds the package and one of its extras.
 
     A stamp, written last and removed first, says what is installed. Where it is missing or differs,
     the environment is new, out of date or half made, and is made from scratch.
     """
-    home = ROOT / ".venv" / (VERSION + ("-oldest" if oldest else ""))
+    home = ROOT / ".venv" / "-".join(filter(None, (VERSION, variant)))
     python = python_in(home)
     stamp = home / "installed"
     made_from = [sys.version, sys.base_prefix, str(ROOT)]
-    made_from += [path.read_text() for path in (ROOT / "pyproject.toml", OLDEST)]
+    files = [ROOT / "pyproject.toml", *(o for o in VARIANTS[variant] if isinstance(o, Path))]
+    made_from += [path.read_text() for path in files]
     fingerprint = hashlib.sha256("\n".join(made_from).encode()).hexdigest()
 
     try:
@@ -79,9 +87,7 @@ def environment(extra: str, oldest: bool = False) -> Path:
             fail(f"could not make {home}, see above. Remove it and run this again.")
     # What is never imported need not be compiled.
     pip = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
-    if oldest:
-        pip += ["--constraint", OLDEST]
-    if call(*pip, "--editable", f".[{extra}]"):
+    if call(*pip, *VARIANTS[variant], "--editable", f".[{extra}]"):
         fail(
             "pip could not install the dependencies, see above. Is the network up, and does jaxlib "
             f"exist for Python {VERSION} on this system? Then run this again."
@@ -97,8 +103,10 @@ def demo(*options: str) -> int:
 
 def test(*options: str) -> int:
     """Run the tests, in two processes unless told otherwise."""
-    python = environment("test", oldest="--oldest" in options)
-    return call(python, "-m", "pytest", "-n", 2, *(o for o in options if o != "--oldest"))
+    variant = next((name for name in VARIANTS if name and f"--{name}" in options), "")
+    which = ("tests/outside", "-m", "slow") if variant == "outside" else ()
+    others = (option for option in options if option != f"--{variant}")
+    return call(environment("test", variant), "-m", "pytest", "-n", 2, *which, *others)
 
 
 def check(*paths: str) -> int:

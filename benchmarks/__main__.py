@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 ENTRIES: Mapping[str, Mapping[str, str]] = {
     "defaults": {
         "defaults": "every method at its defaults beside tuned Adam, AdamW, Muon and others",
+        "outside": "models of other packages: the layers found, thirty steps beside Adam",
     },
     "experiments": {
         "autoencoder": "the deep autoencoder with LocoProp, FOOF, LNB, K-FAC, RMSProp and Adam",
@@ -17,6 +18,9 @@ ENTRIES: Mapping[str, Mapping[str, str]] = {
         "sensitivity": "how much the two most important numbers of each method matter",
         "table1": "memory and flops of LocoProp and Adam, beside the formulas of its paper",
         "tune": "search the hyperparameters that `autoencoder` and `ablations` start from",
+    },
+    "physics": {
+        "physics": "equations, energies and forces: Adam, L-BFGS, FOOF, K-FAC, natural gradient",
     },
     "costs": {
         "speed": "a step of each method and its parts on the autoencoder, as ratios",

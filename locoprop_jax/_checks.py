@@ -9,6 +9,8 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+from locoprop_jax._trees import is_complex, leaves_by_path
+
 
 def is_number(value: Any) -> bool:
     """Whether a hyperparameter's value is known when the transformation is built."""
@@ -16,9 +18,10 @@ def is_number(value: Any) -> bool:
 
 
 def check_layers(layers: Any, method: str) -> None:
-    """Refuse what is not the layers of a model, or none at all."""
+    """Refuse what is not the layers of a model; there may be none if parameters are left over."""
     is_mapping = isinstance(layers, Mapping)
-    if not is_mapping or not layers or not all(hasattr(own, "parts") for own in layers.values()):
+    are_some = is_mapping and (layers or getattr(layers, "uncaptured", ()))
+    if not are_some or not all(hasattr(own, "parts") for own in layers.values()):
         got = f"a {type(layers).__name__}" if is_mapping and layers else repr(layers)
         raise ValueError(
             f"`{method}` needs the layers of the model: "
@@ -51,6 +54,26 @@ def check_whole(**values: Any) -> None:
             traced = not isinstance(value, numbers.Number)
             hint = " Name it in the `static_args` of `optax.inject_hyperparams`." if traced else ""
             raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.{hint}")
+
+
+def check_real(method: str, tree: Any) -> None:
+    """Refuse complex parameters, or what is laid out like them.
+
+    Raises:
+      ValueError: there is one.
+    """
+    for path, leaf in leaves_by_path(tree).items():
+        if is_complex(leaf.dtype):
+            raise ValueError(
+                f"`{method}` takes real parameters, but {path!r} is {leaf.dtype}. {REAL_REMEDY}"
+            )
+
+
+REAL_REMEDY = (
+    "Take `foof` or `lnb`, which take complex layers. Or write the layer with real parameters `re` "
+    "and `im` and real data: outputs `x.real @ re - x.imag @ im` and `x.real @ im + x.imag @ re`, "
+    "with `real` and `imag` of the inputs as arrays of their own."
+)
 
 
 def check_fisher(method: str, damping: Any, curvature: str) -> None:

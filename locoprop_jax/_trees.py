@@ -22,5 +22,36 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
 
 
 def wide_dtype(leaves: Iterable[Any]) -> Any:
-    """Float64 if one of the leaves is, else float32: half precision is too little to compute in."""
-    return jnp.float64 if any(leaf.dtype == jnp.float64 for leaf in leaves) else jnp.float32
+    """Float64 if one of the leaves is, else float32: half precision is too little to compute in.
+
+    Complex, of numbers like these, if one of the leaves is complex.
+    """
+    dtypes = {jnp.dtype(leaf.dtype) for leaf in leaves}
+    is_double = not dtypes.isdisjoint({jnp.dtype("float64"), jnp.dtype("complex128")})
+    real = jnp.float64 if is_double else jnp.float32
+    return complex_dtype(real) if any(map(is_complex, dtypes)) else real
+
+
+# --- complex numbers -----------------------------------------------------------------------------
+
+
+def is_complex(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def real_dtype(dtype: Any) -> Any:
+    """Of the real parts of such numbers: the dtype itself if they are real."""
+    return jnp.finfo(dtype).dtype
+
+
+def complex_dtype(dtype: Any) -> Any:
+    """Of complex numbers whose parts have this dtype, or are widened to float32."""
+    return jnp.complex128 if real_dtype(dtype) == jnp.float64 else jnp.complex64
+
+
+def ascent(tree: Any) -> Any:
+    """JAX's gradient of a real number, as the direction in which that number rises fastest.
+
+    For a complex parameter u + iv JAX's is dL/du - i dL/dv, which is the conjugate of it.
+    """
+    return jax.tree.map(lambda x: jnp.conj(x) if jnp.iscomplexobj(x) else x, tree)

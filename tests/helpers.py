@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -21,6 +22,7 @@ from flax import nnx
 from hypothesis import strategies as st
 
 import locoprop_jax as lp
+from locoprop_jax._layers.layers import replace
 
 
 def np_sigmoid(a):
@@ -205,6 +207,24 @@ def block_gradient(arrays: lp.LayerArrays, has_bias: bool) -> jax.Array:
         ones = jnp.ones((*inputs.shape[:-1], 1), inputs.dtype)
         inputs = jnp.concatenate([inputs, ones], -1)
     return jnp.einsum("...bsi,...bso->...io", inputs, cotangents, precision="highest")
+
+
+def assert_captured(loss_fn, params, *args, tolerance=1e-10) -> tuple[lp.Layers, lp.Captured]:
+    """Each parameter with a gradient is in a layer, gradients are JAX's, X'E is the gradient."""
+    layers = lp.find_layers(loss_fn, params, *args)
+
+    @quick_jit
+    def everything(params, args):
+        value, grads, captured = lp.value_grad_and_capture(loss_fn)(params, *args)
+        blocks = {n: block_gradient(captured[n], layers[n].bias is not None) for n in layers}
+        own = {n: layers[n].split(block) for n, block in blocks.items()}
+        # A parameter that only a regularizer meets is in no layer, and keeps its gradient.
+        back = replace(layers, grads, own, space="gradients", points=captured.points)
+        return captured, ((value, grads), back), (jax.value_and_grad(loss_fn)(params, *args), grads)
+
+    captured, found, expected = everything(params, args)
+    chex.assert_trees_all_close(found, expected, rtol=tolerance, atol=tolerance)
+    return layers, captured
 
 
 # --- front ends: a network's parameter shapes and its apply(params, x) ---------------------------

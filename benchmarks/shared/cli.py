@@ -185,7 +185,7 @@ def add_quick_argument(
 
 
 def parse(
-    parser: argparse.ArgumentParser, quick: Mapping[str, int], argv: Argv
+    parser: argparse.ArgumentParser, quick: Mapping[str, Any], argv: Argv
 ) -> argparse.Namespace:
     """The arguments; with --quick its values take the place of the defaults."""
     args = parser.parse_args(argv)

@@ -9,17 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from locoprop_jax._capture import curvature, output_hessian
+from locoprop_jax._capture import curvature, output_hessian, parameters
 from locoprop_jax._capture.curvature import Point
 from locoprop_jax._capture.passes import Passes, PassPlan
-from locoprop_jax._capture.targets import Target
+from locoprop_jax._capture.plan import LayerPlan
+from locoprop_jax._capture.target import Target
+from locoprop_jax._layers import made
 from locoprop_jax._layers.arrays import Deferred, LayerArrays
 from locoprop_jax._layers.captured import Captured
-from locoprop_jax._layers.head import Head, StaticJaxpr
+from locoprop_jax._layers.head import Head
 from locoprop_jax._layers.transposed import Transposed
 from locoprop_jax._layers.uses import Use
 from locoprop_jax._tracing.flow import averaged_terms
-from locoprop_jax._tracing.jaxpr import Path
+from locoprop_jax._tracing.jaxpr import Path, StaticJaxpr
 
 Known = Mapping[int, Any]  # values of the program
 
@@ -53,6 +55,7 @@ def assemble(
             signature=tuple(layers.weights(group).values()),
             has_transferred=plan.transferred,
             output_hessian=hessian if plan.output and plan.output.site in group else None,
+            points=_points(plan, group, known),
         ).with_curvature(curved)
         for group in layers.groups
     )
@@ -63,6 +66,7 @@ def assemble(
         any(target.joins_positions for target in plan.targets),
         deferred,
         counts.pop() if len(counts) == 1 else None,
+        bool(plan.targets) and all(target.batch is not None for target in plan.targets),
     )
 
 
@@ -98,9 +102,27 @@ def _turned(
     layers = plan.layers
     if not layers.is_transposed(i):
         return use
-    kernel, leaf = layers.weights(group)["kernel"], layers.sites[group[0]].leaf
-    assert leaf is not None
-    return Transposed(use, kernel.read(jnp.asarray(known[layers.traced.program.inputs[leaf]])))
+    kernel = layers.weights(group)["kernel"]
+    names = layers.traced.names
+    leaves = {names[k]: jnp.asarray(known[v]) for k, v in enumerate(_leaves(layers))}
+    point = _points(plan, group, known).get("kernel")
+    return Transposed(use, made.read(kernel, leaves, "values", point))
+
+
+def _leaves(layers: LayerPlan) -> Sequence[int]:
+    """The values of the parameters."""
+    return layers.traced.program.inputs[: layers.traced.n_leaves]
+
+
+def _points(plan: PassPlan, group: Sequence[int], known: Known) -> dict[str, tuple[Any, ...]]:
+    """What a kernel or bias is made of that is no array of the tree, nor such arrays in order."""
+    layers = plan.layers
+    parts, places = layers.weights(group), layers.places(group)
+    return {
+        part: parameters.point(layers.traced, place, known)
+        for part, place in places.items()
+        if isinstance(own := parts[part], made.Made) and not own.is_isometry
+    }
 
 
 def _head(plan: PassPlan, i: int, known: Known) -> Head:
@@ -147,12 +169,10 @@ def _averaged_terms(heads: Mapping[int, Head], names: Sequence[str]) -> float:
 
 def _point(plan: PassPlan, target: Target, passes: Passes, known: Known) -> Point:
     """The arrays of a target of curvature cotangents."""
-    value = passes.recorded[plan.places.injected[target.value]]
-    if target.call is not None:
-        weights = passes.cotangents[plan.places.terms[target.terms].path]
-        return Point(value, tuple(known[v] for v in target.operands), weights)
-    (head,) = plan.heads.values()
-    return Point(value, head=head.function(known))
+    places = plan.places
+    value = passes.recorded[places.injected[target.value]]
+    derivatives = {v: passes.cotangents[places.terms[v].path] for v in target.weighing}
+    return curvature.point(target, known, value, derivatives)
 
 
 def _output_hessian(

@@ -36,7 +36,7 @@ def value_grad_and_capture(
     one more backward pass for each sample or column, batched by `jax.vmap`:
 
     * "fisher_mc": the gradients of terms with labels that the model predicts. The loss has to be
-      written with `locoprop_jax.losses`.
+      one of `locoprop_jax.losses`, or a cross entropy or squared error that is recognised.
     * "fisher_empirical": the cotangents times sqrt(c), where c is the number of terms that the
       loss averages over: the gradients for the labels given. No further pass.
     * "ggn_mc": random signs times a square root of the loss Hessian.
@@ -49,10 +49,11 @@ def value_grad_and_capture(
     (d_out,) where the loss takes each output by itself. No further pass. The loss has one output
     layer, and no row of it meets another in the loss.
 
-    Losses of `locoprop_jax.losses` have square roots in closed form, and there may be several of
-    them; any other loss works for "ggn_mc" and "ggn_exact" if a single layer feeds it and its
-    Hessian is seen to be one block per example. A negative part of an example's Hessian counts as
-    zero, as does a term with a negative weight.
+    Losses of `locoprop_jax.losses` have square roots in closed form, and so have softmax and
+    sigmoid cross entropies and squared errors that Optax or the user wrote. Any other loss works
+    for "ggn_mc" and "ggn_exact" if its Hessian is seen to be one block per example. There may be
+    several losses, of outputs of several layers, unless unmarked outputs meet in one term. A
+    negative part of an example's Hessian counts as zero, as does a term with a negative weight.
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)` with a scalar loss, or a pair (loss, aux).
@@ -71,7 +72,8 @@ def value_grad_and_capture(
       `((loss, aux), gradients, captured)`. The gradients are those of `jax.value_and_grad`, under
       `jax.jit` bit for bit unless arrays that leave the jit change what XLA fuses; `captured` is a
       `Captured`, the arrays of each layer by name: inputs (batch, shared, d_in), outputs and
-      cotangents (batch, shared, d_out), curvature (samples, batch, shared, d_out). It costs what
+      cotangents (batch, shared, d_out), curvature (samples, batch, shared, d_out). Complex
+      gradients and cotangents are JAX's, dL/du - i dL/dv for a number u + iv. It costs what
       `jax.value_and_grad` costs, and the passes that `curvature` asks for; what is not used of it
       is not kept. With "fisher_mc" or "ggn_mc" the function needs a key as the keyword `rng`,
       which the loss does not get.
@@ -79,7 +81,7 @@ def value_grad_and_capture(
     Raises:
       TypeError: the loss is not a scalar, a parameter is not an array, or `rng` is missing.
       ValueError: `curvature` or `samples` is out of range, or the curvature of this loss cannot be
-        told; the message says why and what to do.
+        told, or is asked of complex layers; the message says why and what to do.
 
     Example:
       >>> import jax, jax.numpy as jnp, locoprop_jax as lp

@@ -7,8 +7,8 @@ products C'C sum, in expectation, to the Hessian H of the loss as written (mathe
     ggn_mc            H^(1/2) xi      xi = +-1
     ggn_exact         the columns of H^(1/2)
 
-w is the weight of a term in the loss, 1/B in a mean. Where the loss is not one of
-`locoprop_jax.losses`, H is taken by Hessian-vector products of the head.
+w is the weight of a term in the loss, 1/B in a mean. Where the loss is not known, marked or
+recognised, H is taken by Hessian-vector products of the head.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +24,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from locoprop_jax import losses
-from locoprop_jax._capture.targets import KINDS, Target
-from locoprop_jax._tracing import jaxpr
+from locoprop_jax._capture.target import KINDS, Target, Weight
+from locoprop_jax._tracing import chains, jaxpr
+from locoprop_jax._tracing.chains import Shape
 
 SAMPLED = ("fisher_mc", "ggn_mc")
-PULLED = ("fisher_mc", "ggn_mc", "ggn_exact")  # by passes of their own
 
 
 def check_arguments(curvature: str | None, samples: int) -> None:
@@ -79,15 +79,48 @@ class Point(NamedTuple):
 
     Attributes:
       value: the outputs of the network.
-      operands: of the marked loss's call; none for the output of a layer.
-      weights: the derivative of the loss by the marked loss's terms; None for a layer.
-      head: the loss as a function of the outputs; None for a marked loss.
+      operands: of the marked loss's call; none where nothing is marked.
+      weights: the derivative of the loss by the known loss's terms; None for a head.
+      head: the loss as a function of the outputs; None for a known loss.
     """
 
     value: Array
     operands: tuple[Any, ...] = ()
     weights: Array | None = None
     head: Callable[[Array], Array] | None = None
+
+
+def point(
+    target: Target, known: Mapping[int, Any], value: Array, derivatives: Mapping[int, Array]
+) -> Point:
+    """The arrays of a target.
+
+    Args:
+      target: from `find_targets`.
+      known: by number, the values that it needs.
+      value: the outputs.
+      derivatives: of the loss, by the number of what weighs the target.
+    """
+    if target.head is not None:
+        return Point(value, head=target.head.function(known))
+    operands = () if target.call is None else tuple(known[v] for v in target.call.inputs)
+    assert target.loss is not None
+    shape = chains.result_shape(target.to_terms, value.shape)
+    shape = shape[: len(shape) - (target.loss.output_axes or 0)]
+    weights = [_of_terms(weight, derivatives[weight.value], shape) for weight in target.weights]
+    return Point(value, operands, functools.reduce(jnp.add, weights))
+
+
+def _of_terms(weight: Weight, derivative: Array, shape: Shape) -> Array:
+    """The weight of each term, of which there are so many."""
+    if weight.axes is None:
+        return weight.sign * derivative
+    kept = [i for i in weight.axes if i is not None]
+    added = tuple(i for i in range(derivative.ndim) if i not in kept)
+    ordered = derivative.transpose((*kept, *added))
+    total = ordered.sum(tuple(range(len(kept), ordered.ndim)))
+    spread = [1 if i is None else n for i, n in zip(weight.axes, shape, strict=True)]
+    return weight.sign * jnp.broadcast_to(total.reshape(spread), shape)
 
 
 def cotangents(
@@ -108,7 +141,7 @@ def cotangents(
     """
     if curvature == "ggn_exact":
         columns = [_columns(target, point) for target, point in zip(targets, points, strict=True)]
-        return _apart(columns)
+        return _apart(columns, [target.batch for target in targets])
     assert rng is not None
     draw = _labels_sampled if curvature == "fisher_mc" else _noise
     drawn = []
@@ -126,14 +159,22 @@ def _columns(target: Target, point: Point) -> Array:
     return jax.vmap(root)(vectors).astype(point.value.dtype)
 
 
-def _apart(columns: Sequence[Array]) -> list[Array]:
-    """The columns of several targets one after the other, zeros at the other targets."""
-    total, start, result = sum(len(c) for c in columns), 0, []
-    for each in columns:
-        ends = (start, total - start - len(each))
-        result.append(jnp.pad(each, [ends] + [(0, 0)] * (each.ndim - 1)))
-        start += len(each)
-    return result
+def _apart(columns: Sequence[Array], batches: Sequence[int | None]) -> list[Array]:
+    """The columns of several targets one after the other, zeros at the other targets.
+
+    Batches of other sizes have no row in common: their columns are pulled together.
+    """
+    ends: dict[int | None, int] = {}
+    starts = []
+    for each, batch in zip(columns, batches, strict=True):
+        own = batch if None not in batches else None
+        starts.append(ends.get(own, 0))
+        ends[own] = starts[-1] + len(each)
+    total = max(ends.values(), default=0)
+    return [
+        jnp.pad(each, [(start, total - start - len(each))] + [(0, 0)] * (each.ndim - 1))
+        for each, start in zip(columns, starts, strict=True)
+    ]
 
 
 def _noise(target: Target, point: Point) -> Callable[[Array], Array]:
@@ -153,9 +194,8 @@ def _labels_sampled(target: Target, point: Point) -> Callable[[Array], Array]:
     def draw(key: Array) -> Array:
         labels = jax.lax.stop_gradient(loss.sample(key, outputs))
         gradient = jax.grad(lambda z: jnp.sum(loss.function(z, labels)))(outputs)
-        return _as_given(
-            target, losses.spread(scale, outputs.ndim).astype(gradient.dtype) * gradient
-        )
+        scaled = losses.spread(scale, outputs.ndim).astype(gradient.dtype) * gradient
+        return _as_given(target, scaled, point.value.shape)
 
     return draw
 
@@ -177,7 +217,7 @@ def root_of(target: Target, point: Point) -> Callable[[Array], Array]:
 
     def root(v: Array) -> Array:
         v = by_example(target, v).astype(outputs.dtype)
-        return _as_given(target, scale * of_examples(outputs, v))
+        return _as_given(target, scale * of_examples(outputs, v), point.value.shape)
 
     return root
 
@@ -207,9 +247,9 @@ def scale_of(target: Target, point: Point) -> Array:
 
 
 def by_example(target: Target, x: Array) -> Array:
-    return x.transpose((*target.examples, *target.outputs))
+    """An array like the outputs, as the known loss takes it."""
+    return chains.apply(target.to_terms, x)
 
 
-def _as_given(target: Target, x: Array) -> Array:
-    order = (*target.examples, *target.outputs)
-    return x.transpose([order.index(i) for i in range(len(order))])
+def _as_given(target: Target, x: Array, shape: Shape) -> Array:
+    return chains.apply(chains.inverse(target.to_terms, shape), x)

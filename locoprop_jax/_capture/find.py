@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,15 +42,16 @@ def find_layers(
       has_aux: whether the loss function returns a pair (loss, aux).
       transfer: transfer functions by layer name, elementwise, that replace the ones found.
       on_uncaptured: "error" refuses a model with a parameter that has a gradient but is in no
-        layer; "pass" lists it in the result, and methods leave its gradient as it is.
+        layer; "pass" lists it in the result, and methods leave its gradient as it is. If all are
+        in none it warns.
       **kwargs: keyword arguments of the loss.
 
     Returns:
       The layers by name: static, hashable, independent of the batch size.
 
     Raises:
-      ValueError: no layer was found, a parameter with a gradient is in none, `transfer` names no
-        layer, or `on_uncaptured` is unknown.
+      ValueError: a parameter with a gradient is in no layer, none has a gradient, `transfer` names
+        no layer, or `on_uncaptured` is unknown.
       TypeError: the loss is not a scalar, or a parameter is not an array.
 
     Example:
@@ -98,19 +100,27 @@ def _uncaptured(traced: Traced) -> list[Uncaptured]:
 
 
 def _check_found(layers: Layers, on_uncaptured: str) -> None:
+    """Refuse what methods would leave as it is, or say so where they would leave everything."""
     missing = [other for other in layers.uncaptured if other.has_gradient]
-    lines = "\n".join(f"  {o.path} {list(o.shape)}: {o.reason}" for o in layers.uncaptured)
-    if not layers:
+    if not missing and not layers:
+        lines = [f"  {o.path} {list(o.shape)}: {o.reason}" for o in layers.uncaptured]
         raise ValueError(
             "`find_layers` found no layer in this loss function. Its parameters:\n"
-            + (lines or "  (none)")
+            + ("\n".join(lines) or "  (none)")
         )
+    lines = "\n".join(f"  {o.path} {list(o.shape)}: {o.reason}. {o.remedy}" for o in missing)
     if missing and on_uncaptured == "error":
+        found = f"{len(layers)} layers, but these parameters are in none"
         raise ValueError(
-            f"`find_layers` found {len(layers)} layers, but these parameters are in none:\n"
-            + "\n".join(f"  {o.path} {list(o.shape)}: {o.reason}. {o.remedy}" for o in missing)
-            + '\nOr pass `on_uncaptured="pass"`, and give them an optimizer of their own by '
+            f"`find_layers` found {found if layers else 'no layer in this loss function'}:\n{lines}"
+            '\nOr pass `on_uncaptured="pass"`, and give them an optimizer of their own by '
             "`with_fallback`."
+        )
+    if not layers:
+        warnings.warn(
+            "`find_layers` found no layer in this loss function, so that `with_fallback` leaves "
+            f"all parameters to the fallback:\n{lines}",
+            stacklevel=3,
         )
 
 

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 from locoprop_jax import losses
 from locoprop_jax._capture import curvature
 from locoprop_jax._capture.curvature import Point
-from locoprop_jax._capture.targets import Target, find_targets
+from locoprop_jax._capture.target import Target
+from locoprop_jax._capture.targets import find_targets
 from locoprop_jax._layers.uses import Layout
 from locoprop_jax._tracing import chains, separable
 from locoprop_jax._tracing.chains import Chain

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from locoprop_jax._capture import output_hessian
-from locoprop_jax._capture.curvature import PULLED
 from locoprop_jax._capture.output_hessian import OutputPlan
 from locoprop_jax._capture.plan import LayerPlan
-from locoprop_jax._capture.targets import Target, find_targets
+from locoprop_jax._capture.target import PULLED, Target
+from locoprop_jax._capture.targets import find_targets
+from locoprop_jax._checks import REAL_REMEDY
 from locoprop_jax._layers.uses import Layout
 from locoprop_jax._tracing.chains import Shape
 from locoprop_jax._tracing.evaluate import Address, evaluate
@@ -23,6 +24,7 @@ from locoprop_jax._tracing.heads import Cut, addresses, cut
 from locoprop_jax._tracing.jaxpr import Path
 from locoprop_jax._tracing.program import Program
 from locoprop_jax._tracing.sites import input_addresses, output_address
+from locoprop_jax._trees import is_complex
 
 
 class Places(NamedTuple):
@@ -33,9 +35,9 @@ class Places(NamedTuple):
       outputs: of each site.
       after: of each site, what the transfer function makes of its outputs; None where that gets no
         cotangents.
-      fixed: by value, what heads and targets need besides.
+      fixed: by value, what heads, targets and kernels made of parameters need besides.
       injected: by value, where curvature cotangents enter.
-      terms: by value, the terms of marked losses.
+      terms: by value, what weighs known losses.
     """
 
     inputs: list[tuple[Address, ...]]
@@ -84,9 +86,11 @@ def plan_passes(layers: LayerPlan, transferred: bool, curvature: str | None) -> 
     """Plan what the passes are to leave.
 
     Raises:
-      ValueError: the curvature of this loss cannot be told.
+      ValueError: the curvature of this loss cannot be told, or a layer is complex.
     """
     traced, sites = layers.traced, layers.sites
+    if curvature is not None:
+        _check_real(layers, curvature)
     heads = {i: cut(traced, sites[i].output, traced.program.outputs[0]) for i in layers.ends}
     pieces = _pieces(layers) if transferred else [None] * len(sites)
     layouts = [layers.layout(*each) for each in zip(sites, pieces, strict=True)]
@@ -107,6 +111,16 @@ def plan_passes(layers: LayerPlan, transferred: bool, curvature: str | None) -> 
     )
 
 
+def _check_real(layers: LayerPlan, curvature: str) -> None:
+    avals = layers.traced.program.avals
+    for site, name in zip(layers.sites, layers.names, strict=True):
+        if is_complex(avals[site.output].dtype):
+            raise ValueError(
+                f"`curvature={curvature!r}` is that of real layers, but the outputs of {name!r} "
+                f"are complex. {REAL_REMEDY}"
+            )
+
+
 def _pieces(layers: LayerPlan) -> list[Piece | None]:
     """The transfer functions of hidden layers that are applied once."""
     once = {group[0] for group in layers.groups if len(group) == 1}.difference(layers.ends)
@@ -122,7 +136,8 @@ def _places(
 ) -> Places:
     program, sites = layers.traced.program, layers.sites
     needed = [v for each in cuts for v in each.free]
-    needed += [v for target in targets for v in target.operands]
+    needed += [v for target in targets for v in target.needed]
+    needed += [v for made in layers.traced.detection.formulas for _, v in made.free]
     return Places(
         inputs=[input_addresses(site) for site in sites],
         outputs=[output_address(site) for site in sites],
@@ -132,7 +147,7 @@ def _places(
         ],
         fixed=addresses(program, needed),
         injected=addresses(program, [target.value for target in targets]),
-        terms=addresses(program, [target.terms for target in targets if target.call]),
+        terms=addresses(program, [v for target in targets for v in target.weighing]),
     )
 
 

@@ -9,13 +9,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from locoprop_jax._layers.layers import Parameter
+from locoprop_jax._capture import parameters
+from locoprop_jax._capture.parameters import Place
+from locoprop_jax._layers.made import Part
 from locoprop_jax._layers.uses import Layout
 from locoprop_jax._tracing import chains
 from locoprop_jax._tracing.chains import Chain, Shape
 from locoprop_jax._tracing.flow import Piece, live_equations, transfer_piece
 from locoprop_jax._tracing.heads import output_sites
-from locoprop_jax._tracing.labels import Weight
 from locoprop_jax._tracing.operands import OneHotReader
 from locoprop_jax._tracing.sites import Site, grouped_axes, raw_output
 from locoprop_jax._tracing.trace import Traced, layer_names, trace
@@ -50,23 +51,43 @@ class LayerPlan:
 
     def weights(self, group: Sequence[int]) -> dict[str, Any]:
         """The static facts that a layer and its captured arrays have in common."""
-        site = self.sites[group[0]]
+        site, places = self.sites[group[0]], self.places(group)
+        parts: dict[str, Part | None] = {"kernel": None, "bias": None}
+        if self._is_joined(group):
+            parts["kernel"] = parameters.joined(self.traced, *places["kernel"])
+        else:
+            own = {part: parameters.part_of(self.traced, *place) for part, place in places.items()}
+            parts |= own
         return {
             "kind": "tied" if any(map(self.is_transposed, group)) else site.kind,
             "stack": site.stack,
-            "d_in": site.d_in,
+            "d_in": site.d_in + self._is_joined(group),
             "d_out": site.d_out,
             "uses": len(group),
-            "kernel": self._parameter(site.weight, site.kernel),
-            "bias": self._parameter(site.added, site.bias_chain),
+            **parts,
         }
 
-    def _parameter(self, weight: Weight | None, chain: Chain) -> Parameter | None:
-        if weight is None:
+    def places(self, group: Sequence[int]) -> dict[str, list[Place]]:
+        """What a layer's kernel and bias are read from; a bias that is a row of it with it."""
+        own = self.sites[group[0]]
+        added = next((site for i in group if (site := self.sites[i]).added is not None), own)
+        kernel = [(own.weight, own.kernel)] if own.weight else []
+        bias = [(added.added, added.bias_chain)] if added.added else []
+        if self._is_joined(group):
+            return {"kernel": [*kernel, *bias]}
+        both = {"kernel": kernel, "bias": bias}
+        return {part: place for part, place in both.items() if place}
+
+    def _is_joined(self, group: Sequence[int]) -> bool:
+        """Whether a layer's bias is a row of its kernel."""
+        numbers = [n for n, own in enumerate(self.groups) if group[0] in own]
+        return not self.traced.detection.joined.isdisjoint(numbers)
+
+    def _constant_input(self, i: int) -> float | None:
+        """One more input of a site: one or zero where the bias is a row of the kernel."""
+        if not self._is_joined((i,)):
             return None
-        program = self.traced.program
-        shape = program.shape(program.inputs[weight.leaf])
-        return Parameter(self.traced.names[weight.leaf], shape, chain, weight.part)
+        return 1.0 if self.sites[i].added is not None else 0.0
 
     def piece(self, site: Site) -> Piece:
         """What the network applies to a site's outputs."""
@@ -94,11 +115,13 @@ class LayerPlan:
             outputs=to_rows,
             outputs_back=chains.inverse(to_rows, (*lengths, *program.shape(site.output))),
             transferred=None if piece is None else self.transferred_to_rows(site, piece),
+            constant=self._constant_input(self.sites.index(site)),
         )
 
     def _is_by_example(self, site: Site) -> bool:
         """Whether this is a convolution whose batch is the examples, without loops and groups."""
         is_plain = site.kind == "conv" and not site.loops and site.stack is None
+        is_plain = is_plain and not self._is_joined((self.sites.index(site),))
         batch_axes = self.traced.batch_axes
         growing = None if batch_axes is None else batch_axes[raw_output(site)]
         return is_plain and growing == site.row_axes[:1]

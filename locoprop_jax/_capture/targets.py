@@ -1,67 +1,25 @@
 """Where curvature cotangents are injected into a traced loss: at its targets.
 
-With a loss of `locoprop_jax.losses` the target is what it takes, and each call of one is a target;
-else the target is the output of the one output layer.
+Each call of a loss of `locoprop_jax.losses` is a target, what it takes; what else the loss is made
+of has targets as `unmarked` finds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from locoprop_jax import losses
-from locoprop_jax._tracing import primitives, separable
+from locoprop_jax._capture import unmarked
+from locoprop_jax._capture.recognise import Reader
+from locoprop_jax._capture.target import KINDS, PULLED, REMEDY, Target, Weight, asker, batch_of
+from locoprop_jax._tracing import ends, separable
 from locoprop_jax._tracing.chains import Chain, Shape
 from locoprop_jax._tracing.flow import reached_live
-from locoprop_jax._tracing.heads import other_params, output_sites, reached_past
 from locoprop_jax._tracing.program import Equation, Program
 from locoprop_jax._tracing.trace import Traced
-
-KINDS = ("fisher_mc", "fisher_empirical", "ggn_mc", "ggn_exact", "ggn_output")
-
-REMEDY = (
-    "Write the loss with `locoprop_jax.losses` (such as `losses.softmax_cross_entropy`), or mark "
-    "your own loss of each example by `@losses.output_loss(sample=...)`, and only weight, sum and "
-    "average its terms"
-)
-
-
-class Target(NamedTuple):
-    """Where cotangents are injected.
-
-    Attributes:
-      value: the outputs of the network.
-      examples: the axes of the outputs along which the Hessian is block-diagonal, in the order of
-        the loss terms' axes if the loss is marked.
-      outputs: the other axes: those of one block.
-      alone: the axes along which exact columns differ: those of one block, and those whose entries
-        meet in the network.
-      joins_positions: whether an exact column has entries at several positions of one example.
-      call: of the marked loss; None for the output of a layer.
-      loss: the marked loss; None for the output of a layer.
-      mass_axes: of the labels, the axes in the order of `examples` (None where it has no such
-        axis) and then all others; None unless the loss needs the mass of its labels.
-    """
-
-    value: int
-    examples: Shape
-    outputs: Shape
-    alone: Shape
-    joins_positions: bool = False
-    call: Equation | None = None
-    loss: losses.OutputLoss | None = None
-    mass_axes: tuple[tuple[int | None, ...], Shape] | None = None
-
-    @property
-    def terms(self) -> int:
-        """The marked loss's terms."""
-        assert self.call is not None
-        return self.call.outputs[0]
-
-    @property
-    def operands(self) -> tuple[int, ...]:
-        """What the marked loss takes; nothing for the output of a layer."""
-        return () if self.call is None else self.call.inputs
+from locoprop_jax._trees import is_complex
 
 
 def find_targets(
@@ -82,86 +40,121 @@ def find_targets(
     program, live = traced.program, traced.detection.live
     sites = traced.detection.sites
     of_params = reached_live(program, live, program.inputs[: traced.n_leaves])
-    # Products need no layers where the loss says what the outputs are.
-    outputs = [v for site in sites for v in site.outside]
-    of_layers = reached_live(program, live, outputs) if sites else of_params
-    marked: dict[int, tuple[Equation, losses.OutputLoss]] = {}
-    for call in program.calls:
-        loss = losses.find(str(call.params.get("name", "")))
-        if loss is not None and program.is_inexact(call.outputs[0]):
-            marked.setdefault(call.outputs[0], (call, loss))
-    ends = [v for v in linear_ends(program, of_params, set(marked)) if v in of_layers]
-    plain = [v for v in ends if v not in marked]
-    found = [marked[v] for v in ends if v in marked]
+    outputs, of_layers = {v for site in sites for v in site.outside}, _of_layers(traced)
+    marked = _marked_calls(program)
+    found = _ends(traced, of_layers, outputs, marked)
+    reader = Reader(program, live, of_layers, found.outputs, found.passed)
+    known = unmarked.known(traced, found.unmarked, reader)
+    if known:  # what they take is the network's outputs, whatever made it
+        taken = found.outputs | {each.value for each in known.values()}
+        found = _ends(traced, of_layers, taken, marked)
+    plain = [end for end in found.unmarked if end not in known]
     if not sites and (plain or curvature in KINDS):
         why = "`find_layers` says why"
         if traced.batch_axes is None:
             why += ", given the batch as an argument. Scales are layers only where it is known"
-        raise ValueError(f"{_asker(curvature)} found no layer in this loss function: {why}.")
-    if not plain:
-        targets = [_marked_target(traced, *each, of_params) for each in found]
-    elif curvature == "fisher_mc" or found:
-        why = f"the loss reaches the layers' outputs through `{_producer(program, plain[0])}`"
-        wish = "samples labels from the distribution that the model predicts"
-        wish = wish if curvature == "fisher_mc" else "takes a loss whose terms are all marked"
+        raise ValueError(f"{asker(curvature)} found no layer in this loss function: {why}.")
+    if plain and curvature == "fisher_mc":
         raise ValueError(
-            f"{_asker(curvature)} {wish}, but {why} outside of a marked loss. {REMEDY}."
+            f"{asker(curvature)} samples labels from the distribution that the model predicts, but "
+            f"the loss reaches the layers' outputs through `{_producer(program, plain[0])}` "
+            f"outside of a marked loss. {REMEDY}."
         )
-    else:
-        targets = [_layer_target(traced, curvature, plain, names)]
+    targets = [_marked_target(traced, *marked[v], of_params) for v in found.marked]
+    targets += unmarked.known_targets(traced, known)
+    held = [*found.marked, *known]
+    targets += unmarked.head_targets(traced, curvature, plain, held, of_layers, names)
+    if any(is_complex(program.avals[target.value].dtype) for target in targets):
+        raise ValueError(
+            f"{asker(curvature)} needs real outputs of the network, but the loss takes complex "
+            f"ones. Hand a loss of `locoprop_jax.losses`, or one marked by `@losses.output_loss`, "
+            f"their real and imaginary parts: `jnp.concatenate([z.real, z.imag], -1)`."
+        )
+    if curvature in PULLED:
+        targets = [t._replace(batch=_examples(traced, t, to_rows)) for t in targets]
     if curvature == "ggn_exact":
         targets = [_with_columns(traced, target, names, to_rows) for target in targets]
     return tuple(targets)
 
 
-def _asker(curvature: str) -> str:
-    return f"`curvature={curvature!r}`" if curvature in KINDS else f"`{curvature}`"
+def is_non_negative(traced: Traced, targets: Sequence[Target]) -> bool:
+    """Whether a loss is made of marked losses that are never negative, and of nothing else."""
+    if any(t.call is None or t.loss not in losses.NON_NEGATIVE for t in targets):
+        return False
+    terms = {v for target in targets for v in target.weighing}
+    of_layers = _of_layers(traced)
+    found = ends.linear(traced.program, traced.program.outputs[0], of_layers, terms, kinks=False)
+    return terms.issuperset(found.ends)
+
+
+def _of_layers(traced: Traced) -> set[int]:
+    """What depends on outputs of layers; on parameters, where there are no layers.
+
+    Products need none where the loss says what the outputs are.
+    """
+    program, sites = traced.program, traced.detection.sites
+    outputs = [v for site in sites for v in site.outside]
+    start = outputs if sites else program.inputs[: traced.n_leaves]
+    return reached_live(program, traced.detection.live, start)
+
+
+Marked = tuple[Equation, losses.OutputLoss]
+
+
+def _marked_calls(program: Program) -> dict[int, Marked]:
+    """The calls of marked losses, by their terms."""
+    found: dict[int, Marked] = {}
+    for call in program.calls:
+        loss = losses.find(str(call.params.get("name", "")))
+        if loss is not None and program.is_inexact(call.outputs[0]):
+            found.setdefault(call.outputs[0], (call, loss))
+    return found
+
+
+class _Ends(NamedTuple):
+    """What a loss is a weighted sum of.
+
+    Attributes:
+      passed: what is linear on the way.
+      unmarked: its ends but for marked terms.
+      marked: these.
+      outputs: the layers' outputs that are the network's.
+    """
+
+    passed: frozenset[int]
+    unmarked: list[int]
+    marked: list[int]
+    outputs: set[int]
+
+
+def _ends(traced: Traced, moving: set[int], outputs: set[int], marked: Collection[int]) -> _Ends:
+    """Follow a loss back to where it stops being linear.
+
+    Marked terms of which another end is made are no weighted terms, and followed like any others.
+    A scale that the loss is linear in is the weight of what it scales, and no output. Of a loss
+    without second derivatives all ends are given, so that its curvature is zero.
+    """
+    program, loss = traced.program, traced.program.outputs[0]
+    sites = traced.detection.sites
+    scales = {v for site in sites if site.kind in ("scale", "bias") for v in site.outside}
+    terms = set(marked)
+    while True:
+        found = ends.linear(program, loss, moving, terms | outputs)
+        read = {v for v in found.ends if unmarked.is_read(traced, v, found.ends)}
+        weights = scales.intersection(found.ends, outputs) - read
+        if not (weights or terms & read):
+            break
+        terms, outputs = terms - read, outputs - weights
+    curved = [v for v in found.ends if v not in outputs]
+    if not curved:
+        curved = ends.linear(program, loss, moving, outputs, kinks=False).ends
+    rest = [v for v in curved if v not in terms]
+    return _Ends(found.passed, rest, [v for v in curved if v in terms], outputs)
 
 
 def _producer(program: Program, value: int) -> str:
     position = program.producers.get(value)
     return "a parameter" if position is None else str(program.equations[position].primitive)
-
-
-def linear_ends(program: Program, of_params: set[int], stop: set[int]) -> list[int]:
-    """The values that the loss is a weighted sum of, the weights free of parameters.
-
-    The loss is followed back through linear equations, up to marked losses and to what is computed
-    in another way.
-    """
-    producers, ends = program.producers, dict[int, None]()
-    seen, pending = set(), [program.outputs[0]]
-    while pending:
-        value = pending.pop()
-        if value in seen or value not in of_params:
-            continue
-        seen.add(value)
-        if value in stop or value not in producers:
-            ends[value] = None
-            continue
-        equation = program.equations[producers[value]]
-        moving = [v for v in equation.inputs if v in of_params]
-        if equation.primitive in _LINEAR:
-            pending.extend(moving)
-        elif equation.primitive in primitives.MUL | primitives.DOT_GENERAL and len(moving) == 1:
-            pending.extend(moving)
-        elif equation.primitive in primitives.DIV and equation.inputs[1] not in of_params:
-            pending.extend(moving)
-        else:
-            ends[value] = None
-    return list(ends)
-
-
-_LINEAR = (
-    primitives.SUMS
-    | primitives.TRANSPOSE
-    | primitives.SELECT
-    | primitives.SLICE
-    | primitives.PAD
-    | primitives.CONCATENATE
-    | primitives.GATHER
-    | primitives.SPLIT
-)
 
 
 def _marked_target(
@@ -191,7 +184,7 @@ def _marked_target(
             f"own. With `jax.vmap`, map over the outputs along their first axis."
         )
     examples, outputs = tuple(i for i in axes[0] if i is not None), axes[1]
-    if _batch(traced, value) & set(outputs):
+    if batch_of(traced, value) & set(outputs):
         raise ValueError(
             f"{loss!r} makes one loss of several examples. It has to return the loss of each, of "
             f"the leading shape of its outputs; take sums and means outside."
@@ -202,7 +195,17 @@ def _marked_target(
         mass_axes = _axes_of(followed.get(labels), program.shape(labels), of_terms)
         if mass_axes is None:
             raise ValueError(f"Capture cannot tell the examples of the labels of {loss!r} apart.")
-    return Target(value, examples, outputs, outputs, call=call, loss=loss, mass_axes=mass_axes)
+    return Target(
+        value,
+        examples,
+        outputs,
+        outputs,
+        loss=loss,
+        to_terms=(("transpose", (*examples, *outputs)),),
+        weights=(Weight(terms),),
+        call=call,
+        mass_axes=mass_axes,
+    )
 
 
 def _axes_of(
@@ -233,57 +236,30 @@ def _axes_of(
     return tuple(found), tuple(i for i in range(len(shape)) if i not in found)
 
 
-def _layer_target(
-    traced: Traced, curvature: str, ends: Sequence[int], names: Sequence[str]
-) -> Target:
-    """The output of the one output layer, whose head is not marked."""
-    program, detection = traced.program, traced.detection
-    heads = output_sites(traced)
-    needs = f"{_asker(curvature)} needs the Hessian of the loss by the network's outputs, but"
-    if len(heads) != 1:
-        listed = ", ".join(names[i] for i in heads)
-        raise ValueError(f"{needs} several layers are outputs: {listed}. {REMEDY}.")
-    (head,) = heads
-    site = detection.sites[head]
-    past = reached_past(traced, site.output)
-    if program.outputs[0] in past:
-        raise ValueError(
-            f"{needs} the loss also depends on a layer in a way that does not pass through "
-            f"{names[head]}, its last. {REMEDY}."
-        )
-    if traced.batch_axes is None and any(other_params(traced, site.output, v) for v in ends):
-        raise ValueError(
-            f"{needs} parameters are used between {names[head]}, the last layer found, and the "
-            f"loss, which closes over its batch. {REMEDY}. Or, where they scale the outputs, pass "
-            f"the batch as an argument of the loss: then they are a layer."
-        )
-    followed = [separable.follow(program, end, detection.live)[0] for end in ends]
-    found = [env[site.output] for env in followed if site.output in env]
-    examples = tuple(
-        i
-        for i in range(len(program.shape(site.output)))
-        if all(is_separate(axes[i]) for axes in found)
-    )
-    outputs = tuple(i for i in range(len(program.shape(site.output))) if i not in examples)
-    mixed = _batch(traced, site.output) & set(outputs)
-    if mixed and curvature in KINDS:
-        raise ValueError(
-            f"{needs} capture cannot tell that the examples do not meet between the layer "
-            f"{names[head]} and the loss, so the Hessian may not be one block per example. "
-            f"{REMEDY}."
-        )
-    return Target(site.output, examples, outputs, outputs)
+def _constant(
+    traced: Traced, names: Sequence[str], followed: Mapping[int, separable.Axes]
+) -> str | None:
+    """A layer that has a use without an axis of examples; None if there is none."""
+    for site, name in zip(traced.detection.sites, names, strict=True):
+        if site.output in followed and traced.batch_axes is not None:
+            if not site.loops and not traced.batch_axes[site.output]:
+                return name
+    return None
 
 
-def is_separate(axis: separable.Axis) -> bool:
-    return all(factor.axis is not None for factor in axis)
-
-
-def _batch(traced: Traced, value: int) -> set[int]:
-    """The batch axes of a value that are longer than one."""
-    if traced.batch_axes is None:
-        return set()
-    return {i for i in traced.batch_axes[value] if traced.program.shape(value)[i] > 1}
+def _examples(traced: Traced, target: Target, to_rows: Sequence[Chain]) -> int | None:
+    """How many examples a target has, if each reaches outputs of its own; else None."""
+    followed, _ = separable.follow(traced.program, target.value, traced.detection.live)
+    batches = set()
+    for site, chain in zip(traced.detection.sites, to_rows, strict=True):
+        if site.output in followed:
+            if site.loops:
+                return None
+            *_, batch, _, _ = separable.rearranged(chain, followed[site.output])
+            batches.add(batch)
+    if len(batches) != 1 or not separable.is_separate(next(iter(batches))):
+        return None
+    return math.prod(factor.size for factor in batches.pop())
 
 
 def _with_columns(
@@ -297,7 +273,7 @@ def _with_columns(
     followed, lost = separable.follow(program, target.value, traced.detection.live)
     meeting: dict[int, str] = {}
     of_positions: set[int | None] = set()
-    growing = _batch(traced, target.value)
+    growing = batch_of(traced, target.value)
     for i, (site, name, chain) in enumerate(zip(sites, names, to_rows, strict=True)):
         if site.loops:  # which are not looked into: positions may meet there
             meeting.update((axis, name) for axis in target.examples if axis not in growing)
@@ -311,6 +287,14 @@ def _with_columns(
                 if program.shape(target.value)[axis] > 1 and axis not in labels:
                     meeting.setdefault(axis, name)
     mixed = sorted(growing & set(meeting))
+    if mixed and (name := _constant(traced, names, followed)) is not None:
+        raise ValueError(
+            f"`curvature='ggn_exact'` needs rows of each example, but {name} is applied to what "
+            f"is the same for all examples, as in a derivative along a fixed direction under "
+            f"`jax.vmap`. Differentiate the network of the whole batch instead, along a tangent as "
+            f"large as its inputs: `jax.jvp(f, (x,), (jnp.broadcast_to(v, x.shape),))`; or use "
+            f"`curvature='ggn_mc'`."
+        )
     if mixed:
         axis = mixed[0]
         outputs = [v for site in sites for v in site.outside]

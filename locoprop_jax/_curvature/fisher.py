@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_fisher, check_layers, check_positive
+from locoprop_jax._checks import check_fisher, check_layers, check_positive, check_real
 from locoprop_jax._curvature import woodbury
 from locoprop_jax._curvature.woodbury import Columns, Weights
 from locoprop_jax._layers.blocks import blocks
-from locoprop_jax._layers.captured import Captured, check_captured
-from locoprop_jax._layers.layers import Layers, replace
+from locoprop_jax._layers.captured import Captured, check_captured, check_real_captured
+from locoprop_jax._layers.layers import Layers, Points, replace
+from locoprop_jax._layers.made import Space
 from locoprop_jax._layers.rows import Block
 
 
@@ -51,12 +52,13 @@ def fisher_product(
       Benzing, `Gradient Descent on Neurons and its Link to Approximate Second-Order Optimization
       <https://arxiv.org/abs/2201.12250>`_, 2022: appendix I.
     """
-    own, systems = _open("fisher_product", layers, captured, vector, block_diagonal, curvature)
+    options = (block_diagonal, curvature)
+    own, systems = _open("fisher_product", layers, captured, vector, "changes", *options)
     new = {}
     for columns in systems:
         weights = woodbury.transposed_times(columns, own)
         new |= woodbury.times(columns, weights, own)
-    return replace(layers, vector, new, jnp.zeros_like)
+    return replace(layers, vector, new, jnp.zeros_like, "gradients", captured.points)
 
 
 def fisher_norm(
@@ -85,7 +87,8 @@ def fisher_norm(
     Raises:
       ValueError, TypeError: as `fisher_product`.
     """
-    own, systems = _open("fisher_norm", layers, captured, vector, block_diagonal, curvature)
+    options = (block_diagonal, curvature)
+    own, systems = _open("fisher_norm", layers, captured, vector, "changes", *options)
     norms = [jnp.square(woodbury.transposed_times(columns, own)).sum() for columns in systems]
     return _linalg.total(norms, jnp.float32)
 
@@ -121,13 +124,13 @@ def inverse_fisher_product(
       TypeError: as `fisher_product`.
     """
     check_positive(damping=damping)
-    own, systems = _open(
-        "inverse_fisher_product", layers, captured, vector, block_diagonal, curvature
-    )
+    options = (block_diagonal, curvature)
+    own, systems = _open("inverse_fisher_product", layers, captured, vector, "gradients", *options)
     new = {}
     for columns in systems:
         new |= woodbury.divide(woodbury.factorise(columns, damping), own)
-    return replace(layers, vector, new, lambda leaf: leaf / jnp.asarray(damping, leaf.dtype))
+    rest = lambda leaf: leaf / jnp.asarray(damping, leaf.dtype)  # noqa: E731
+    return replace(layers, vector, new, rest, points=captured.points)
 
 
 def sample_laplace(
@@ -175,10 +178,17 @@ def sample_laplace(
     normal = [
         jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)
     ]
-    _, systems = _open("sample_laplace", layers, captured, mode, block_diagonal, curvature)
+    options = (block_diagonal, curvature)
+    _, systems = _open("sample_laplace", layers, captured, mode, "values", *options)
     noise = [_noise(jax.random.fold_in(noise_key, i), columns) for i, columns in enumerate(systems)]
     offset = laplace_offset(
-        layers, systems, jax.tree.unflatten(structure, normal), noise, prior_precision, examples
+        layers,
+        systems,
+        jax.tree.unflatten(structure, normal),
+        noise,
+        prior_precision,
+        examples,
+        captured.points,
     )
     return jax.tree.map(lambda m, d: (m.astype(d.dtype) + d).astype(m.dtype), mode, offset)
 
@@ -190,6 +200,7 @@ def laplace_offset(
     noise: list[Weights],
     prior_precision: Any,
     examples: Any,
+    points: Points | None = None,
 ) -> Any:
     """What standard normal numbers become in a sample: a linear map M of them with M M' its cov.
 
@@ -204,9 +215,10 @@ def laplace_offset(
       noise: for the columns of each system.
       prior_precision: of the prior.
       examples: that F stands for.
+      points: where kernels that are made of parameters are linearised.
     """
     draw = jax.tree.map(lambda n: n / jnp.sqrt(jnp.asarray(prior_precision, n.dtype)), normal)
-    own = woodbury.same_dtype(blocks(layers, draw))
+    own = woodbury.same_dtype(blocks(layers, draw, "changes", points))
     new = {}
     for columns, extra in zip(systems, noise, strict=True):
         dtype = extra.dtype
@@ -218,20 +230,29 @@ def laplace_offset(
             name: jax.tree.map(jnp.subtract, own[name], correction)
             for name, correction in pulled.items()
         }
-    return replace(layers, draw, new)
+    return replace(layers, draw, new, points=points)
 
 
 def _open(
-    method: str, layers: Layers, captured: Any, tree: Any, block_diagonal: bool, curvature: str
+    method: str,
+    layers: Layers,
+    captured: Any,
+    tree: Any,
+    space: Space,
+    block_diagonal: bool,
+    curvature: str,
 ) -> tuple[dict[str, Block], list[dict[str, Columns]]]:
     """The blocks of a tree, and the columns of each system."""
     check_layers(layers, method)
     check_fisher(method, 0, curvature)
-    captured = check_captured(layers, captured, method).pulled()
-    own = woodbury.same_dtype(blocks(layers, tree))
-    systems = []
+    captured = check_captured(layers, captured, method)
+    check_real(method, tree)
+    check_real_captured(captured, method)
+    captured = captured.pulled()
+    own = woodbury.same_dtype(blocks(layers, tree, space, captured.points))
+    columns, systems = woodbury.columns_of(captured, own, curvature), []
     for names in woodbury.groups(own, block_diagonal).values():
-        systems.append({n: woodbury.columns_of(captured, n, own[n], curvature) for n in names})
+        systems.append({n: columns[n] for n in names})
         woodbury.check_examples(method, systems[-1])
     return own, systems
 

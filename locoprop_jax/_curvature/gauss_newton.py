@@ -11,12 +11,14 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_not_negative, check_positive, check_whole
+from locoprop_jax._checks import check_not_negative, check_positive, check_real, check_whole
 from locoprop_jax._curvature.products import linearise
 from locoprop_jax._curvature.quadratic import (
+    RADIUS,
     Scalar,
     Tree,
     ValueFn,
+    adapted_radius,
     best_of_three,
     check_line,
     dtype_of_model,
@@ -41,6 +43,8 @@ class GaussNewtonStepState(NamedTuple):
       model_change: by how much the model fell with the last step; not positive. shape=()
       reduction_ratio: rho, how much the loss of the next batch fell by a step over how much the
         model of its own batch fell, when that was last measured. shape=()
+      radius: how far the last step was allowed to move the outputs. shape=()
+      length: how far it moved them: s'GGN s / 2. shape=()
       previous: the last update.
       inner: the state of the direction.
     """
@@ -51,6 +55,8 @@ class GaussNewtonStepState(NamedTuple):
     step_size: Scalar
     model_change: Scalar
     reduction_ratio: Scalar
+    radius: Scalar
+    length: Scalar
     previous: Any
     inner: Any
 
@@ -107,10 +113,15 @@ def scale_by_gauss_newton_step(
         updates and `grad` are of the loss alone. It is in C, its gradient is in g and in what
         `direction` gets.
       momentum: whether the last update is a direction as well. It costs one more product.
-      bounded: whether two things hold a step of a small batch back. No more than the last update
-        itself is added as momentum: a small batch may have next to no curvature along that update,
-        and ask for any multiple of it. And the model never falls by more than a loss made of those
-        of `losses`, which are never negative. False for eq. 40 as it is.
+      bounded: whether three things hold a step back. No more than the last update itself is added
+        as momentum: a small batch may have next to no curvature along that update, and ask for any
+        multiple of it. And of a loss made of those of `losses` that are never negative, the model
+        never falls by more than the loss, and a step s moves the outputs no further than a radius:
+        s'GGN s / 2, which of a likelihood is the Kullback-Leibler divergence to second order, is at
+        most a hundredth of the first loss (the trust region of Ba et al.). The radius grows as
+        long as steps that reach it do not fail, and shrinks where the loss of the next batch rose,
+        when tau is adapted. It keeps the first steps, which are the longest, from where a network
+        does not come back. False for eq. 40 as it is.
 
     Returns:
       A transformation whose `update` needs the parameters and, as Optax's line searches do,
@@ -129,7 +140,9 @@ def scale_by_gauss_newton_step(
       Botev et al., `Practical Gauss-Newton Optimisation for Deep Learning
       <https://arxiv.org/abs/1706.03662>`_, 2017: appendices B.2 and B.3; J. Martens, R. Grosse,
       `Optimizing Neural Networks with Kronecker-factored Approximate Curvature
-      <https://arxiv.org/abs/1503.05671>`_, 2015: sections 6.4 to 7.
+      <https://arxiv.org/abs/1503.05671>`_, 2015: sections 6.4 to 7; J. Ba, R. Grosse, J. Martens,
+      `Distributed Second-Order Optimization using Kronecker-Factored Approximations
+      <https://openreview.net/forum?id=SkkTMpjex>`_, 2017: section 5, the trust region.
     """
     name = "scale_by_gauss_newton_step"
     check_not_negative(damping=damping, inner_damping=inner_damping, l2=l2)
@@ -142,6 +155,8 @@ def scale_by_gauss_newton_step(
         return optax.with_extra_args_support(optax.identity() if chosen is None else chosen)
 
     def init(params: Tree) -> GaussNewtonStepState:
+        check_real(name, params)
+
         def number(value: Any) -> Array:  # one for each: a buffer cannot be donated twice
             return jnp.asarray(value, dtype_of_model(params))
 
@@ -152,6 +167,8 @@ def scale_by_gauss_newton_step(
             number(0),
             number(0),
             number(1),
+            number(0),
+            number(0),
             _linalg.zeros_like(_linalg.wide(params)),
             of_damping(number(inner_damping)).init(params),
         )
@@ -175,19 +192,22 @@ def scale_by_gauss_newton_step(
         network = linearise(value_fn, params, (), {}, False, name)
         previous = like(state.previous, params)
 
-        def judged() -> tuple[Array, Array]:
+        def judged() -> tuple[Array, Array, Array]:
             change = state.model_change
             verdict = judge(value_fn, value, slope, params, previous, l2, change)
             factor = jnp.asarray(decay, dtype) ** damping_period
-            return levenberg_marquardt(state.damping, verdict, factor), verdict.ratio
+            radius = adapted_radius(state.radius, state.length, verdict, factor)
+            return levenberg_marquardt(state.damping, verdict, factor), radius, verdict.ratio
 
-        adapted, ratio = jax.lax.cond(
+        adapted, radius, ratio = jax.lax.cond(
             ok & (state.count % damping_period == 0) & (state.count > 0),
             judged,
-            lambda: (state.damping, state.reduction_ratio),
+            lambda: (state.damping, state.radius, state.reduction_ratio),
         )
 
-        bounds = (most_fall(network, value, l2, dtype), 1.0) if bounded else ()
+        loss = most_fall(network, value, l2, dtype)
+        radius = jnp.where(radius > 0, radius, RADIUS * loss)
+        bounds = (loss, 1.0, radius) if bounded else ()
 
         def candidate(gamma: Array) -> Candidate:
             found, inner = of_damping(gamma).update(incoming, state.inner, params, **extra_args)
@@ -196,7 +216,8 @@ def scale_by_gauss_newton_step(
             first = jnp.asarray(damping, dtype) * model.rayleigh
             tau = jnp.where(state.count == 0, first, adapted)
             steps, change = minimum(model, tau + jnp.asarray(l2, dtype), *bounds)
-            return Candidate(directions, inner, tau, steps, change)
+            length = (steps @ model.curvature @ steps / 2).astype(dtype)
+            return Candidate(directions, inner, tau, steps, change, length)
 
         gamma = state.inner_damping
         if is_adapted:
@@ -220,6 +241,8 @@ def scale_by_gauss_newton_step(
             step_size=best.steps[0],
             model_change=best.change,
             reduction_ratio=ratio,
+            radius=radius,
+            length=best.length,
         )
         step = _linalg.where(ok, step, _linalg.zeros_like(step))
         return step, _kept(ok, new, state)._replace(previous=last, inner=best.inner)
@@ -236,6 +259,7 @@ class Candidate(NamedTuple):
       damping: tau.
       steps: how much of each direction is in it.
       change: of the model by the step; not positive.
+      length: of the step in the metric of the outputs.
     """
 
     directions: list[Tree]
@@ -243,6 +267,7 @@ class Candidate(NamedTuple):
     damping: Scalar
     steps: Float[Array, " k"]
     change: Scalar
+    length: Scalar
 
 
 def _kept(

@@ -10,15 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_jax import losses
-from locoprop_jax._capture import targets
 from locoprop_jax._checks import check_layers
 from locoprop_jax._curvature.sequences import check_sequence, kernels
 from locoprop_jax._layers.arrays import LayerArrays
-from locoprop_jax._layers.captured import Captured, check_captured
+from locoprop_jax._layers.captured import Captured, check_captured, check_real_captured
 from locoprop_jax._layers.head import Head
 from locoprop_jax._layers.layers import Layer, Layers
 from locoprop_jax._layers.rows import as_rows
-from locoprop_jax._tracing import separable
+from locoprop_jax._tracing import ends, separable
 from locoprop_jax._tracing.flow import live_equations, reached_from
 from locoprop_jax._tracing.program import flatten
 
@@ -76,7 +75,8 @@ def hessian_blocks(
     check_layers(layers, "hessian_blocks")
     names = check_sequence(layers, "hessian_blocks", REMEDY)
     captured = check_captured(layers, captured, "hessian_blocks")
-    above = kernels(layers, params, names[1:], "hessian_blocks")
+    check_real_captured(captured, "hessian_blocks")
+    above = kernels(layers, params, names[1:], "hessian_blocks", captured.points)
     last = captured[names[-1]]
     assert last.head is not None
     _check_rows(last.head, names[-1])
@@ -104,12 +104,11 @@ def _check_rows(head: Head, name: str) -> None:
     """
     program = flatten(head.function.closed)
     live, outputs = live_equations(program, program.outputs[0]), program.inputs[0]
-    ends = targets.linear_ends(program, reached_from(program, [outputs]), set())
-    for end in ends:
+    for end in ends.linear(program, program.outputs[0], reached_from(program, [outputs])).ends:
         followed, _ = separable.follow(program, end, live)
         if outputs in followed:
             *_, batch, shared, _ = separable.rearranged(head.layout.outputs, followed[outputs])
-            if not (targets.is_separate(batch) and targets.is_separate(shared)):
+            if not (separable.is_separate(batch) and separable.is_separate(shared)):
                 raise ValueError(
                     f"`hessian_blocks` needs rows of {name}, the output layer, that do not meet in "
                     f"the loss, but capture cannot tell that they do not. {REMEDY}."

@@ -133,7 +133,7 @@ def kfac(
     layers: Layers,
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,
-    damping: float = 1.0,
+    damping: float = 0.3,
     step_damping: float = 0.1,
     adapt_damping: bool = False,
     exact_damping: bool = False,

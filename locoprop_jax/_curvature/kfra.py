@@ -107,7 +107,7 @@ def _direction(
         if not wanted:
             return {}
         passed = names[wanted[0] :]
-        above = kernels(layers, params, passed[1:], "scale_by_kfra")
+        above = kernels(layers, params, passed[1:], "scale_by_kfra", captured.points)
         outputs = {
             name: as_rows(captured[name].outputs, above[after].dtype)
             for name, after in itertools.pairwise(passed)

@@ -117,7 +117,7 @@ def scale_by_natural_gradient(
             source = check_captured(layers, fisher, METHOD)
         source = source.pulled()
         own = woodbury.same_dtype(batch.slopes)
-        columns = {n: woodbury.columns_of(source, n, own[n], curvature) for n in own}
+        columns = woodbury.columns_of(source, own, curvature)
         if batch_size is not None:
             _check_sizes(layers, columns, batch_size, samples)
         ok = batch.is_finite(columns)

@@ -13,10 +13,12 @@ from jax import Array
 from locoprop_jax import _linalg, losses
 from locoprop_jax._capture import curvature
 from locoprop_jax._capture.curvature import Point
-from locoprop_jax._capture.targets import Target, find_targets
+from locoprop_jax._capture.target import Target
+from locoprop_jax._capture.targets import find_targets, is_non_negative
+from locoprop_jax._checks import check_real
 from locoprop_jax._layers.layers import Layers
 from locoprop_jax._tracing.evaluate import evaluate
-from locoprop_jax._tracing.heads import Cut, addresses, cut
+from locoprop_jax._tracing.heads import addresses, cut
 from locoprop_jax._tracing.trace import layer_names, trace
 from locoprop_jax._trees import path_name
 
@@ -34,6 +36,7 @@ class Linearised(NamedTuple):
       hessian: H u for the Hessian H of the loss by the outputs; linear.
       targets: where the outputs are.
       points: the outputs, and what the loss makes of them.
+      is_non_negative: whether the loss is seen never to be negative.
     """
 
     push: Callable[[Tree], Outputs]
@@ -41,6 +44,7 @@ class Linearised(NamedTuple):
     hessian: Callable[[Outputs], Outputs]
     targets: tuple[Target, ...]
     points: list[Point]
+    is_non_negative: bool
 
 
 def gauss_newton_vector_product(
@@ -55,10 +59,10 @@ def gauss_newton_vector_product(
 
     The matrix is J'HJ, with J the Jacobian of the network's outputs by all parameters and H the
     Hessian of the loss, as written, by these outputs: what a mean over the batch divides by stays
-    in it. Any loss will do whose head is convex and which one layer feeds; the losses of
-    `locoprop_jax.losses` may be several, and where the Hessian of one is not positive
-    semi-definite its positive part counts. What an unmarked loss does with parameters after its
-    last layer, or past every layer (weight decay), does not enter.
+    in it. Any loss will do whose heads are convex, of several outputs too unless unmarked ones meet
+    in one term; where the Hessian of a loss marked by `locoprop_jax.losses.output_loss` is not
+    positive semi-definite its positive part counts. What an unmarked loss does with parameters
+    after its last layer, or past every layer (weight decay), does not enter.
 
     The network runs forward when this is called, a product is one pass forward and one backward.
 
@@ -77,7 +81,8 @@ def gauss_newton_vector_product(
 
     Raises:
       TypeError: the loss is not a scalar, or a parameter is not an array.
-      ValueError: no layer was found, or several unmarked output layers were.
+      ValueError: no layer was found, or unmarked outputs of several layers meet in the loss; a
+        parameter, or what the loss takes, is complex.
 
     References:
       N. Schraudolph, `Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent
@@ -92,6 +97,7 @@ def gauss_newton_vector_product(
       [[0.67], [0.67], [0.67]]
     """
     name = "gauss_newton_vector_product"
+    check_real(name, params)
     network = linearise(loss_fn, params, args, kwargs, has_aux, name)
 
     def product(vector: Tree) -> Tree:
@@ -117,7 +123,8 @@ def fisher_vector_product(
     exponential families in their natural parameters its expectation is the Gauss-Newton matrix.
 
     Args:
-      loss_fn: `loss_fn(params, *args, **kwargs)`, written with `locoprop_jax.losses`.
+      loss_fn: `loss_fn(params, *args, **kwargs)`, of losses of `locoprop_jax.losses`, or of cross
+        entropies and squared errors that are recognised.
       params: where to take the matrix.
       *args: a batch and whatever else the loss takes.
       rng: a key, for the labels. The loss does not get it.
@@ -132,7 +139,8 @@ def fisher_vector_product(
 
     Raises:
       TypeError: the loss is not a scalar, a parameter is not an array, or `rng` is missing.
-      ValueError: the loss is not marked, or `samples` is not positive.
+      ValueError: the loss is neither marked nor recognised, a parameter is complex, or `samples` is
+        not positive.
     """
     curvature.check_arguments("fisher_mc", samples)
     if rng is None:
@@ -140,6 +148,7 @@ def fisher_vector_product(
             "`fisher_vector_product` samples labels: pass a key as the keyword `rng`, such as "
             "`rng=jax.random.key(0)`."
         )
+    check_real("fisher_vector_product", params)
     network = linearise(loss_fn, params, args, kwargs, has_aux, "fisher_mc")
     drawn = curvature.cotangents(network.targets, network.points, "fisher_mc", samples, rng)
 
@@ -178,11 +187,10 @@ def linearise(
     traced = trace(loss_fn, params, tuple(args), kwargs, has_aux)
     program = traced.program
     targets = find_targets(traced, asked, layer_names(traced), ())
-    starts = [target.value if target.call is None else target.terms for target in targets]
-    heads = [cut(traced, start, program.outputs[0]) for start in starts]
-    free = [v for head in heads for v in head.free]
-    operands = [v for target in targets for v in target.operands]
-    wanted = addresses(program, [*(t.value for t in targets), *starts, *operands, *free])
+    rests = {v: cut(traced, v, program.outputs[0]) for t in targets for v in t.weighing}
+    free = [v for rest in rests.values() for v in rest.free]
+    needed = [v for target in targets for v in (target.value, *target.needed)]
+    wanted = addresses(program, [*needed, *rests, *free])
 
     def forward(params: Tree) -> tuple[Outputs, dict]:
         flat = [*jax.tree.leaves(params), *traced.arguments]
@@ -197,21 +205,18 @@ def linearise(
     known |= program.constants
     known |= {value: recorded[address] for value, address in wanted.items()}
 
-    def point(target: Target, head: Cut) -> Point:
-        rest = head.function(known)
-        if target.call is None:
-            return Point(known[target.value], head=rest)
-        weights = jax.grad(rest)(known[target.terms])
-        return Point(known[target.value], tuple(known[v] for v in target.operands), weights)
-
-    points = [point(target, head) for target, head in zip(targets, heads, strict=True)]
+    slopes = {v: jax.grad(rest.function(known))(known[v]) for v, rest in rests.items()}
+    points = [curvature.point(t, known, known[t.value], slopes) for t in targets]
     # Once: it may take a factorisation, which a loop over products would repeat.
     products = [_hessian(target, point) for target, point in zip(targets, points, strict=True)]
 
     def hessian(vectors: Outputs) -> Outputs:
         return [product(vector) for product, vector in zip(products, vectors, strict=True)]
 
-    return Linearised(lambda v: push(v)[0], lambda u: pull(u)[0], hessian, targets, points)
+    is_positive = is_non_negative(traced, targets)
+    return Linearised(
+        lambda v: push(v)[0], lambda u: pull(u)[0], hessian, targets, points, is_positive
+    )
 
 
 def _hessian(target: Target, point: Point) -> Callable[[Array], Array]:

@@ -10,10 +10,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from locoprop_jax import _linalg, losses
-from locoprop_jax._checks import is_number
+from locoprop_jax import _linalg
+from locoprop_jax._checks import check_real, is_number
 from locoprop_jax._curvature.products import Linearised
 from locoprop_jax._trees import wide_dtype
+
+# The first radius of the trust region, as a share of the first loss; chosen on the problems of
+# `python -m benchmarks defaults`.
+RADIUS = 0.01
 
 Scalar = Float[Array, ""]
 Tree = Any
@@ -61,19 +65,24 @@ def quadratic_model(network: Linearised, slope: Tree, directions: list[Tree]) ->
 
 
 def minimum(
-    model: Model, damping: Scalar, loss: Any = jnp.inf, most: Any = jnp.inf
+    model: Model,
+    damping: Scalar,
+    loss: Any = jnp.inf,
+    most: Any = jnp.inf,
+    radius: Any = jnp.inf,
 ) -> tuple[Float[Array, " k"], Scalar]:
     """The steps (to be subtracted) that lower the damped model most, and how it then changes.
 
     Zero where the model has no minimum: along a direction of no or negative curvature. Shorter
-    where the model would fall by more than the loss: a saturated softmax has next to no curvature.
-    That of squared errors never does.
+    where the outputs would move further than the radius; and where the model would fall by more
+    than the loss: a saturated softmax has next to no curvature. That of squared errors never does.
 
     Args:
       model: of one direction, or of a direction and the last update.
       damping: tau.
       loss: by how much the model may fall: all of a loss that is never negative.
       most: of the last update, forwards or backwards.
+      radius: of half the squared length of the step in the metric of the undamped matrix.
     """
     matrix = model.curvature + damping.astype(model.lengths.dtype) * model.lengths
     steps = _solution(matrix, model.slope)
@@ -81,6 +90,9 @@ def minimum(
         held = jnp.clip(steps[1], -most, most)
         rest = _solution(matrix[:1, :1], model.slope[:1] - matrix[:1, 1] * held)
         steps = jnp.where(held == steps[1], steps, jnp.stack([rest[0], held]))
+    length, radius = steps @ model.curvature @ steps / 2, jnp.asarray(radius, steps.dtype)
+    is_long = length > radius
+    steps = steps * jnp.where(is_long, jnp.sqrt(radius / jnp.where(is_long, length, 1)), 1)
     slope, most_slope = steps @ model.slope, 2 * jnp.asarray(loss, steps.dtype)
     is_more = slope > most_slope  # at its minimum along a step the model has fallen by half of it
     steps = steps * jnp.where(is_more, most_slope / jnp.where(is_more, slope, 1), 1)
@@ -104,11 +116,28 @@ def most_fall(network: Linearised, value: Any, l2: Any, dtype: Any) -> Scalar:
 
     A loss of unknown sign may fall by any amount, and with l2 its model has a part more.
     """
-    is_positive = all(target.loss in losses.NON_NEGATIVE for target in network.targets)
-    if not is_positive or not is_number(l2) or l2 != 0:
+    if not network.is_non_negative or not is_number(l2) or l2 != 0:
         return jnp.asarray(jnp.inf, dtype)
     value = jnp.asarray(value, dtype)
     return jnp.where(value > 0, value, jnp.inf)
+
+
+def adapted_radius(radius: Scalar, length: Scalar, verdict: Verdict, factor: Scalar) -> Scalar:
+    """Less after a step that was too long and made the next batch's loss rise, else room to grow.
+
+    It grows twice as fast as it shrinks, and only where the last step was held back by it and
+    lowered the loss of the next batch.
+
+    Args:
+      radius: of the last step.
+      length: of the last step, in the same units.
+      verdict: on it.
+      factor: below one, by which the radius shrinks.
+    """
+    has_failed = (verdict.fall < 0) & verdict.is_too_long | ~jnp.isfinite(verdict.ratio)
+    was_held = length > 0.99 * radius  # equal, but for rounding
+    grown = jnp.where(was_held & (verdict.fall > 0), factor**-2, 1)
+    return radius * jnp.where(has_failed, factor, grown)
 
 
 def with_l2(gradient: Tree, params: Tree, l2: Any) -> Tree:
@@ -211,11 +240,11 @@ def best_of_three(change: Callable[[Scalar], Scalar], gamma: Scalar, factor: Sca
 
 
 def check_line(method: str, *, value_fn: ValueFn | None, **others: Any) -> ValueFn:
-    """The loss as a function of the parameters; refuse missing arguments, and masked parameters.
+    """The loss as a function of the parameters; refuse missing arguments, and some parameters.
 
     Raises:
-      TypeError: one is missing.
-      ValueError: some parameters are masked.
+      TypeError: an argument is missing.
+      ValueError: some parameters are masked, or complex.
     """
     missing = [f"`{name}`" for name, value in others.items() if value is None]
     if value_fn is None or missing:
@@ -232,6 +261,7 @@ def check_line(method: str, *, value_fn: ValueFn | None, **others: Any) -> Value
             f"of `optax.masked`, `optax.partition` and `with_fallback`, which may stand before it "
             f"in a chain. Parameters in no layer then follow their gradient."
         )
+    check_real(method, others["params"])
     return value_fn
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from locoprop_jax._layers.blocks import blocks
-from locoprop_jax._layers.layers import Layer, Layers
+from locoprop_jax._layers.layers import Layer, Layers, Points
 
 
 def check_sequence(layers: Layers, method: str, remedy: str) -> tuple[str, ...]:
@@ -50,7 +50,9 @@ def _break(before: Layer, layer: Layer) -> str:
     return ""
 
 
-def kernels(layers: Layers, params: Any, names: Sequence[str], method: str) -> dict[str, Any]:
+def kernels(
+    layers: Layers, params: Any, names: Sequence[str], method: str, points: Points
+) -> dict[str, Any]:
     """The kernels (d_in, d_out) of some layers, in float32 or float64.
 
     Raises:
@@ -59,7 +61,7 @@ def kernels(layers: Layers, params: Any, names: Sequence[str], method: str) -> d
     """
     if params is None:
         raise TypeError(f"`{method}` needs the parameters: pass `params` to it.")
-    found = blocks(layers, params)
+    found = blocks(layers, params, "values", points)
     missing = [name for name in names if "kernel" not in found.get(name, {})]
     if missing:
         raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,8 +64,11 @@ class System(NamedTuple):
 # --- G -------------------------------------------------------------------------------------------
 
 
-def columns_of(captured: Captured, name: str, like: Block, curvature: str) -> Columns:
-    """A layer's part of G, for the parts of the layer that `like` has.
+def columns_of(captured: Captured, own: Mapping[str, Block], curvature: str) -> dict[str, Columns]:
+    """Each layer's part of G, for the parts of the layer that its block has.
+
+    Batches of different sizes (points inside and at the boundary) have columns one after the
+    other, if the network is known to keep examples apart.
 
     Raises:
       ValueError: the curvature was not captured, or not by columns of one loss term each.
@@ -77,9 +80,41 @@ def columns_of(captured: Captured, name: str, like: Block, curvature: str) -> Co
             'no gradient of the exact Fisher. Capture "ggn_mc" or "fisher_mc" instead, or let the '
             "loss function join the positions with the batch before its first layer."
         )
+    columns = {n: _columns(captured, n, like, curvature) for n, like in own.items()}
+    if curvature != "captured" or not captured.are_apart:
+        return columns
+    batches = {n: captured[n].by_batch() for n in own}
+    sizes = sorted({size for each in batches.values() for size in each})
+    if len(sizes) < 2:
+        return columns
+    return {n: _side_by_side(batches[n], sizes, like) for n, like in own.items()}
+
+
+def _columns(captured: Captured, name: str, like: Block, curvature: str) -> Columns:
     dtype = dtype_of(like)
     extended = extend(captured[name].inputs.astype(dtype), like)
     return Columns(extended, curvature_of(captured, name, curvature, dtype))
+
+
+def _side_by_side(
+    batches: Mapping[int, tuple[Array, Array]], sizes: Sequence[int], like: Block
+) -> Columns:
+    """The columns of batches of these sizes; zero where a layer has no row of one."""
+    dtype = dtype_of(like)
+    starts = {size: sum(sizes[:i]) for i, size in enumerate(sizes)}
+    extended = {size: extend(x.astype(dtype), like) for size, (x, _) in batches.items()}
+    cotangents = {size: c.astype(dtype) for size, (_, c) in batches.items()}
+    shared = max(x.shape[-2] for x in extended.values())
+
+    def placed(by_size: Mapping[int, Array]) -> Array:
+        parts = []
+        for size, x in by_size.items():
+            after = sum(sizes) - starts[size] - size
+            ends = [(starts[size], after), (0, shared - x.shape[-2]), (0, 0)]
+            parts.append(jnp.pad(x, [(0, 0)] * (x.ndim - 3) + ends))
+        return functools.reduce(jnp.add, parts)
+
+    return Columns(placed(extended), placed(cotangents))
 
 
 def transposed_times(columns: Mapping[str, Columns], own: Mapping[str, Block]) -> Weights:
@@ -228,6 +263,8 @@ def check_examples(method: str, columns: Mapping[str, Columns]) -> None:
             raise ValueError(
                 f"`{method}` adds up the gradient of an example over all layers, but there are "
                 f"{columns[first].count[1]} examples at {first} and {own.count[1]} at "
-                f"{name}: the model joins the batch with another axis in between. Keep the batch "
-                f"an axis of its own throughout, or say `block_diagonal=True`."
+                f"{name}: the model joins the batch with another axis in between, or rows are the "
+                f"same for all examples (a constant tangent). Keep the batch an axis of its own "
+                f"throughout (a tangent as large as the inputs: differentiate outside of "
+                f"`jax.vmap`, with `jnp.broadcast_to(v, x.shape)`), or say `block_diagonal=True`."
             )

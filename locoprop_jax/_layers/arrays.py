@@ -4,7 +4,7 @@ Arrays are kept raw, with the static layout that turns them into the one format 
 
     inputs      X   (batch, shared, d_in)
     outputs     A   (batch, shared, d_out)    pre-activations, bias included
-    cotangents  E   (batch, shared, d_out)    dL/dA of the loss as written
+    cotangents  E   (batch, shared, d_out)    dL/dA of the loss as written, as JAX has it
     curvature       (samples, batch, shared, d_out)    cotangents of Fisher and Gauss-Newton methods
     output_hessian  (d_out, d_out) or (d_out,)    at the output layer, for `scale_by_kfra`
 
@@ -23,14 +23,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from locoprop_jax import _linalg
 from locoprop_jax._layers.head import Head
+from locoprop_jax._layers.real_part import RealPart
 from locoprop_jax._layers.rows import Inputs, join_rows
 from locoprop_jax._layers.structured import OneHot, Windows
 from locoprop_jax._layers.transposed import Extended, Transposed
 from locoprop_jax._layers.uses import Use
 from locoprop_jax._tracing.jaxpr import Path
 from locoprop_jax._tracing.operands import OneHotReader
-from locoprop_jax._trees import wide_dtype
+from locoprop_jax._trees import ascent, complex_dtype, is_complex, real_dtype, wide_dtype
 
 
 @functools.partial(
@@ -55,7 +57,7 @@ class Deferred:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["uses", "head", "output_hessian", "deferred"],
+    data_fields=["uses", "head", "output_hessian", "deferred", "points"],
     meta_fields=["signature", "has_transferred"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,6 +75,7 @@ class LayerArrays:
         each, (d_out, d_out), or its diagonal (d_out,) where the loss takes each output by itself.
         None unless `curvature="ggn_output"` was captured and this is the output layer.
       deferred: what makes the curvature cotangents once they are read.
+      points: by part, what a kernel or bias that is no array of the tree is made of.
     """
 
     uses: tuple[Use | Transposed, ...]
@@ -81,6 +84,7 @@ class LayerArrays:
     has_transferred: bool = False
     output_hessian: Array | None = None
     deferred: Deferred | None = None
+    points: Mapping[str, tuple[Array, ...]] = dataclasses.field(default_factory=dict)
 
     def with_curvature(self, cotangents: Mapping[Path, Array]) -> LayerArrays:
         """With its own of the curvature cotangents."""
@@ -95,6 +99,7 @@ class LayerArrays:
             uses=tuple(use.joined(parts) for use in self.uses),
             head=head and dataclasses.replace(head, terms=parts * head.terms, parts=parts),
             output_hessian=None if hessian is None else hessian.mean(0),
+            points=jax.tree.map(lambda x: x[0], self.points),  # the same in all parts
         )
 
     @property
@@ -109,20 +114,44 @@ class LayerArrays:
     def cotangents(self) -> Float[Array, "*stack batch shared d_out"]:
         return _joined([use.read_cotangents() for use in self.uses])
 
+    @property
+    def is_complex(self) -> bool:
+        """Whether its outputs are, because its inputs or its parameters are."""
+        return is_complex(self.first.outputs.dtype)
+
     # As methods read them: all rows of the batch on one axis, of transposed uses only those of the
-    # batch together.
+    # batch together. Complex cotangents are conjugated, see `ascent`.
 
     def rows(self, dtype: Any, examples: int | None = None) -> Inputs:
         """The inputs, of the first so many examples, None for all.
 
         Those of an embedding and of a convolution are not written out. A stack of layers has its
         axis in front.
+
+        Args:
+          dtype: of the layer's block. Complex rows that meet a real one are a `RealPart`.
+          examples: how many.
         """
+        rows = self._rows(self._kind(dtype), examples)
+        return self._met_by(dtype, rows)
+
+    def mean_rows(self, dtype: Any) -> Inputs:
+        """The inputs of `rows`, averaged over the positions of each example."""
+        return self._met_by(dtype, self.inputs.astype(self._kind(dtype)).mean(-2))
+
+    def _kind(self, dtype: Any) -> Any:
+        """Of the layer's arrays, for a block of this dtype."""
+        return complex_dtype(dtype) if self.is_complex else dtype
+
+    def _met_by(self, dtype: Any, rows: Inputs) -> Inputs:
+        return RealPart(rows) if is_complex(rows.dtype) and not is_complex(dtype) else rows
+
+    def _rows(self, dtype: Any, examples: int | None) -> Inputs:
         layout = self.first.layout
         reader = layout.reader
         if isinstance(reader, OneHotReader):
             ids = _joined([use.read_ids() for use in self._straight])[..., :examples, :, :]
-            return OneHot(ids.reshape(*ids.shape[:-3], -1), reader.size, dtype)
+            return OneHot(ids.reshape(*ids.shape[:-3], -1), reader.size, real_dtype(dtype))
         if layout.by_example and len(self.uses) == 1:
             patches, data = self.first.read_data()
             start = (slice(None),) * patches.data_axes[0]
@@ -131,22 +160,26 @@ class LayerArrays:
         if not (turned := self._turned):
             return rows
         count = len(rows) + sum(use.count(examples) for use in turned)
-        return Extended(rows, self._unit(examples).astype(dtype), count)
+        return Extended(rows, self._unit(examples).astype(real_dtype(dtype)), count)
 
     def output_rows(self, dtype: Any) -> Float[Array, "*stack rows d_out"]:
         """The outputs of `rows`."""
+        dtype = self._kind(dtype)
         rows = self._straight_rows(Use.read_outputs, dtype)
         if not (turned := self._turned):
             return rows
-        return jnp.concatenate([rows, (self._unit() * turned[0].kernel).astype(dtype)])
+        outputs = _linalg.scale(turned[0].kernel, self._unit())
+        return jnp.concatenate([rows, outputs.astype(dtype)])
 
     def cotangent_rows(self, dtype: Any) -> Float[Array, "*stack rows d_out"]:
         """The cotangents of `rows`."""
-        rows = self._straight_rows(Use.read_cotangents, dtype)
+        dtype = self._kind(dtype)
+        rows = ascent(self._straight_rows(Use.read_cotangents, dtype))
         if not (turned := self._turned):
             return rows
         gradient = functools.reduce(jnp.add, [use.gradient() for use in turned])
-        return jnp.concatenate([rows, (gradient / self._unit()).astype(dtype)])
+        cotangents = _linalg.scale(gradient, 1 / self._unit())
+        return jnp.concatenate([rows, cotangents.astype(dtype)])
 
     def transferred_rows(self, dtype: Any) -> Float[Array, "*stack rows d_out"]:
         """The cotangents of `rows` after the transfer function.
@@ -154,7 +187,7 @@ class LayerArrays:
         Raises:
           ValueError: they were not captured.
         """
-        own = join_rows(self.transferred_cotangents).astype(dtype)
+        own = ascent(join_rows(self.transferred_cotangents)).astype(dtype)
         return self.cotangent_rows(dtype) if len(self.uses) > 1 else own
 
     def _straight_rows(
@@ -216,6 +249,24 @@ class LayerArrays:
                 '`value_grad_and_capture(loss_fn, curvature="ggn_mc")` (or another kind).'
             )
         return _joined([use.read_curvature() for use in self.uses])
+
+    def by_batch(self) -> dict[int, tuple[Array, Array]]:
+        """Inputs and curvature cotangents by the number of examples: those of several batches.
+
+        Their shapes are those of `inputs` and `curvature`.
+        """
+        if self.deferred is not None:
+            return self.with_curvature(self.deferred.pull()).by_batch()
+        found: dict[int, list[Use | Transposed]] = {}
+        for use in self.uses:
+            found.setdefault(use.read_outputs().shape[-3], []).append(use)
+        return {
+            size: (
+                _joined([use.read_inputs() for use in uses]),
+                _joined([use.read_curvature() for use in uses]),
+            )
+            for size, uses in found.items()
+        }
 
     @property
     def transferred_curvature(self) -> Float[Array, "*stack samples batch shared d_out"]:

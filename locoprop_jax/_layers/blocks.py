@@ -12,30 +12,44 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from locoprop_jax import _linalg
 from locoprop_jax._layers.captured import Captured
-from locoprop_jax._layers.layers import Layers, parameter_paths
+from locoprop_jax._layers.layers import Layer, Layers, Points, parameter_paths
+from locoprop_jax._layers.made import Space, paths, read
 from locoprop_jax._layers.rows import Block, join_rows
-from locoprop_jax._trees import leaves_by_path, wide_dtype
+from locoprop_jax._trees import is_complex, leaves_by_path, wide_dtype
 
 # --- parameters ----------------------------------------------------------------------------------
 
 
-def blocks(layers: Layers, tree: Any) -> dict[str, Block]:
+def blocks(
+    layers: Layers, tree: Any, space: Space = "gradients", points: Points | None = None
+) -> dict[str, Block]:
     """The kernels and biases in a tree by layer, in float32 or float64, without masked ones.
 
+    Of complex layers in numbers whose parts are these.
+
+    Args:
+      layers: from `find_layers`.
+      tree: like the parameters.
+      space: what it holds: values, changes or gradients of the parameters.
+      points: where kernels that are made of parameters are linearised, from `Captured`.
+
     Raises:
-      ValueError: the tree is of another model.
+      ValueError: the tree is of another model, or a layer has a real kernel and a complex bias, or
+        the other way round.
     """
     leaves = leaves_by_path(tree)
     _check_model(layers, leaves)
     found_blocks = {}
     for name, layer in layers.items():
         found = {
-            part: parameter.read(leaves[parameter.path])
-            for part, parameter in layer.parts.items()
-            if parameter.path in leaves
+            part: read(place, leaves, space, (points or {}).get((name, part)))
+            for part, place in layer.parts.items()
+            if all(path in leaves for path in paths(place))
         }
         if found:
+            _check_kind(layer, found)
             dtype = wide_dtype(found.values())
             found_blocks[name] = {part: leaf.astype(dtype) for part, leaf in found.items()}
     return found_blocks
@@ -58,6 +72,16 @@ def _check_model(layers: Layers, leaves: Mapping[str, Any]) -> None:
             )
 
 
+def _check_kind(layer: Layer, found: Block) -> None:
+    kinds = {part: is_complex(leaf.dtype) for part, leaf in found.items()}
+    if len(set(kinds.values())) > 1:
+        path = paths(layer.parts["kernel" if kinds["bias"] else "bias"])[0]
+        raise ValueError(
+            f"The layer {layer.name!r} has one real parameter, {path!r}, and a complex one beside "
+            f"it. Store both as complex numbers, or both as real ones."
+        )
+
+
 def dtype_of(block: Block) -> Any:
     """Of all its parts."""
     return next(iter(block.values())).dtype
@@ -73,9 +97,9 @@ def unit_norm(leaf: Array) -> Array:
     """A leaf in no layer divided by its Euclidean norm, whatever its size; zeros for zeros."""
     wide = leaf.astype(wide_dtype([leaf]))
     size = jnp.max(jnp.abs(wide), initial=0)
-    near = wide / jnp.where(size > 0, size, 1)
-    norm = jnp.sqrt(jnp.square(near).sum())
-    return (near / jnp.where(norm > 0, norm, 1)).astype(leaf.dtype)
+    near = wide / jnp.where(size > 0, size, 1).astype(wide.dtype)
+    norm = jnp.sqrt(_linalg.squares(near).sum())
+    return (near / jnp.where(norm > 0, norm, 1).astype(wide.dtype)).astype(leaf.dtype)
 
 
 # --- curvature -----------------------------------------------------------------------------------
@@ -135,8 +159,9 @@ def divide(
     """
     if "bias" not in block:
         return {"kernel": solve(block["kernel"])}
+    bias = jnp.asarray(bias, block["bias"].dtype)
     alone = bias * block["bias"]
-    kernel = solve(block["kernel"] - mean[:, None] * alone[None])
+    kernel = solve(block["kernel"] - jnp.conj(mean)[:, None] * alone[None])
     return {"kernel": kernel, "bias": alone - bias * (mean @ kernel)}
 
 

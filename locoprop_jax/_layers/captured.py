@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from locoprop_jax._checks import REAL_REMEDY
 from locoprop_jax._layers.arrays import Deferred, LayerArrays
 from locoprop_jax._layers.layers import Layers
 
@@ -16,7 +17,7 @@ from locoprop_jax._layers.layers import Layers
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["_arrays", "_deferred"],
-    meta_fields=["_names", "has_joint_columns", "_terms"],
+    meta_fields=["_names", "has_joint_columns", "_terms", "are_apart"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Captured(Mapping[str, LayerArrays]):
@@ -26,6 +27,9 @@ class Captured(Mapping[str, LayerArrays]):
       has_joint_columns: whether an exact column was injected at several positions of an example at
         once, because they do not meet in the network. Its rows then belong to the curvature each
         on their own; products between them do not.
+      are_apart: whether each output that curvature was asked for is of one example, and all rows
+        that reach it are this example's. Then rows of batches of different sizes are of different
+        examples.
     """
 
     _names: tuple[str, ...]  # in the order the data meets the layers, which a dict would lose
@@ -33,6 +37,7 @@ class Captured(Mapping[str, LayerArrays]):
     has_joint_columns: bool = False
     _deferred: Deferred | None = None
     _terms: float | None = None  # None where output layers disagree on it
+    are_apart: bool = False
 
     def __getitem__(self, name: str) -> LayerArrays:
         if name not in self._names:
@@ -66,9 +71,32 @@ class Captured(Mapping[str, LayerArrays]):
         return dataclasses.replace(self, _arrays=arrays, _terms=terms)
 
     @property
+    def points(self) -> dict[tuple[str, str], tuple[jax.Array, ...]]:
+        """Where parts that are made of parameters are linearised, by layer and part."""
+        return {
+            (name, part): point
+            for name, own in zip(self._names, self._arrays, strict=True)
+            for part, point in own.points.items()
+        }
+
+    @property
     def terms(self) -> float:
         """How many terms the loss averages over; the batch where output layers disagree on it."""
         return float(self._arrays[0].outputs.shape[-3]) if self._terms is None else self._terms
+
+
+def check_real_captured(captured: Mapping[str, LayerArrays], method: str) -> None:
+    """Refuse layers with complex arrays.
+
+    Raises:
+      ValueError: there is one.
+    """
+    for name, arrays in captured.items():
+        if arrays.is_complex:
+            raise ValueError(
+                f"`{method}` takes real layers, but the outputs of {name!r} are complex. "
+                f"{REAL_REMEDY}"
+            )
 
 
 def check_captured(layers: Layers, captured: Any, method: str) -> Captured:

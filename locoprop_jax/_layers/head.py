@@ -11,23 +11,7 @@ from jaxtyping import Array, Float
 
 from locoprop_jax._layers.uses import Layout
 from locoprop_jax._tracing import chains, jaxpr
-
-
-class StaticJaxpr:
-    """A traced function as static data of a pytree: compared by its text."""
-
-    def __init__(self, closed: Any):
-        self.closed = closed
-
-    @functools.cached_property
-    def text(self) -> str:
-        return str(self.closed)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, StaticJaxpr) and self.text == other.text
-
-    def __hash__(self) -> int:
-        return hash(self.text)
+from locoprop_jax._tracing.jaxpr import StaticJaxpr
 
 
 @functools.partial(

@@ -11,44 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from locoprop_jax._layers import made
+from locoprop_jax._layers.made import Made, Part, Point, Space
+from locoprop_jax._layers.parameter import Parameter
 from locoprop_jax._layers.transfer import Transfer
-from locoprop_jax._tracing import chains
-from locoprop_jax._tracing.chains import Chain, Part, Shape
+from locoprop_jax._tracing.chains import Shape
 from locoprop_jax._tracing.reasons import Reason
 from locoprop_jax._trees import leaves_by_path, path_name
 
-
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-    """Where a layer's kernel or bias lies in the parameter tree, and how it is laid out there.
-
-    Attributes:
-      path: its path in the tree, "Dense_0/kernel".
-      shape: its shape in the tree.
-      chain: what brings it to (d_in, d_out), or to (d_out,) for a bias; with the axis of a stack
-        in front.
-      part: the part of the array that it is, None for all of it.
-    """
-
-    path: str
-    shape: Shape
-    chain: Chain = ()
-    part: Part | None = None
-
-    def read(self, leaf: Array) -> Array:
-        """From the tree's layout to the block's."""
-        return chains.apply(self.chain, leaf if self.part is None else self.part.take(leaf))
-
-    def write(self, block: Array, leaf: Array | None = None) -> Array:
-        """From the block's layout to the tree's; a part of an array into `leaf`, or into zeros."""
-        shape = self.shape
-        if self.part is not None:
-            pairs = zip(self.part.starts, self.part.limits, strict=True)
-            shape = tuple(limit - start for start, limit in pairs)
-        own = chains.apply(chains.inverse(self.chain, shape), block)
-        if self.part is None:
-            return own
-        return self.part.put(jnp.zeros(self.shape, own.dtype) if leaf is None else leaf, own)
+Points = Mapping[tuple[str, str], Point]  # by layer and part, "kernel" or "bias"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +54,8 @@ class Layer:
     kind: str
     d_in: int
     d_out: int
-    kernel: Parameter | None
-    bias: Parameter | None
+    kernel: Part | None
+    bias: Part | None
     rows: int | None = dataclasses.field(compare=False)
     transfer: Transfer
     is_output: bool
@@ -110,18 +81,28 @@ class Layer:
         return self.kind == "embedding"
 
     @property
-    def parts(self) -> dict[str, Parameter]:
+    def parts(self) -> dict[str, Part]:
         """Those that it has of its kernel and its bias."""
         both = {"kernel": self.kernel, "bias": self.bias}
         return {part: own for part, own in both.items() if own is not None}
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        return tuple(self.parts.values())
+        """The arrays of the tree, or parts of them, that its kernel and bias are made of."""
+        return tuple(
+            source
+            for part in self.parts.values()
+            for source in ((part,) if isinstance(part, Parameter) else part.sources)
+        )
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether it has a bias, apart or as the last row of its kernel."""
+        return self.bias is not None or (isinstance(self.kernel, Made) and self.kernel.has_bias)
 
     @property
     def size(self) -> int:
-        """How many numbers its parameters hold."""
+        """How many numbers its kernel and its bias hold."""
         return (self.stack or 1) * self.d_out * (self.d_in + (self.bias is not None))
 
     def signature(self) -> tuple:
@@ -131,22 +112,20 @@ class Layer:
     def block(self, params: Any) -> Float[Array, "*stack d_in_with_bias d_out"]:
         """Kernel and bias as one matrix, the bias its last row."""
         leaves = leaves_by_path(params)
-        parts = []
-        if self.kernel is not None:
-            parts.append(self.kernel.read(leaves[self.kernel.path]))
-        if self.bias is not None:
-            parts.append(self.bias.read(leaves[self.bias.path])[..., None, :])
-        return jnp.concatenate(parts, -2)
+        own = {part: made.read(place, leaves, "values") for part, place in self.parts.items()}
+        if "bias" in own:
+            own["bias"] = own["bias"][..., None, :]
+        return jnp.concatenate(list(own.values()), -2)
 
     def unblock(self, block: Float[Array, "*stack d_in_with_bias d_out"]) -> dict[str, Array]:
         """The inverse of `block`: arrays in the tree's layout, by path.
 
-        A layer that has a part of an array gives it with zeros around.
+        A layer that has a part of an array gives it with zeros around. Of a kernel that the network
+        makes of parameters there is no inverse, but of a bias as its last row.
         """
-        leaves: dict[str, Array] = {}
+        leaves = {source.path: jnp.zeros(source.shape, block.dtype) for source in self.parameters}
         for part, value in self.split(block).items():
-            parameter = self.parts[part]
-            leaves[parameter.path] = parameter.write(value, leaves.get(parameter.path))
+            leaves |= made.write(self.parts[part], value, leaves, "changes")
         return leaves
 
     def split(self, block: Float[Array, "*stack d_in_with_bias d_out"]) -> dict[str, Array]:
@@ -226,7 +205,7 @@ class Layers(Mapping[str, Layer]):
                 layer.name,
                 layer.kind,
                 _sizes(layer),
-                "yes" if layer.bias else "no",
+                "yes" if layer.has_bias else "no",
                 "?" if layer.rows is None else str(layer.rows),
                 _describe(layer),
                 f"{layer.size:,}",
@@ -254,23 +233,37 @@ def replace(
     tree: Any,
     new: Mapping[str, Mapping[str, Array]],
     other: Callable[[Array], Array] = lambda leaf: leaf,
+    space: Space = "changes",
+    points: Points | None = None,
 ) -> Any:
-    """The tree with the layers' new blocks in it, in its own dtypes, and `other` of the rest."""
-    by_path: dict[str, list[tuple[Parameter, Array]]] = {}
-    for name, block in new.items():
-        for part, value in block.items():
-            parameter = layers[name].parts[part]
-            by_path.setdefault(parameter.path, []).append((parameter, value))
+    """The tree with the layers' new blocks in it, in its own dtypes, and `other` of the rest.
 
-    def replaced(path: Any, leaf: Array) -> Array:
-        found = by_path.get(path_name(path), [])
-        if not found or found[0][0].part is not None:
-            leaf = other(leaf)
-        for parameter, value in found:
-            leaf = parameter.write(value.astype(leaf.dtype), leaf)
-        return leaf
-
-    return jax.tree_util.tree_map_with_path(replaced, tree)
+    Args:
+      layers: from `find_layers`.
+      tree: like the parameters.
+      new: blocks by layer.
+      other: what becomes of leaves in no layer, or only in part.
+      space: whether the blocks are changes or gradients.
+      points: where kernels that are made of parameters are linearised, from `Captured`.
+    """
+    leaves = leaves_by_path(tree)
+    places = [
+        (layers[name].parts[part], value, (points or {}).get((name, part)))
+        for name, block in new.items()
+        for part, value in block.items()
+        if leaves.keys() >= set(made.paths(layers[name].parts[part]))  # none of it is masked
+    ]
+    whole = {
+        path
+        for place, *_ in places
+        for path in made.paths(place)
+        if not isinstance(place, Parameter) or place.part is None
+    }
+    written = {path: leaf if path in whole else other(leaf) for path, leaf in leaves.items()}
+    for place, value, point in places:
+        found = made.write(place, value, written, space, point)
+        written |= {path: array.astype(leaves[path].dtype) for path, array in found.items()}
+    return jax.tree_util.tree_map_with_path(lambda path, _: written[path_name(path)], tree)
 
 
 def parameter_paths(layers: Mapping[str, Layer]) -> set[str]:
@@ -281,7 +274,7 @@ def parameter_paths(layers: Mapping[str, Layer]) -> set[str]:
 def _sizes(layer: Layer) -> str:
     if layer.kind in ("scale", "bias"):
         return str(layer.stack)
-    d_in = str(layer.d_in)
+    d_in = str(layer.d_in - (layer.has_bias and layer.bias is None))
     if layer.kind == "conv":
         channels = layer.d_in // math.prod(layer.window)
         d_in = "x".join(map(str, (*layer.window, channels)))

@@ -11,11 +11,13 @@ import optax
 from jaxtyping import Array, Bool, Int
 
 from locoprop_jax import _linalg
+from locoprop_jax._checks import check_real
 from locoprop_jax._layers.blocks import blocks, matrix
-from locoprop_jax._layers.captured import Captured, check_captured
+from locoprop_jax._layers.captured import Captured, check_captured, check_real_captured
 from locoprop_jax._layers.layers import Layers, replace
 from locoprop_jax._layers.rows import Block
 from locoprop_jax._layers.stacking import over_stack
+from locoprop_jax._trees import ascent
 
 State = TypeVar("State", bound=Any)  # a NamedTuple with a `count` of finite batches
 
@@ -25,7 +27,8 @@ class Batch(NamedTuple):
 
     Attributes:
       layers: all of them.
-      updates: the incoming ones, a tree like the parameters.
+      updates: the incoming ones, a tree like the parameters; complex gradients as the directions
+        in which the loss rises (`ascent`).
       slopes: those of them that are in layers, as blocks; without masked ones.
       captured: the arrays of the batch.
       params: the parameters; None where none were passed.
@@ -43,6 +46,16 @@ class Batch(NamedTuple):
         """Whether the updates are, and these arrays of the batch."""
         return _linalg.all_finite((self.updates, arrays))
 
+    def values(self) -> dict[str, Block]:
+        """The parameters that are in layers, as blocks; without masked ones."""
+        return blocks(self.layers, self.params, "values", self.captured.points)
+
+    def replaced(
+        self, new: Mapping[str, Block], other: Callable[[Array], Array] = lambda leaf: leaf
+    ) -> Any:
+        """The updates with new blocks, and `other` of the leaves in no layer."""
+        return replace(self.layers, self.updates, new, other, points=self.captured.points)
+
     def finish(
         self, new: Mapping[str, Block], state: State, ok: Bool[Array, ""]
     ) -> tuple[Any, State]:
@@ -51,7 +64,7 @@ class Batch(NamedTuple):
         Parameters in no layer keep their gradient. A batch that is not ok updates nothing and is
         not counted; what else the state keeps of it is up to the method.
         """
-        directions = replace(self.layers, self.updates, new)
+        directions = self.replaced(new)
         state = state._replace(count=state.count + ok.astype(jnp.int32))
         return _linalg.where(ok, directions, _linalg.zeros_like(directions)), state
 
@@ -61,15 +74,26 @@ def transformation(
     layers: Layers,
     init: optax.TransformInitFn,
     step: Callable[[Batch, State], tuple[Any, State]],
+    *,
+    takes_complex: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """A method as an Optax transformation whose `update` needs `captured`.
+
+    It takes gradients as JAX has them, and its updates are directions in which the loss rises: for
+    complex parameters one is the conjugate of the other.
 
     Args:
       method: its name, for errors.
       layers: that it was built with.
       init: from the parameters, their shapes, or Optax's stand-in for them, to the state.
       step: from a batch and the state to the updates and the new state.
+      takes_complex: whether it is right for complex layers; if not, they are refused.
     """
+
+    def checked_init(params: Any) -> Any:
+        if not takes_complex:
+            check_real(method, params)
+        return init(params)
 
     def update(
         updates: Any,
@@ -80,10 +104,15 @@ def transformation(
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         own = check_captured(layers, captured, method)
-        batch = Batch(layers, updates, blocks(layers, updates), own, params, extra_args)
+        if not takes_complex:
+            check_real(method, updates)
+            check_real_captured(own, method)
+        updates = ascent(updates)
+        slopes = blocks(layers, updates, "gradients", own.points)
+        batch = Batch(layers, updates, slopes, own, params, extra_args)
         return step(batch, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(checked_init, update)
 
 
 # --- what `init` is made of ----------------------------------------------------------------------
@@ -101,14 +130,16 @@ def _is_stand_in(params: Any) -> bool:
 
 def blocks_like(layers: Layers, params: Any) -> dict[str, Any]:
     """The blocks of the parameters, for state laid out like them; a stand-in itself for each."""
-    return dict.fromkeys(layers, params) if _is_stand_in(params) else dict(blocks(layers, params))
+    if _is_stand_in(params):
+        return dict.fromkeys(layers, params)
+    return dict(blocks(layers, params, "shapes"))
 
 
 def kernel_shapes(layers: Layers, params: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """The shape (*stack, d_in, d_out) and dtype of each kernel that is not masked, by layer."""
     if _is_stand_in(params):
         return dict.fromkeys(layers, _STAND_IN)
-    own = blocks(layers, params)
+    own = blocks(layers, params, "shapes")
     return {
         name: jax.ShapeDtypeStruct(block["kernel"].shape, block["kernel"].dtype)
         for name, block in own.items()
@@ -122,7 +153,7 @@ def matrix_shapes(layers: Layers, params: Any) -> dict[str, jax.ShapeDtypeStruct
         return dict.fromkeys(layers, _STAND_IN)
     return {
         name: jax.eval_shape(over_stack(layers[name], matrix), block)
-        for name, block in blocks(layers, params).items()
+        for name, block in blocks(layers, params, "shapes").items()
     }
 
 

@@ -1,6 +1,9 @@
 """The rows X of a layer's inputs, and what methods do with them.
 
 They are an array, or `Structured`: known by less than that, and not written out.
+
+They may be complex: X' is then the conjugate transpose, and the rows that it meets are conjugated
+cotangents, so that X'E is the direction in which the loss rises (`ascent`).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
 from locoprop_jax._layers.structured import Structured
+from locoprop_jax._trees import is_complex
 
 Block = dict[str, Array]  # {"kernel": (d_in, d_out), "bias": (d_out,)}, or one of the two
 Rows = Float[Array, "rows d_out"]
@@ -42,24 +46,36 @@ def join_rows(x: Float[Array, "*stack batch shared d"], axes: int = 2) -> Array:
 # --- products ------------------------------------------------------------------------------------
 
 
+def times(inputs: Inputs, kernel: Float[Array, "d_in d_out"]) -> Rows:
+    """X kernel."""
+    return inputs.push(kernel) if isinstance(inputs, Structured) else inputs @ kernel
+
+
+def turned_times(inputs: Inputs, rows: Rows) -> Float[Array, "d_in d_out"]:
+    """X' rows."""
+    if isinstance(inputs, Structured):
+        return inputs.pull(rows)
+    return _linalg.adjoint(inputs) @ rows
+
+
 def push(inputs: Inputs, delta: Block) -> Rows:
     """How much the outputs move: X delta."""
     bias = delta.get("bias")
     if "kernel" not in delta:
         assert bias is not None
         return jnp.broadcast_to(bias[None], (inputs.shape[0], *bias.shape))
-    kernel = delta["kernel"]
-    change = inputs.push(kernel) if isinstance(inputs, Structured) else inputs @ kernel
-    return change if bias is None else change + bias[None]
+    change = times(inputs, delta["kernel"])
+    return change if bias is None else change + bias[None].astype(change.dtype)
 
 
 def pull(inputs: Inputs, rows: Rows, like: Block) -> Block:
     """X' rows, in the parts that `like` has."""
 
-    def kernel() -> Array:
-        return inputs.pull(rows) if isinstance(inputs, Structured) else inputs.T @ rows
+    def bias() -> Array:
+        total = rows.sum(0)
+        return total if is_complex(like["bias"].dtype) else jnp.real(total)
 
-    parts = {"kernel": kernel, "bias": lambda: rows.sum(0)}
+    parts = {"kernel": lambda: turned_times(inputs, rows), "bias": bias}
     return {part: parts[part]() for part in like}
 
 
@@ -74,7 +90,7 @@ def gram(inputs: Inputs) -> Callable[[Block], Block]:
         if kernel is not None:
             result["kernel"] = _linalg.multiply(products, kernel)
             if bias is not None:
-                result["kernel"] += total[:, None] * bias[None]
+                result["kernel"] += jnp.conj(total)[:, None] * bias[None]
         if bias is not None:
             result["bias"] = rows * bias
             if kernel is not None:
@@ -101,13 +117,15 @@ def extended_moment(inputs: Inputs, like: Block) -> Float[Array, "d d"] | Float[
     products = inputs.second_moment()
     if "bias" not in like or products.ndim == 1:  # what is looked up has no bias
         return products
-    total = inputs.total()[:, None]
-    return jnp.block([[products, total], [total.T, rows[None]]])
+    total = inputs.total()[None]
+    return jnp.block([[products, _linalg.adjoint(total)], [total, rows[None]]])
 
 
 def between_rows(inputs: Inputs) -> Float[Array, "rows rows"]:
     """XX'."""
-    return inputs.between_rows() if isinstance(inputs, Structured) else inputs @ inputs.T
+    if isinstance(inputs, Structured):
+        return inputs.between_rows()
+    return inputs @ _linalg.adjoint(inputs)
 
 
 def mean(inputs: Inputs) -> Float[Array, " d_in"]:
@@ -117,7 +135,7 @@ def mean(inputs: Inputs) -> Float[Array, " d_in"]:
 def mean_square(inputs: Inputs) -> Float[Array, " d_in"]:
     if isinstance(inputs, Structured):
         return inputs.total_squares() / inputs.count
-    return jnp.square(inputs).mean(0)
+    return _linalg.squares(inputs).mean(0)
 
 
 def write_out(inputs: Inputs) -> Float[Array, "rows d_in"]:

@@ -23,7 +23,7 @@ from locoprop_jax._tracing.operands import Patches
 
 
 class Structured(abc.ABC):
-    """Rows X, an array (rows, d_in) that is not written out.
+    """Rows X, an array (rows, d_in) that is not written out; X' is its conjugate transpose.
 
     Attributes:
       dtype: of its entries.
@@ -70,7 +70,7 @@ class Structured(abc.ABC):
 
     @abc.abstractmethod
     def total_squares(self) -> Float[Array, " d_in"]:
-        """The sum of the rows' squares."""
+        """The sum of the rows' squares, |x|^2."""
 
 
 @functools.partial(
@@ -173,7 +173,7 @@ class Windows(Structured):
     def pull(self, rows: Float[Array, "rows d_out"]) -> Float[Array, "d_in d_out"]:
         if jax.default_backend() != "cpu":
             kernel = jax.ShapeDtypeStruct((self.shape[1], rows.shape[1]), rows.dtype)
-            return jax.linear_transpose(self.push, kernel)(rows)[0]
+            return jnp.conj(jax.linear_transpose(self.push, kernel)(jnp.conj(rows))[0])
         # A CPU's convolutions are slow backwards: one product for each place of the window.
         patches, data = self.patches, self._padded(self.data)
         batch, *pixels, _ = self._canonical.shape(self.data.shape)
@@ -185,7 +185,7 @@ class Windows(Structured):
             part = jax.lax.dynamic_slice(data, tuple(place), (batch, *spans, data.shape[-1]))[
                 :, *(slice(None, None, by) for by in patches.strides)
             ]
-            return part.reshape(len(rows), -1).T @ rows
+            return _linalg.adjoint(part.reshape(len(rows), -1)) @ rows
 
         products = jax.lax.map(at, jnp.asarray(places))
         return self._in_order(products.reshape(-1, rows.shape[1]))
@@ -205,11 +205,11 @@ class Windows(Structured):
         total = jnp.zeros((d_in, d_in), self.dtype)
         total = jax.lax.fori_loop(0, times, lambda i, total: total + of(i * size, size), total)
         total = total + of(times * size, rest) if rest else total
-        return self._in_order(self._in_order(total).T)
+        return self._in_order(_linalg.adjoint(self._in_order(total)))
 
     def between_rows(self) -> Float[Array, "rows rows"]:
         rows = self._unfolded(self.data)
-        return rows @ rows.T
+        return rows @ _linalg.adjoint(rows)
 
     def total(self) -> Float[Array, " d_in"]:
         # The rows are linear in the data, so examples can be summed first.
@@ -217,7 +217,7 @@ class Windows(Structured):
         return dataclasses.replace(self, data=data).write_out().sum(0)
 
     def total_squares(self) -> Float[Array, " d_in"]:
-        return dataclasses.replace(self, data=jnp.square(self.data)).total()
+        return dataclasses.replace(self, data=_linalg.squares(self.data)).total()
 
     def _features_last(self, data: Array) -> Float[Array, "batch *space channels"]:
         return jnp.moveaxis(data, self.patches.data_axes, (0, -1, *range(1, data.ndim - 1)))

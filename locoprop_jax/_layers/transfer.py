@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from locoprop_jax._tracing import jaxpr
+from locoprop_jax._trees import is_complex
 
 Elementwise = Callable[[Array], Array]
 
@@ -67,11 +68,14 @@ class Transfer:
         """Whether the function is non-decreasing, checked on a grid over [-1e4, 1e4].
 
         For a function of rows: whether it is the gradient of a convex function, so that its
-        Jacobian is symmetric and positive semi-definite, checked at some rows.
+        Jacobian is symmetric and positive semi-definite, checked at some rows. Functions with
+        complex values are not: they have no order.
         """
         if not self.is_elementwise:
             return _is_convex_gradient(self.function)
         values = _evaluate(self.function, _GRID)
+        if np.iscomplexobj(values):
+            return False
         values = values[np.isfinite(values)]  # far out some formulas overflow
         slack = 1e-6 * np.maximum(1.0, np.abs(values[:-1]))
         return bool(np.all(np.diff(values) >= -slack))
@@ -105,7 +109,10 @@ class TracedPiece:
         flat = jnp.ravel(a).astype(self.dtype)
         chunks = jnp.pad(flat, (0, -flat.size % size)).reshape(-1, *self.shape)
         result = run(chunks[0])[0] if len(chunks) == 1 else jax.vmap(lambda x: run(x)[0])(chunks)
-        return jnp.ravel(result)[: a.size].reshape(a.shape).astype(a.dtype)
+        result = jnp.ravel(result)[: a.size].reshape(a.shape)
+        # From real to complex numbers or back it is the piece that decides.
+        is_of_kind = is_complex(result.dtype) == is_complex(a.dtype)
+        return result.astype(a.dtype) if is_of_kind else result
 
 
 # --- Table 2 -------------------------------------------------------------------------------------
@@ -275,21 +282,47 @@ def matching_loss(
 
 _TAIL = np.geomspace(6.0, 1e4, 40)[1:]
 _GRID = np.concatenate([-_TAIL[::-1], np.linspace(-6.0, 6.0, 241), _TAIL])
+# A strip around the real axis, between the poles of tanh: there no known function overflows.
+_STRIP = np.linspace(-6.0, 6.0, 241) + 1j * np.sin(np.arange(241))
+
+
+def _grid(dtype: Any) -> np.ndarray:
+    """Where functions of such numbers are compared."""
+    return _STRIP if is_complex(dtype) else _GRID
 
 
 def _evaluate(function: Elementwise, grid: np.ndarray) -> np.ndarray:
     """Values on a grid, also when called inside a trace."""
     with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
-        return np.asarray(jax.jit(function)(jnp.asarray(grid)), np.float64)
+        return _doubled(jax.jit(function)(jnp.asarray(grid)))
+
+
+def _doubled(values: Array) -> np.ndarray:
+    return np.asarray(values, np.complex128 if is_complex(values.dtype) else np.float64)
+
+
+@functools.cache
+def _known(dtype: Any) -> dict[str, Elementwise]:
+    """The known functions that take numbers of a dtype, and return such."""
+    scalar, found = jax.ShapeDtypeStruct((), dtype), {}
+    for name, function in _KNOWN.items():
+        try:
+            with jax.numpy_dtype_promotion("standard"):
+                result = jax.eval_shape(function, scalar)
+        except (TypeError, ValueError):  # JAX has no such function of these numbers
+            continue
+        if result.dtype == scalar.dtype:
+            found[name] = function
+    return found
 
 
 @functools.cache
 def _known_values(dtype: Any) -> dict[str, np.ndarray]:
-    """The known functions on the grid, compiled together, in the widest precision there is."""
-    del dtype  # the key of the cache: it changes with jax_enable_x64
+    """The known functions on the grid of a dtype, compiled together."""
+    known, grid = _known(dtype), jnp.asarray(_grid(dtype), dtype)
     with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
-        values = jax.jit(lambda a: {name: f(a) for name, f in _KNOWN.items()})(jnp.asarray(_GRID))
-        return {name: np.asarray(value, np.float64) for name, value in values.items()}
+        values = jax.jit(lambda a: {name: f(a) for name, f in known.items()})(grid)
+        return {name: _doubled(value) for name, value in values.items()}
 
 
 def recognise(function: Elementwise, dtype: Any, note: str = "") -> Transfer:
@@ -298,7 +331,7 @@ def recognise(function: Elementwise, dtype: Any, note: str = "") -> Transfer:
     A known function replaces the piece it was recognised from: it takes any shape and computes in
     its argument's dtype, where the piece of a bfloat16 model would round to bfloat16.
     """
-    widest = jnp.result_type(float)
+    widest = jnp.result_type(complex if is_complex(dtype) else float)
     if isinstance(function, TracedPiece):  # the layers of a network apply few functions
         name = _known_pieces(dtype).get(function) or _name_once(function, dtype, widest)
     else:
@@ -311,12 +344,14 @@ def _known_pieces(dtype: Any) -> dict[Elementwise, str]:
     """The names of known functions, as they are traced: nothing has to be compiled for these."""
     scalar = jax.ShapeDtypeStruct((), dtype)
     with jax.numpy_dtype_promotion("standard"):
-        traced = {name: jax.make_jaxpr(function)(scalar) for name, function in _KNOWN.items()}
+        traced = {name: jax.make_jaxpr(f)(scalar) for name, f in _known(dtype).items()}
     return {TracedPiece(closed, (), dtype): name for name, closed in traced.items()}
 
 
 def _name_by_values(function: Elementwise, dtype: Any, widest: Any) -> str:
-    values = _evaluate(function, _GRID)
+    values = _evaluate(function, _grid(dtype))
+    if np.iscomplexobj(values) != is_complex(dtype):  # a modulus, or a phase
+        return "custom"
     errors = {
         name: float(np.max(np.abs(values - expected) / np.maximum(1.0, np.abs(expected))))
         for name, expected in _known_values(widest).items()

@@ -28,6 +28,7 @@ from locoprop_jax._layers.structured import OneHot, Structured
 from locoprop_jax._layers.uses import Use
 from locoprop_jax._tracing.jaxpr import Path
 from locoprop_jax._tracing.operands import OneHotReader
+from locoprop_jax._trees import ascent, real_dtype
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["use", "kernel"], meta_fields=[])
@@ -55,10 +56,10 @@ class Transposed:
 
     def read_inputs(self) -> Float[Array, "batch d_in d_in"]:
         identity = jnp.eye(len(self.kernel), dtype=self._dtype)
-        return self._for_each(self.unit(1) * identity)
+        return self._for_each(_linalg.scale(identity, self.unit(1)))
 
     def read_outputs(self) -> Float[Array, "batch d_in d_out"]:
-        return self._for_each(self.unit(1) * self.kernel.astype(self._dtype))
+        return self._for_each(_linalg.scale(self.kernel.astype(self._dtype), self.unit(1)))
 
     def read_cotangents(self) -> Float[Array, "batch d_in d_out"]:
         return self._cotangents_of(self.use.read_cotangents())
@@ -69,16 +70,16 @@ class Transposed:
     # --- of the batch ----------------------------------------------------------------------------
 
     def gradient(self) -> Float[Array, "d_in d_out"]:
-        """F'Z."""
+        """F'Z, in the direction of ascent."""
         rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), self._rows)
-        return self._gradient(rows, join_rows(self.use.read_cotangents()))
+        return self._gradient(rows, ascent(join_rows(self.use.read_cotangents())))
 
     def unit(self, examples: int | None = None) -> Float[Array, ""]:
         """The number u of so many examples, None for all."""
         rows, dtype = self._rows, self._dtype
         # The mean over rows of |z|^2, which is one for rows with a single one.
-        mean = 1.0 if isinstance(rows, OneHot) else jnp.square(rows).sum(-1).mean()
-        square = jnp.asarray(mean * self.count(examples) / self.kernel.shape[1], dtype)
+        mean = 1.0 if isinstance(rows, OneHot) else _linalg.squares(rows).sum(-1).mean()
+        square = jnp.asarray(mean * self.count(examples) / self.kernel.shape[1], real_dtype(dtype))
         return jnp.sqrt(jnp.maximum(square, jnp.finfo(dtype).tiny))
 
     def count(self, examples: int | None = None) -> int:
@@ -97,13 +98,14 @@ class Transposed:
         """Z, (batch, shared, d_out); of one-hot rows the places, (batch, shared)."""
         reader = self.use.layout.reader
         if isinstance(reader, OneHotReader):
-            return OneHot(self.use.read_ids()[..., 0], reader.size, self._dtype)
+            return OneHot(self.use.read_ids()[..., 0], reader.size, real_dtype(self._dtype))
         return self.use.read_inputs().astype(self._dtype)
 
     def _cotangents_of(
         self, cotangents: Float[Array, "batch shared d_in"]
     ) -> Float[Array, "batch d_in d_out"]:
-        return jax.vmap(self._gradient)(self._rows, cotangents) / self.unit(1)
+        gradients = ascent(jax.vmap(self._gradient)(self._rows, ascent(cotangents)))
+        return _linalg.scale(gradients, 1 / self.unit(1))
 
     def _gradient(
         self, rows: Inputs, cotangents: Float[Array, "rows d_in"]
@@ -147,26 +149,29 @@ class Extended(Structured):
         return rows + d_in, d_in
 
     def write_out(self) -> Float[Array, "more d_in"]:
-        identity = jnp.eye(self.rows.shape[1], dtype=self.dtype)
-        return jnp.concatenate([self.rows, self.unit * identity])
+        return jnp.concatenate([self.rows, _linalg.scale(self._identity, self.unit)])
+
+    @property
+    def _identity(self) -> Float[Array, "d_in d_in"]:
+        return jnp.eye(self.rows.shape[1], dtype=self.dtype)
 
     def push(self, kernel: Float[Array, "d_in d_out"]) -> Float[Array, "more d_out"]:
-        return jnp.concatenate([self.rows @ kernel, self.unit * kernel])
+        return jnp.concatenate([self.rows @ kernel, _linalg.scale(kernel, self.unit)])
 
     def pull(self, rows: Float[Array, "more d_out"]) -> Float[Array, "d_in d_out"]:
         own = len(self.rows)
-        return self.rows.T @ rows[:own] + self.unit * rows[own:]
+        return _linalg.adjoint(self.rows) @ rows[:own] + _linalg.scale(rows[own:], self.unit)
 
     def second_moment(self) -> Float[Array, "d_in d_in"]:
-        identity = jnp.eye(self.rows.shape[1], dtype=self.dtype)
-        return _linalg.second_moment(self.rows) + jnp.square(self.unit) * identity
+        added = _linalg.scale(self._identity, jnp.square(self.unit))
+        return _linalg.second_moment(self.rows) + added
 
     def between_rows(self) -> Float[Array, "more more"]:
         rows = self.write_out()
-        return rows @ rows.T
+        return rows @ _linalg.adjoint(rows)
 
     def total(self) -> Float[Array, " d_in"]:
-        return self.rows.sum(0) + self.unit
+        return self.rows.sum(0) + self.unit.astype(self.dtype)
 
     def total_squares(self) -> Float[Array, " d_in"]:
-        return jnp.square(self.rows).sum(0) + jnp.square(self.unit)
+        return _linalg.squares(self.rows).sum(0) + jnp.square(self.unit)

@@ -30,6 +30,7 @@ class Layout:
     outputs: Chain
     outputs_back: Chain
     transferred: Chain | None  # of what the transfer function makes of the outputs
+    constant: float | None = None  # one more input, for a bias that is a row of the kernel
 
 
 @functools.partial(
@@ -139,9 +140,14 @@ class Use:
         read: Callable[..., Array] = self.layout.reader
         for _ in range(self.layout.loops):
             read = jax.vmap(read)
-        return self._read(
-            lambda *operands: chains.apply(self.layout.inputs, read(*operands)), *self.operands
-        )
+
+        def inputs(*operands: Array) -> Array:
+            x = chains.apply(self.layout.inputs, read(*operands))
+            if (constant := self.layout.constant) is None:
+                return x
+            return jnp.concatenate([x, jnp.full((*x.shape[:-1], 1), constant, x.dtype)], -1)
+
+        return self._read(inputs, *self.operands)
 
     def _read(self, of_part: Callable[..., Array], *raw: Any, batch_axis: int = -3) -> Array:
         """Of all batches one after the other along their axis, which is counted from the end."""

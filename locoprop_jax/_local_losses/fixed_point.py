@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from locoprop_jax import _linalg
+from locoprop_jax import _iterative, _linalg
 from locoprop_jax._layers.rows import Block
 from locoprop_jax._local_losses import coordinates
 from locoprop_jax._local_losses.coordinates import Coordinates
@@ -68,7 +68,7 @@ def anderson(iterations: int = 10, *, memory: int = 5, relaxation: float = 1.0) 
         step = _fixed_point_step(problem, at, relaxation)
         count = rounds(problem, iterations)
         start = _linalg.zeros_like(at.slope)
-        return at.block(_linalg.anderson(step, start, count, min(memory, iterations))), state
+        return at.block(_iterative.anderson(step, start, count, min(memory, iterations))), state
 
     return Solver("anderson", stateless, solve, _needs_quadratic)
 

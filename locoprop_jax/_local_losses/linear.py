@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from locoprop_jax import _linalg
+from locoprop_jax import _iterative, _linalg
 from locoprop_jax._layers.blocks import matrix, unmatrix
 from locoprop_jax._layers.rows import Block, extend, extended_moment
 from locoprop_jax._local_losses import coordinates
@@ -48,7 +48,7 @@ def conjugate_gradient(iterations: int = 10) -> Solver:
         right = jax.tree.map(jnp.negative, at.slope)
         inner_product = _linalg.dot_by_column if acts_as_number(problem) else _linalg.dot
         count = rounds(problem, iterations)
-        return _linalg.conjugate_gradient(apply, right, inner_product, count)[0], state
+        return _iterative.conjugate_gradient(apply, right, inner_product, count)[0], state
 
     def refuse(divergence: Divergence, regularizer: Regularizer | None) -> str:
         if divergence.name != "squared":

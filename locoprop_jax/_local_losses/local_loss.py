@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_layers, check_not_negative
-from locoprop_jax._layers.blocks import blocks, unit_norm
-from locoprop_jax._layers.layers import Layer, Layers, replace
+from locoprop_jax._layers.blocks import unit_norm
+from locoprop_jax._layers.layers import Layer, Layers
 from locoprop_jax._layers.method import Batch, blocks_like, transformation, zero_count
 from locoprop_jax._layers.rows import Block, pull, push, write_out
 from locoprop_jax._layers.stacking import map_layers
@@ -138,7 +138,7 @@ def scale_by_local_loss(
                 "`scale_by_local_loss` needs the parameters: call "
                 "`tx.update(grads, opt_state, params, captured=captured)`."
             )
-        captured, weights = batch.captured.pulled(), blocks(layers, batch.params)
+        captured, weights = batch.captured.pulled(), batch.values()
         eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
         data = {
             name: layer_data(
@@ -178,7 +178,7 @@ def scale_by_local_loss(
             step = jnp.asarray(eta, g.dtype) * jnp.asarray(gamma, g.dtype) * unit
             return jnp.where(ok, step, jnp.zeros_like(step))
 
-        return replace(layers, batch.updates, moved, backprop), LocalLossState(
+        return batch.replaced(moved, backprop), LocalLossState(
             jnp.asarray(optax.safe_increment(state.count)),
             {name: result.inner for name, result in results.items()},
             {n: result.target for n, result in results.items() if transform is not None},

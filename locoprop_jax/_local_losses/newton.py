@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from locoprop_jax import _linalg
+from locoprop_jax import _iterative, _linalg
 from locoprop_jax._layers.rows import Block, pull, push
 from locoprop_jax._local_losses.divergences import Divergence
 from locoprop_jax._local_losses.local_problem import LocalProblem
@@ -52,7 +52,9 @@ def newton(iterations: int = 3, *, cg_iterations: int = 10) -> Solver:
                 return _linalg.add(pull(x, derivative(push(x, v)), v), penalty_gradient(v))
 
             right = jax.tree.map(jnp.negative, slope)
-            direction, _ = _linalg.conjugate_gradient(hessian, right, inner_product, cg_iterations)
+            direction, _ = _iterative.conjugate_gradient(
+                hessian, right, inner_product, cg_iterations
+            )
             moved = push(x, direction)
             # The derivative of the local loss along the direction needs no more products with X.
             fixed = inner_product(_linalg.add(problem.slope, penalty_gradient(delta)), direction)

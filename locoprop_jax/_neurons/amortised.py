@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_decay, check_whole, is_number
 from locoprop_jax._layers.method import zero_count
+from locoprop_jax._trees import real_dtype, wide_dtype
 
 ByLayer = dict[str, Any]
 
@@ -101,7 +102,7 @@ class Amortisation(NamedTuple):
             if self.is_averaged:
                 # What the average forgets is counted in steps, gathered or not.
                 steps = old.count + 1 - old.gathered
-                dtype = jnp.result_type(*jax.tree.leaves(now)) if now else jnp.float32
+                dtype = real_dtype(wide_dtype(jax.tree.leaves(now)))
                 finite = _linalg.all_finite(now)
                 left = jnp.where(finite, _linalg.power(self.decay, steps, dtype), 1)
                 term = _linalg.where(finite, now, _linalg.zeros_like(now))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from locoprop_jax import _linalg
+from locoprop_jax import _iterative, _linalg
 from locoprop_jax._checks import (
     check_decay,
     check_layers,
@@ -23,7 +23,7 @@ from locoprop_jax._checks import (
 from locoprop_jax._layers import rows as _rows
 from locoprop_jax._layers.arrays import LayerArrays
 from locoprop_jax._layers.blocks import divide, dtype_of, others
-from locoprop_jax._layers.layers import Layers, replace
+from locoprop_jax._layers.layers import Layers
 from locoprop_jax._layers.method import (
     Batch,
     blocks_like,
@@ -37,10 +37,14 @@ from locoprop_jax._layers.structured import OneHot
 from locoprop_jax._neurons.length import DAMPING, LEARNING_RATE, check_unit, unit_steps
 from locoprop_jax._neurons.metric import average_gradients, descend, metric_factor, scaled
 from locoprop_jax._neurons.second_moment import least_unit
+from locoprop_jax._trees import real_dtype
 
 
 class Moments(NamedTuple):
-    """Of a layer's inputs, by coordinate: running sums in the state, averages elsewhere."""
+    """Of a layer's inputs, by coordinate: running sums in the state, averages elsewhere.
+
+    The mean of x, complex where the kernel and its inputs are, and that of |x|^2.
+    """
 
     mean: Float[Array, " d_in"]
     second: Float[Array, " d_in"]
@@ -97,6 +101,8 @@ def scale_by_lnb(
     The paper has one length for all parameters: z = sum theta' M theta, which is theta . g where
     theta solves its system, and unlike that never negative. Parameters in no layer have M = I.
     With `unit="neuron"` each neuron has a length of its own, as `scale_by_output_rms` describes.
+    Complex gradients are taken as JAX has them, and conjugated: what is returned is a direction in
+    which the loss rises.
 
     Three departures from the paper's text: each output of a layer has conjugate gradient steps of
     its own, at no cost; they start from the best multiple of the last theta, so that theta always
@@ -127,7 +133,8 @@ def scale_by_lnb(
     Raises:
       ValueError: at construction, for no layers, a negative ridge, iterations below one, a decay
         outside [0, 1), a shrinkage outside [0, 1], a fraction outside (0, 1], an unknown unit or a
-        floor that is not positive; at update, for `captured` from another model.
+        floor that is not positive; at `init`, for a layer with a real and a complex parameter; at
+        update, for `captured` from another model.
       TypeError: at update, `captured` is missing.
 
     References:
@@ -143,7 +150,7 @@ def scale_by_lnb(
         if not online:
             return LnbState(zero_count(), {}, {})
         moments = {
-            name: Moments(*jnp.zeros((2, *kernel.shape[:-1]), kernel.dtype))
+            name: _zero_moments(kernel, is_lookup=layers[name].is_lookup)
             for name, kernel in kernel_shapes(layers, params).items()
         }
         return LnbState(zero_count(), moments, _linalg.zeros_like(blocks_like(layers, params)))
@@ -175,7 +182,8 @@ def scale_by_lnb(
             if unit == "joint":
                 direction = _of_length_one(batch, thetas, images, floor)
             else:
-                direction = unit_steps(layers, batch.updates, thetas, images, unit, floor)
+                points = batch.captured.points
+                direction = unit_steps(layers, batch.updates, thetas, images, unit, floor, points)
             return direction, LnbState(count, sums, thetas) if online else LnbState(count, {}, {})
 
         return jax.lax.cond(
@@ -184,7 +192,7 @@ def scale_by_lnb(
             lambda: (_linalg.zeros_like(batch.updates), state),
         )
 
-    return transformation("scale_by_lnb", layers, init, step)
+    return transformation("scale_by_lnb", layers, init, step, takes_complex=True)
 
 
 def lnb(
@@ -259,7 +267,7 @@ def _of_length_one(
     rest = _linalg.wide(others(batch.layers, batch.updates))
     factor = metric_factor(_linalg.dot_for_many((rest, thetas), (rest, images)), floor)
     steps = jax.tree.map(lambda theta: scaled(theta, factor), thetas)
-    return replace(batch.layers, batch.updates, steps, lambda g: scaled(g, factor))
+    return batch.replaced(steps, lambda g: scaled(g, factor))
 
 
 # --- moments -------------------------------------------------------------------------------------
@@ -269,6 +277,11 @@ def _rows_of(arrays: LayerArrays, slope: Block, fraction: float) -> Inputs:
     """Of one layer or of a stack."""
     examples = arrays.outputs.shape[-3]
     return arrays.rows(dtype_of(slope), max(1, round(fraction * examples)))
+
+
+def _zero_moments(kernel: jax.ShapeDtypeStruct, *, is_lookup: bool) -> Moments:
+    shape, real = kernel.shape[:-1], real_dtype(kernel.dtype)
+    return Moments(jnp.zeros(shape, real if is_lookup else kernel.dtype), jnp.zeros(shape, real))
 
 
 def _moments(inputs: Inputs) -> Moments:
@@ -285,12 +298,12 @@ def _solve(
     slope, moments = system.slope, system.moments
     if moments is None:  # a bias alone: M is 1
         return slope, slope
-    variance = jnp.maximum(moments.second - jnp.square(moments.mean), 0)
+    variance = jnp.maximum(moments.second - _linalg.squares(moments.mean), 0)
     amount = jnp.asarray(ridge, variance.dtype)
     if relative:
         unit = (variance if "bias" in slope else moments.second).mean()
         amount = amount * jnp.maximum(unit, least_unit(system.inputs))
-    theta, residual = _linalg.conjugate_gradient(
+    theta, residual = _iterative.conjugate_gradient(
         _metric(system.inputs, slope, amount, iterations + (system.start is not None)),
         slope,
         _linalg.dot_by_column,
@@ -322,7 +335,8 @@ def _metric(
 
     def apply(v: Block) -> Block:
         image = _linalg.scale(moment(v), 1 / _rows.count(inputs))
-        return {**image, "kernel": image["kernel"] + ridge * v["kernel"]}
+        damped = ridge.astype(v["kernel"].dtype) * v["kernel"]
+        return {**image, "kernel": image["kernel"] + damped}
 
     return apply
 
@@ -347,8 +361,12 @@ def _preconditioner(
 
     def precondition(residual: Block) -> Block:
         mean = moments.mean
-        rest = variance if "bias" in residual else variance + jnp.square(mean)
-        return divide(residual, mean, 1.0, lambda kernel: inverse(rest + ridge) * kernel)
+        rest = variance if "bias" in residual else variance + _linalg.squares(mean)
+
+        def solve(kernel: Array) -> Array:
+            return inverse(rest + ridge).astype(kernel.dtype) * kernel
+
+        return divide(residual, mean, 1.0, solve)
 
     return precondition
 

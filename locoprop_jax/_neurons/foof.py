@@ -57,7 +57,9 @@ def scale_by_foof(
 
     A layer's gradient G becomes (S + lambda I)^-1 G, with S the average of X'X / N over the N rows
     of a batch and over batches: of all changes of the weights, the one that moves the layer's
-    outputs most nearly along their cotangents. Parameters in no layer keep their gradient.
+    outputs most nearly along their cotangents. Parameters in no layer keep their gradient. Complex
+    gradients are taken as JAX has them, and conjugated: what is returned is a direction in which
+    the loss rises.
 
     Departures from Algorithm 1: a step sees its own batch's statistics, and the inverse made of
     them if one is due, so that no warm-up before training is needed; the first T steps have more
@@ -92,7 +94,8 @@ def scale_by_foof(
     Raises:
       ValueError: at construction, for no layers, negative damping, a decay outside [0, 1), a
         period or a number of statistics steps below one, more of these than the period, an unknown
-        `shared`; at update, for `captured` from another model.
+        `shared`; at `init`, for a layer with a real and a complex parameter; at update, for
+        `captured` from another model.
       TypeError: at update, `captured` is missing.
 
     References:
@@ -146,7 +149,7 @@ def scale_by_foof(
         alone = map_layers(layers, lambda _, own: divide_bias(own, damped), biases)
         return batch.finish(new | alone, state, ok)
 
-    return transformation("scale_by_foof", layers, init, step)
+    return transformation("scale_by_foof", layers, init, step, takes_complex=True)
 
 
 def foof(

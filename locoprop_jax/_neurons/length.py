@@ -12,9 +12,10 @@ from jaxtyping import Array, Float
 
 from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._layers.blocks import blocks, unit_norm
-from locoprop_jax._layers.layers import Layers, replace
+from locoprop_jax._layers.layers import Layers, Points, replace
 from locoprop_jax._layers.rows import Block
 from locoprop_jax._layers.stacking import over_stack
+from locoprop_jax._trees import ascent
 
 UNITS = ("neuron", "layer", "joint")
 
@@ -45,7 +46,8 @@ def scale_by_output_rms(
 
     An entry of a scale, or of a bias on its own, is a neuron of one weight: it follows the sign of
     its gradient. A parameter in no layer has M = I and a length of its own: its update has the
-    Euclidean norm one.
+    Euclidean norm one. Of complex numbers z_j is the real part of the product of g_j, as JAX has
+    it, with d_j, and what is measured is the modulus of a change.
 
     Args:
       layers: from `find_layers`.
@@ -76,8 +78,11 @@ def scale_by_output_rms(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, optax.OptState]:
         direction, state = with_extra_args.update(updates, state, params, **extra_args)
-        own = blocks(layers, direction)
-        return unit_steps(layers, direction, own, blocks(layers, updates), unit, floor), state
+        captured = extra_args.get("captured")
+        points = None if captured is None else captured.points
+        own = blocks(layers, direction, "changes", points)
+        images = blocks(layers, ascent(updates), "gradients", points)
+        return unit_steps(layers, direction, own, images, unit, floor, points), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -99,6 +104,7 @@ def unit_steps(
     images: Mapping[str, Block],
     unit: str,
     floor: Any,
+    points: Points | None = None,
 ) -> Any:
     """The updates with directions of length one in the layers' blocks, and in all other leaves.
 
@@ -109,11 +115,11 @@ def unit_steps(
       images: M d of each layer.
       unit: "neuron" or "layer".
       floor: as for `scale_by_output_rms`.
+      points: where kernels that are made of parameters are linearised.
     """
     one = functools.partial(_unit_step, unit=unit, floor=floor)
     new = {n: over_stack(layers[n], one)(d, images[n]) for n, d in directions.items()}
-
-    return replace(layers, updates, new, unit_norm)
+    return replace(layers, updates, new, unit_norm, points=points)
 
 
 def _unit_step(direction: Block, image: Block, unit: str, floor: Any) -> Block:
@@ -124,7 +130,7 @@ def _unit_step(direction: Block, image: Block, unit: str, floor: Any) -> Block:
     """
     d, d_size = _near_one(direction)
     g, g_size = _near_one(image)
-    z = jnp.asarray(sum(_columns(part, d[part] * g[part]) for part in d))
+    z = jnp.asarray(sum(_columns(part, jnp.real(jnp.conj(d[part]) * g[part])) for part in d))
     mean = jnp.mean(jnp.maximum(z, 0))
     length = jnp.where(z > 0, jnp.maximum(z, jnp.asarray(floor, z.dtype) * mean), 0)
     if unit == "layer":
@@ -138,13 +144,13 @@ def _near_one(block: Block) -> tuple[Block, Float[Array, ""]]:
     """The block divided by its largest entry, and that entry; by one where all are zero."""
     size = jnp.stack([jnp.max(jnp.abs(value), initial=0) for value in block.values()]).max()
     size = jnp.where(jnp.isfinite(size) & (size > 0), size, 1)
-    return {part: value / size for part, value in block.items()}, size
+    return {part: value / size.astype(value.dtype) for part, value in block.items()}, size
 
 
 def _times(part: str, value: Array, factor: Float[Array, " d_out"]) -> Array:
     """Each column by its factor; zeros for zero, whatever the column."""
     factor = factor[None] if part == "kernel" else factor
-    return jnp.where(factor > 0, value * factor, 0)
+    return jnp.where(factor > 0, value * factor.astype(value.dtype), 0)
 
 
 def _columns(part: str, product: Array) -> Float[Array, " d_out"]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_decay, check_not_negative, check_positive, is_number
+from locoprop_jax._trees import ascent
 
 
 def scale_by_metric_norm(
@@ -45,7 +46,7 @@ def scale_by_metric_norm(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, optax.OptState]:
         direction, state = with_extra_args.update(updates, state, params, **extra_args)
-        z = _linalg.dot_for_many(_linalg.wide(direction), _linalg.wide(updates))
+        z = _linalg.dot_for_many(_linalg.wide(direction), _linalg.wide(ascent(updates)))
         factor = metric_factor(z, floor)
         return jax.tree.map(lambda d: scaled(d, factor), direction), state
 

@@ -15,6 +15,7 @@ from locoprop_jax._layers.arrays import LayerArrays
 from locoprop_jax._layers.blocks import divide, dtype_of
 from locoprop_jax._layers.rows import Block, Inputs
 from locoprop_jax._layers.structured import OneHot, Structured, Windows
+from locoprop_jax._trees import real_dtype
 
 
 class Damping(NamedTuple):
@@ -63,7 +64,10 @@ def least_unit(inputs: Inputs) -> float:
 
 
 class Statistics(NamedTuple):
-    """Of a layer's inputs over N rows: X'X / N (an embedding's by its diagonal) and their mean."""
+    """Of a layer's inputs over N rows: X'X / N (an embedding's by its diagonal) and their mean.
+
+    Complex where the kernel and its inputs are, but for what is looked up.
+    """
 
     second: Float[Array, "d_in d_in"] | Float[Array, " d_in"]
     mean: Float[Array, " d_in"]
@@ -103,8 +107,8 @@ def layer_rows(arrays: LayerArrays, slope: Block, shared: str) -> LayerRows:
     dtype = dtype_of(slope)
     x, e = arrays.rows(dtype), arrays.cotangent_rows(dtype)
     if shared == "reduce" and not isinstance(x, OneHot):
-        x = arrays.inputs.astype(dtype).mean(-2)
-        return LayerRows(x, jnp.zeros((*x.shape[:-1], e.shape[-1]), dtype), slope)
+        x = arrays.mean_rows(dtype)
+        return LayerRows(x, jnp.zeros((*arrays.inputs.shape[:-2], e.shape[-1]), e.dtype), slope)
     return LayerRows(x, e, slope)
 
 
@@ -112,8 +116,13 @@ def zero_metric(kernel: jax.ShapeDtypeStruct, *, is_diagonal: bool) -> Metric:
     """Before the first batch, for a kernel (*stack, d_in, d_out)."""
     *stack, d, _ = kernel.shape
     square = (d,) if is_diagonal else (d, d)
-    shapes = (*stack, *square), (*stack, d), tuple(stack)
-    return Metric(*(jnp.zeros(shape, kernel.dtype) for shape in shapes))
+    real = real_dtype(kernel.dtype)
+    dtype = real if is_diagonal else kernel.dtype
+    return Metric(
+        jnp.zeros((*stack, *square), dtype),
+        jnp.zeros((*stack, d), dtype),
+        jnp.zeros(tuple(stack), real),
+    )
 
 
 def statistics_of(inputs: Inputs) -> Statistics:
@@ -145,17 +154,18 @@ def solve(own: LayerRows, average: Statistics | None, damping: Damping) -> Block
 def divide_bias(own: LayerRows, damping: Damping) -> Block:
     """M^-1 slope of a bias whose kernel is masked."""
     squares = _rows.mean_square(own.inputs)
-    amount = damping.of(squares - jnp.square(_rows.mean(own.inputs)), squares)
+    amount = damping.of(squares - _linalg.squares(_rows.mean(own.inputs)), squares)
     return _linalg.scale(own.slope, _inverse_of_bias(own.slope, amount, damping))
 
 
 def _metric(now: Statistics, slope: Block, damping: Damping) -> Metric:
     second, mean = now
     squares = _linalg.diagonal(second)
-    amount = damping.of(squares - jnp.square(mean) if "bias" in slope else squares, squares)
+    variances = squares - _linalg.squares(mean) if "bias" in slope else squares
+    amount = damping.of(variances, squares)
     bias = _inverse_of_bias(slope, amount, damping)
     if "bias" in slope:
-        second = second - bias * mean[:, None] * mean[None]
+        second = second - bias.astype(mean.dtype) * jnp.conj(mean)[:, None] * mean[None]
     return Metric(_linalg.damped(second, amount), mean, bias)
 
 
@@ -186,10 +196,10 @@ def _solve_batch(own: LayerRows, damping: Damping) -> Block:
     mean = x.mean(0)
     if "bias" in own.slope:
         x = x - mean[None]
-    amount = damping.of(jnp.square(x).mean(0), _rows.mean_square(own.inputs))
+    amount = damping.of(_linalg.squares(x).mean(0), _rows.mean_square(own.inputs))
     bias = _inverse_of_bias(own.slope, amount, damping)
     if "bias" in own.slope and damping.bias:
-        rest = jnp.sqrt(1 - bias)
+        rest = jnp.sqrt(1 - bias).astype(mean.dtype)
         x = jnp.concatenate([x, rows**0.5 * rest * mean[None]])
         e = jnp.concatenate([e, rest / rows**0.5 * e.sum(0, keepdims=True)])
     weight = jnp.maximum(rows * amount, jnp.finfo(amount.dtype).tiny)

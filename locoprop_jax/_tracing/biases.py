@@ -9,17 +9,8 @@ import numpy as np
 
 from locoprop_jax._tracing import chains
 from locoprop_jax._tracing.chains import Chain
-from locoprop_jax._tracing.labels import Label, Output, Weight, changed
+from locoprop_jax._tracing.labels import Label, Output, Weight
 from locoprop_jax._tracing.program import END, Program
-from locoprop_jax._tracing.reasons import (
-    ADDED_AFTER_BROADCAST,
-    ADDED_TO_NO_OUTPUT,
-    ADDED_TO_ROWS,
-    NOT_THE_OUTPUTS,
-    SECOND_BIAS,
-    USED_WITHOUT_IT,
-    Reason,
-)
 from locoprop_jax._tracing.sites import Site, raw_output
 
 
@@ -29,33 +20,30 @@ def attach_bias(
     kinds: Sequence[Label],
     sites: Sequence[Site],
     consumers: dict[int, list[int]],
-) -> Output | Reason:
-    """Give a site the parameter that is added to its output; the reason where it is no bias."""
+) -> Output | None:
+    """Give a site the parameter that is added to its output; None where that is no bias of it."""
     equation = program.equations[position]
     outputs = [k for k in kinds if isinstance(k, Output)]
     weights = [k for k in kinds if isinstance(k, Weight)]
     if len(outputs) != 1 or len(weights) != 1:
-        why = changed(program, position, kinds)
-        return why or ADDED_TO_NO_OUTPUT
+        return None
     (output,), (weight,) = outputs, weights
     site = sites[output.site]
-    if site.added is not None:
-        return SECOND_BIAS
-    if site.kind == "embedding":
-        return ADDED_TO_ROWS
+    if site.added is not None or site.kind == "embedding":
+        return None
     # The raw output must go nowhere else, or the layer would have two outputs.
     value = site.output
     target = next(v for v, k in zip(equation.inputs, kinds, strict=True) if k is output)
     while len(consumers[value]) == 1 and value != target and consumers[value] != [END]:
         value = program.equations[consumers[value][0]].outputs[0]
     if consumers[value] != [position]:
-        return USED_WITHOUT_IT
+        return None
     grown = program.shape(target) != program.shape(equation.outputs[0])
     if grown or not chains.is_invertible(output.chain):
-        return ADDED_AFTER_BROADCAST
+        return None
     chain = _bias_chain(program, position, site, output, weight)
     if chain is None:
-        return NOT_THE_OUTPUTS
+        return None
     site.added, site.bias_chain = weight, chain
     site.output, site.output_chain, site.tapped = equation.outputs[0], output.chain, position
     return output

@@ -56,6 +56,11 @@ def is_invertible(chain: Chain) -> bool:
     return all(step != "broadcast" for step, _ in chain)
 
 
+def is_spread(chain: Chain) -> bool:
+    """Whether it ends with a broadcast."""
+    return bool(chain) and chain[-1][0] == "broadcast"
+
+
 def inverse(chain: Chain, shape: Shape) -> Chain:
     """The chain that undoes `chain`, which was applied to an array of `shape`."""
     steps = []

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from locoprop_jax._tracing.jaxpr import Path, body, is_literal, open_jaxpr, run_equation, scan_of
-from locoprop_jax._tracing.primitives import CALLS, SCAN
+from locoprop_jax._tracing.jaxpr import (
+    Path,
+    body,
+    is_literal,
+    open_jaxpr,
+    own_function,
+    run_equation,
+    scan_of,
+)
+from locoprop_jax._tracing.primitives import CALLS, COND, CUSTOM, SCAN
 
 
 class Address(NamedTuple):
@@ -35,6 +45,10 @@ def _tap_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     return primals[0], jax.tree.map(jax.numpy.add, tangents[0], tangents[1])
 
 
+def is_inexact(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
 def evaluate(
     closed: Any,
     args: Sequence[Any],
@@ -48,7 +62,7 @@ def evaluate(
       args: its flat arguments.
       record: which values to return besides the results.
       perturbations: for an equation's path, what to add (to derivatives only) to its first
-        result, of that result's shape and dtype.
+        result, of that result's shape and dtype. The path (-1 - i,) is the i-th argument itself.
 
     Returns:
       The flat results, and the recorded values by address.
@@ -68,7 +82,7 @@ def evaluate(
             here = (*path, i)
             operands = [read(v) for v in eqn.invars]
             if here in entered:
-                results, inner = enter(eqn, operands, z, here)
+                results, inner = enter(jaxpr, eqn, operands, z, here)
                 recorded.update(inner)
             else:
                 results = run_equation(jaxpr, eqn, operands)
@@ -80,15 +94,19 @@ def evaluate(
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(v) for v in jaxpr.outvars], recorded
 
-    def enter(eqn: Any, operands: Sequence[Any], z: Mapping, here: Path):
+    def enter(jaxpr: Any, eqn: Any, operands: Sequence[Any], z: Mapping, here: Path):
         if eqn.primitive in CALLS:
             return run(*open_jaxpr(body(eqn)), operands, z, here)
+        if eqn.primitive in CUSTOM:
+            return ruled(jaxpr, eqn, operands, z, here)
         # What is rematerialised stays so: the perturbations enter as arguments, the records leave
         # as results. Those of a loop have an axis for it in front.
         inner = {path: value for path, value in z.items() if path[: len(here)] == here}
         inside = [a for a in sorted(record) if a.path[: len(here)] == here != a.path]
         if eqn.primitive in SCAN:
             return scanned(eqn, operands, inner, inside, here)
+        if eqn.primitive in COND:
+            return chosen(eqn, operands, inner, inside, here)
         jaxpr, consts = open_jaxpr(body(eqn))
         policy = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
 
@@ -99,6 +117,17 @@ def evaluate(
 
         results, values = jax.checkpoint(rematerialised, **policy)(operands, list(inner.values()))
         return results, dict(zip(inside, values, strict=True))
+
+    def ruled(jaxpr: Any, eqn: Any, operands: Sequence[Any], z: Mapping, here: Path):
+        """A function with its own derivative: its results are the rule's.
+
+        They see the perturbations through the function, whose other operands are held fixed then.
+        """
+        function = open_jaxpr(own_function(eqn))
+        perturbed, _ = run(*function, jax.lax.stop_gradient(list(operands)), z, here)
+        _, recorded = run(*function, operands, z, here)
+        pairs = zip(run_equation(jaxpr, eqn, operands), perturbed, strict=True)
+        return [x if x is None or not is_inexact(x) else tap(x, p) for x, p in pairs], recorded
 
     def scanned(
         eqn: Any,
@@ -121,8 +150,48 @@ def evaluate(
         carry, (ys, values) = jax.lax.scan(step, list(start), given, **options)
         return [*carry, *ys], dict(zip(inside, values, strict=True))
 
+    def chosen(
+        eqn: Any,
+        operands: Sequence[Any],
+        inner: Mapping[Path, jax.Array],
+        inside: Sequence[Address],
+        here: Path,
+    ):
+        """One of the branches; the records of the others are zeros. All have an axis of one."""
+
+        def branch(k: int, closed: Any, operands: Sequence[Any], values: Sequence[Any]):
+            z = {path: value[0] for path, value in zip(inner, values, strict=True)}
+            results, recorded = run(*open_jaxpr(closed), operands, z, (*here, k))
+            return results, {a: x[None] for a, x in recorded.items() if a in inside}
+
+        index, *rest = operands
+        functions = [
+            functools.partial(branch, k, closed) for k, closed in enumerate(eqn.params["branches"])
+        ]
+        values = list(inner.values())
+        shapes: dict[Address, Any] = {}
+        for function in functions:
+            shapes |= jax.eval_shape(function, rest, values)[1]
+
+        def complete(function: Any, operands: Sequence[Any], values: Sequence[Any]):
+            results, recorded = function(operands, values)
+            return results, [
+                recorded.get(a, jnp.zeros(shapes[a].shape, shapes[a].dtype)) for a in inside
+            ]
+
+        cases = [functools.partial(complete, function) for function in functions]
+        index = index.astype(jnp.int32) if index.dtype == jnp.bool_ else index
+        results, recorded = jax.lax.switch(index, cases, rest, values)
+        return results, dict(zip(inside, recorded, strict=True))
+
     by_path: dict[Path, list[tuple[str, int]]] = {}
     for address in sorted(record):
         by_path.setdefault(address.path, []).append((address.side, address.index))
+    args = list(args)
+    for path, z in perturbations.items():
+        if path[0] < 0:
+            args[-1 - path[0]] = tap(args[-1 - path[0]], z)
     jaxpr, consts = open_jaxpr(closed)
-    return run(jaxpr, consts, args, perturbations, ())
+    results, recorded = run(jaxpr, consts, args, perturbations, ())
+    recorded |= {a: args[-1 - a.path[0]] for a in record if a.path[0] < 0}
+    return results, recorded

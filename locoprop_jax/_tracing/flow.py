@@ -139,7 +139,8 @@ def known_number(program: Program, value: int) -> float:
         return math.nan
     if dtype is not None and not jnp.issubdtype(dtype, np.number):
         return math.nan
-    return float(np.asarray(known, np.float64).ravel()[0])
+    number = np.asarray(known).ravel()[0]
+    return math.nan if np.iscomplexobj(number) else float(number)
 
 
 def averaged_terms(program: Program, terms: Mapping[int, float], output: int) -> float:
@@ -178,6 +179,20 @@ def rearranged(program: Program, equation: Equation, chain: Chain) -> Chain | No
             spread[axis] = size
         chain = chains.extend(chain, shape, "reshape", tuple(spread))
         return chains.extend(chain, tuple(spread), "broadcast", result)
+    return None
+
+
+def unchanged(program: Program, equation: Equation) -> int | None:
+    """Which operand the result is: of a sum with zero, or of a product with one."""
+    neutral = 0.0 if equation.primitive in primitives.ADD | primitives.SUB else 1.0
+    if equation.primitive not in primitives.ADD | primitives.SUB | primitives.MUL | primitives.DIV:
+        return None
+    is_symmetric = equation.primitive in primitives.ADD | primitives.MUL
+    for i in (0, 1) if is_symmetric else (0,):
+        value, other = equation.inputs[i], equation.inputs[1 - i]
+        same = program.shape(value) == program.shape(equation.outputs[0])
+        if same and other in program.literals and known_number(program, other) == neutral:
+            return i
     return None
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from locoprop_jax._tracing import chains
 from locoprop_jax._tracing.chains import Part
+from locoprop_jax._tracing.labels import leaves_of
 from locoprop_jax._tracing.reasons import Reason, used_differently
 from locoprop_jax._tracing.sites import Site
 
@@ -36,22 +37,63 @@ def groups_of(sites: Sequence[Site]) -> tuple[tuple[tuple[int, ...], ...], froze
     return tuple(map(tuple, groups)), frozenset(transposed)
 
 
-def misused(sites: Sequence[Site], groups: Sequence[Sequence[int]]) -> dict[int, Reason]:
+def joined_groups(
+    sites: Sequence[Site], groups: Sequence[Sequence[int]], transposed: frozenset[int]
+) -> tuple[frozenset[int], set[int]]:
+    """The numbers of the groups whose bias is a row of the kernel, and biases to be set apart.
+
+    A use without the bias is a row of inputs whose last entry is zero instead of one. Weights that
+    are used both ways have no bias, nor those that have another one at each use.
+    """
+    joined: set[int] = set()
+    apart: set[int] = set()
+    for number, group in enumerate(groups):
+        kernel = sites[group[0]].weight
+        added = {(w.leaf, w.part): w for i in group if (w := sites[i].added) is not None}
+        if kernel is None or not added:
+            continue
+        is_everywhere = all(sites[i].added is not None for i in group)
+        (first, *more), is_turned = added.values(), not transposed.isdisjoint(group)
+        shares = not leaves_of(kernel).isdisjoint(leaves_of(first))
+        if is_turned or more:
+            apart.update(*map(leaves_of, added.values()))
+        elif shares or not is_everywhere:
+            if kernel.part is None and first.part is None:
+                joined.add(number)
+            else:
+                apart.update(leaves_of(first))
+    return frozenset(joined), apart
+
+
+def misused(
+    sites: Sequence[Site], groups: Sequence[Sequence[int]], joined: frozenset[int]
+) -> dict[int, Reason]:
     """The parameters whose uses do not agree."""
     uses: dict[int, set[tuple[Part | None, int, str]]] = {}
     roles: dict[int, list[str]] = {}
     for number, i in ((number, i) for number, group in enumerate(groups) for i in sorted(group)):
         site = sites[i]
         for weight, part in ((site.weight, "kernel"), (site.added, "bias")):
-            if weight is not None:
-                uses.setdefault(weight.leaf, set()).add((weight.part, number, part))
-                roles.setdefault(weight.leaf, []).append(site.kind if part == "kernel" else part)
+            if weight is None:
+                continue
+            for leaf in leaves_of(weight):
+                place = "block" if number in joined else part
+                own = None if weight.made else weight.part  # parts of it may share parameters
+                uses.setdefault(leaf, set()).add((own, number, place))
+                roles.setdefault(leaf, []).append(site.kind if part == "kernel" else part)
     reasons = {}
     for leaf, found in uses.items():
         pairs = itertools.combinations(found, 2)
         if any(a is None or b is None or a.overlaps(b) for (a, *_), (b, *_) in pairs):
             reasons[leaf] = used_differently(roles[leaf])
     return reasons
+
+
+def entry_by_entry(sites: Sequence[Site], leaves: Collection[int]) -> set[int]:
+    """Those of some parameters that all sites take entry by entry."""
+    others = {leaf for site in sites if site.kind not in ("scale", "bias") for leaf in site.leaves}
+    within = {leaf for site in sites for leaf in site.leaves}
+    return (within & set(leaves)) - others
 
 
 def _is_transposed(site: Site, other: Site) -> bool:

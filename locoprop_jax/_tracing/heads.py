@@ -31,7 +31,9 @@ def output_sites(traced: Traced) -> list[int]:
         if detection.live[i] and (i in positions or not feeding.isdisjoint(equation.outputs)):
             feeding.update(equation.inputs)
     return [
-        i for i, site in enumerate(detection.sites) if not site.loops and site.output not in feeding
+        i
+        for i, site in enumerate(detection.sites)
+        if not site.loops and site.position >= 0 and site.output not in feeding
     ]
 
 
@@ -71,7 +73,7 @@ def cut(traced: Traced, source: int, end: int) -> Cut:
     value, what is computed from the arguments alone is computed again.
     """
     program = traced.program
-    equations, free = program.slice([source, *other_params(traced, source, end)], end)
+    equations, free = program.slice([source, *other_params(traced, [source], end)], end)
     free = [v for v in free if v != source]
 
     def function(value: Any, *values: Any) -> Any:
@@ -81,17 +83,17 @@ def cut(traced: Traced, source: int, end: int) -> Cut:
     return Cut(jax.make_jaxpr(function)(*map(as_struct, avals)), free)
 
 
-def other_params(traced: Traced, source: int, end: int) -> set[int]:
-    """The values of parameters that enter on the way from a value to another, past the first.
+def other_params(traced: Traced, starts: Sequence[int], end: int) -> set[int]:
+    """The values of parameters that enter on the way from values to another, past the first.
 
     None where there is no such way.
     """
     program = traced.program
-    moving = flow.reached_from(program, [source])
+    moving = flow.reached_from(program, starts)
     if end not in moving:
         return set()
     of_params = flow.reached_from(program, program.inputs[: traced.n_leaves])
-    equations, _ = program.slice([source], end)
+    equations, _ = program.slice(starts, end)
     return {v for e in equations for v in e.inputs if v in of_params and v not in moving}
 
 

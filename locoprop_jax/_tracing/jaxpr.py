@@ -15,13 +15,22 @@ JAX shares equation objects between calls of one function, so the objects themse
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
 
-from locoprop_jax._tracing.primitives import BROADCAST, CALLS, CUSTOM, ELEMENTWISE, REMAT, SAME
+from locoprop_jax._tracing.primitives import (
+    BROADCAST,
+    CALLS,
+    COND,
+    CUSTOM,
+    ELEMENTWISE,
+    REMAT,
+    SAME,
+)
 
 Path = tuple[int, ...]
 
@@ -45,6 +54,16 @@ def body(eqn: Any) -> Any | None:
     if eqn.primitive in CALLS:
         return eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
     return eqn.params["jaxpr"] if eqn.primitive in REMAT else None
+
+
+def own_function(eqn: Any) -> Any:
+    """The jaxpr of a function with its own derivative, which that is meant to be of."""
+    return inner_jaxprs(eqn)[0]
+
+
+def branches(eqn: Any) -> Sequence[Any]:
+    """The jaxprs of which a `cond` or `switch` runs one; none for any other equation."""
+    return eqn.params["branches"] if eqn.primitive in COND else ()
 
 
 class Scan(NamedTuple):
@@ -80,6 +99,29 @@ def as_callable(closed: Any) -> Callable[..., list[jax.Array]]:
     return jex.jaxpr_as_fun(closed)
 
 
+def closed_over_nothing(jaxpr: Any) -> Any:
+    """A jaxpr with the values of its constants, of which it may have none."""
+    inner, consts = open_jaxpr(jaxpr)
+    return jex.ClosedJaxpr(inner, consts)  # pyright: ignore[reportPrivateImportUsage]
+
+
+class StaticJaxpr:
+    """A traced function as static data of a pytree: compared by its text."""
+
+    def __init__(self, closed: Any):
+        self.closed = closed
+
+    @functools.cached_property
+    def text(self) -> str:
+        return str(self.closed)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StaticJaxpr) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
 def inner_jaxprs(eqn: Any) -> list[Any]:
     """The jaxprs among an equation's parameters."""
     return list(jex.jaxprs_in_params(eqn.params))
@@ -99,6 +141,11 @@ def run_equation(jaxpr: Any, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     values = [x for v, x in zip(eqn.invars, operands, strict=True) if not is_literal(v)]
     results = iter(as_function(jaxpr, eqn)(*values))
     return [None if isinstance(v, jex.DropVar) else next(results) for v in eqn.outvars]
+
+
+def read_results(eqn: Any) -> list[Any]:
+    """The shapes and dtypes of an equation's results, None where the result is dropped."""
+    return [None if isinstance(v, jex.DropVar) else v.aval for v in eqn.outvars]
 
 
 def is_elementwise(equation: Any) -> bool:

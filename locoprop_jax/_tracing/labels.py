@@ -38,6 +38,7 @@ class Weight(NamedTuple):
       loops: the lengths of the loops that slice it, by their paths, the outermost first.
       prefix: leaf, or the part of it -> (*lengths, *own).
       part: of the leaf, None for all of it.
+      made: the parameters that it is a function of, if it is none itself: see `formulas`.
     """
 
     leaf: int
@@ -46,6 +47,7 @@ class Weight(NamedTuple):
     loops: tuple[tuple[Path, int], ...] = ()
     prefix: Chain = ()
     part: Part | None = None
+    made: frozenset[int] = frozenset()
 
     @property
     def lengths(self) -> Shape:
@@ -101,10 +103,21 @@ class Scaled(NamedTuple):
 
 
 class Derived(NamedTuple):
-    """Computed from parameters alone, in a way that is not a rearrangement."""
+    """Computed from parameters alone, in a way that is not a rearrangement.
+
+    Attributes:
+      leaves: the parameters.
+      how: the first primitive that did more.
+      value: what was computed; None where it is not known how.
+      chain: how it was rearranged since.
+      met_data: whether data from outside took part, without rows of their own.
+    """
 
     leaves: frozenset[int]
     how: str
+    value: int | None = None
+    chain: Chain = ()
+    met_data: bool = False
 
 
 class Output(NamedTuple):
@@ -121,10 +134,10 @@ Label = Weight | Scaled | Derived | Output | str
 
 def leaves_of(label: Label) -> frozenset[int]:
     """The parameter leaves that a label is about."""
-    if isinstance(label, Weight):
-        return frozenset({label.leaf})
     if isinstance(label, Scaled):
-        return frozenset({label.weight.leaf})
+        label = label.weight
+    if isinstance(label, Weight):
+        return label.made or frozenset({label.leaf})
     return label.leaves if isinstance(label, Derived) else frozenset()
 
 

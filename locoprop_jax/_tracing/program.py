@@ -14,12 +14,15 @@ from jax.core import Tracer
 from locoprop_jax._tracing.jaxpr import (
     Path,
     body,
+    branches,
     is_elementwise,
     is_literal,
     open_jaxpr,
+    own_function,
     run_equation,
 )
-from locoprop_jax._tracing.primitives import BROADCAST, RESHAPE, SCAN
+from locoprop_jax._tracing.primitives import BROADCAST, CUSTOM, RESHAPE, SCAN
+from locoprop_jax._tracing.rules import is_true_derivative
 
 
 class Equation(NamedTuple):
@@ -40,6 +43,7 @@ class Equation(NamedTuple):
         return self.eqn.params
 
 
+PARAMETERS, DATA = frozenset({"parameters"}), frozenset({"data"})  # what a value is made of
 END = -1  # stands among the consumers of a result that leaves the body of a loop
 
 
@@ -47,8 +51,10 @@ END = -1  # stands among the consumers of a result that leaves the body of a loo
 class Program:
     """A traced function, calls inlined. A value is a number below `len(avals)`.
 
-    The equations of a call stand among the others; `calls` notes where it was. A `scan` is one
-    equation, and its body a program of its own, which shares the numbers of values.
+    The equations of a call stand among the others; `calls` notes where it was. So do those of a
+    function with its own derivative that a parameter and data enter (`rules`). A `scan` is one
+    equation, and its body a program of its own, which shares the numbers of values; so is a `cond`,
+    with a program for each branch.
     """
 
     equations: tuple[Equation, ...]
@@ -58,13 +64,13 @@ class Program:
     outputs: tuple[int, ...]
     constants: Mapping[int, Any]  # values known when tracing: literals and closed-over arrays
     literals: Set[int]
-    bodies: Mapping[int, Program]  # of scans, by position
+    bodies: Mapping[int, tuple[Program, ...]]  # of scans and branches, by position
     is_body: bool = False
 
     def all_equations(self) -> Iterator[Equation]:
         """Its own and those of all loops."""
         yield from self.equations
-        for inner in self.bodies.values():
+        for inner in (inner for programs in self.bodies.values() for inner in programs):
             yield from inner.all_equations()
 
     def shape(self, value: int) -> tuple[int, ...]:
@@ -73,6 +79,10 @@ class Program:
     def is_inexact(self, value: int) -> bool:
         dtype = getattr(self.avals[value], "dtype", None)
         return dtype is not None and jax.numpy.issubdtype(dtype, np.inexact)
+
+    def is_data(self, value: int) -> bool:
+        """Whether a value from outside is data if no parameter: an array, and no random key."""
+        return _is_data(self.avals[value])
 
     @functools.cached_property
     def consumers(self) -> dict[int, list[int]]:
@@ -136,29 +146,41 @@ class Program:
         return env[target]
 
 
-def flatten(closed: Any) -> Program:
+def _is_data(aval: Any) -> bool:
+    dtype = getattr(aval, "dtype", None)
+    is_key = dtype is not None and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
+    return bool(getattr(aval, "shape", ())) and not is_key
+
+
+def flatten(closed: Any, n_leaves: int = 0) -> Program:
     """Inline the calls of a traced function.
 
-    The numbering depends only on the structure, so the programs of one function traced at two
-    batch sizes can be compared value by value.
+    Args:
+      closed: its jaxpr.
+      n_leaves: how many of its inputs, the first ones, are parameters: functions with their own
+        derivative that these and data enter are inlined too if that is the true one.
     """
     avals: list[Any] = []
     constants: dict[int, Any] = {}
     literals: set[int] = set()
+    origins: dict[int, frozenset[str]] = {}  # of each value: "parameters" and "data"
 
-    def new(aval: Any) -> int:
+    def new(aval: Any, origin: frozenset[str] = frozenset()) -> int:
         avals.append(aval)
+        origins[len(avals) - 1] = origin
         return len(avals) - 1
 
     def constant(aval: Any, value: Any) -> int:
-        number = new(aval)
+        number = new(aval, DATA if _is_data(aval) else frozenset())
         constants[number] = value
         return number
 
-    def program(jaxpr: Any, consts: Sequence[Any], path: Path, is_body: bool) -> Program:
+    def program(
+        jaxpr: Any, consts: Sequence[Any], path: Path, is_body: bool, given: Sequence[frozenset]
+    ) -> Program:
         equations: list[Equation] = []
         calls: list[Equation | None] = []
-        bodies: dict[int, Program] = {}
+        bodies: dict[int, tuple[Program, ...]] = {}
 
         def walk(jaxpr: Any, consts: Sequence[Any], args: Sequence[int], path: Path) -> list[int]:
             env: dict[Any, int] = dict(zip(jaxpr.invars, args, strict=True))
@@ -174,21 +196,32 @@ def flatten(closed: Any) -> Program:
 
             for i, eqn in enumerate(jaxpr.eqns):
                 inputs, here = [read(v) for v in eqn.invars], (*path, i)
-                if (inner := body(eqn)) is not None:
+                own = [origins[v] for v in inputs]
+                inner = body(eqn)
+                if eqn.primitive in CUSTOM and PARAMETERS in own and any(DATA <= o for o in own):
+                    known = [constants.get(v) for v in inputs]
+                    inner = own_function(eqn) if is_true_derivative(jaxpr, eqn, known) else None
+                if inner is not None:
                     place = len(calls)
                     calls.append(None)
                     outputs = walk(*open_jaxpr(inner), inputs, here)
                     calls[place] = Equation(here, eqn, jaxpr, tuple(inputs), tuple(outputs))
                 else:
-                    outputs = [new(v.aval) for v in eqn.outvars]
+                    origin = frozenset().union(*own)
+                    outputs = [new(v.aval, origin) for v in eqn.outvars]
                     if eqn.primitive in SCAN:
                         inner = open_jaxpr(eqn.params["jaxpr"])
-                        bodies[len(equations)] = program(*inner, here, True)
+                        bodies[len(equations)] = (program(*inner, here, True, own),)
+                    elif found := branches(eqn):
+                        bodies[len(equations)] = tuple(
+                            program(*open_jaxpr(branch), (*here, k), True, own[1:])
+                            for k, branch in enumerate(found)
+                        )
                     equations.append(Equation(here, eqn, jaxpr, tuple(inputs), tuple(outputs)))
                 env.update(zip(eqn.outvars, outputs, strict=True))
             return [read(v) for v in jaxpr.outvars]
 
-        inputs = [new(v.aval) for v in jaxpr.invars]
+        inputs = [new(v.aval, origin) for v, origin in zip(jaxpr.invars, given, strict=True)]
         outputs = walk(jaxpr, consts, inputs, path)
         return Program(
             tuple(equations),
@@ -202,4 +235,7 @@ def flatten(closed: Any) -> Program:
             is_body,
         )
 
-    return program(*open_jaxpr(closed), (), False)
+    jaxpr, consts = open_jaxpr(closed)
+    given = [PARAMETERS] * n_leaves
+    given += [DATA if _is_data(v.aval) else frozenset() for v in jaxpr.invars[n_leaves:]]
+    return program(jaxpr, consts, (), False, given)

@@ -20,61 +20,53 @@ class Reason(str):
 
 # --- where it meets the data ---------------------------------------------------------------------
 
-BROADCAST = Reason(
-    "it is broadcast before it meets the data",
-    "Let the layer's result be broadcast, or use `jax.vmap` over the data alone.",
-)
-NOT_THE_BATCH = Reason(
-    "it meets data that does not grow with the batch",
-    "Pass what it meets as an argument of the loss, with the examples along the first axis.",
-)
-BATCH_NOT_KNOWN = Reason(
-    "it multiplies data whose batch axis is not known",
-    "Pass the batch as arguments of the loss that have the same first axis.",
-)
-SHARED_BY_THE_BATCH = Reason(
-    "capture knows no layer that is a `mul` of a parameter and what a batch shares",
-    "Multiply the data by the parameter itself, then by what the batch shares.",
-)
-ENTRIES = Reason(
-    "its entries meet the data in another order, or more than once in a row",
-    "Store it as it meets the data: each entry once for each output, in the same order.",
-)
 LOOP_START = Reason(
     "a loop starts from it, the same for all examples",
-    "Broadcast it over the examples before the loop.",
+    "Broadcast it over the examples before the loop. A kernel that the loop trains on data, as in "
+    "meta-learning, is in no layer: data have entered it.",
 )
+
+_IMPLICIT = (
+    "Write its steps as a `scan`, or make a matrix of the parameters alone, such as "
+    "`jnp.linalg.inv`, and multiply by that. Or broadcast the parameters over the examples first."
+)
+_REMEDIES = {
+    "div": "Multiply by the reciprocal of the data.",
+    "while": "Let it run a fixed number of times, as a `scan` or `fori_loop` does: JAX has no "
+    "gradient of a `while_loop` either. With diffrax, pass `adjoint=diffrax.DirectAdjoint()`.",
+    "custom_linear_solve": _IMPLICIT,
+    "call_hi_primitive": _IMPLICIT,  # `custom_root` since JAX 0.11
+    "custom_root": _IMPLICIT,
+}
 
 
 def changed(how: str, primitive: str) -> Reason:
     """It is something else by the time that it meets the data."""
     return Reason(
-        f"`{how}` changes it before it meets the data in `{primitive}`",
-        "Let it meet the data as it is, rearranged, in parts or times a number, and change "
-        "the inputs or outputs instead. Running statistics are no parameters: pass them as an "
-        "argument.",
+        f"`{how}` changes it, anew at each turn of a loop, before it meets the data in "
+        f"`{primitive}`",
+        "Change it before the loop, for all turns at once, and let the loop take slices of that.",
     )
 
 
 def own_derivative(primitive: str) -> Reason:
+    """A function with a rule that is not, or cannot be told to be, its true derivative."""
     return Reason(
-        f"it is used inside a function with its own derivative (`{primitive}`)",
-        "Apply the layer outside of that function, whose derivative would be lost otherwise.",
+        f"it is used inside a function with its own derivative (`{primitive}`), which is not that "
+        "of its steps, or these have none",
+        "Apply the layer outside of that function, and pass on what it makes. With diffrax, pass "
+        "`adjoint=diffrax.DirectAdjoint()`; of another solver, write the steps as a `scan`.",
     )
 
 
 def no_layer(primitive: str) -> Reason:
     """Capture does not know what this makes of data and a parameter."""
-    remedies = {
-        "sub": "Add its negative, or subtract the data from what is added to it.",
-        "div": "Multiply by it.",
-    }
     return Reason(
         f"capture knows no layer that is a `{primitive}` of data and a parameter",
-        remedies.get(
+        _REMEDIES.get(
             primitive,
-            "Write it with matrix products, convolutions, look-ups, and products and sums entry by "
-            "entry, in `jit`, `vmap`, `checkpoint` or `scan`.",
+            "Broadcast it over the examples first, by `jnp.broadcast_to`: it is a layer of its own "
+            "then.",
         ),
     )
 
@@ -98,33 +90,6 @@ PARTS_OF_ROWS = Reason(
     "Take whole rows, as `table[ids]` does, then their parts.",
 )
 
-# --- biases --------------------------------------------------------------------------------------
-
-SECOND_BIAS = Reason(
-    "it is a second bias of the same layer",
-    "One of them is enough.",
-)
-ADDED_TO_ROWS = Reason(
-    "it is added to rows of a table",
-    "The table can hold it: leave it out.",
-)
-ADDED_TO_NO_OUTPUT = Reason(
-    "it is added to data that is not a layer's output",
-    "Give it an entry for each place that it is added to, or add it to a layer's output.",
-)
-USED_WITHOUT_IT = Reason(
-    "it is added to a layer's output that is used elsewhere without it",
-    "Use the sum, or the layer's output, at all places.",
-)
-ADDED_AFTER_BROADCAST = Reason(
-    "it is added to a layer's output after that was broadcast",
-    "Add it before.",
-)
-NOT_THE_OUTPUTS = Reason(
-    "it varies along more than the outputs of the layer that it is added to",
-    "Give it one entry for each output of the layer, or leave the layer without a bias.",
-)
-
 # --- the whole model -----------------------------------------------------------------------------
 
 NO_GRADIENT = Reason("the loss does not depend on it (unused, or behind a stop_gradient)", "")
@@ -134,10 +99,16 @@ NEVER_MEETS_DATA = Reason(
 )
 
 
+def follows(name: str, why: Reason) -> Reason:
+    """It makes one kernel, scale or bias with a parameter that is in no layer."""
+    return Reason(f"it belongs to {name!r}, which is in no layer because {why}", why.remedy)
+
+
 def used_differently(roles: list[str]) -> Reason:
     """Several uses, which do not make one layer."""
     return Reason(
         f"it is used {len(roles)} times ({', '.join(roles)}), not with the same shape, orientation "
         "and bias each time",
-        "Use it in the same way at each place, or transposed, or a parameter of its own at each.",
+        "Use it in the same way at each place, or transposed, or a parameter of its own at each. A "
+        "kernel that data change, as in meta-learning, is in no layer: data have entered it.",
     )

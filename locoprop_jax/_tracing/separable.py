@@ -78,6 +78,11 @@ def is_unknown(axes: Axes) -> bool:
     return any(factor.label == UNKNOWN for axis in axes for factor in axis)
 
 
+def is_separate(axis: Axis) -> bool:
+    """Whether each entry along an axis reaches entries of its own along one of the target's."""
+    return all(factor.axis is not None for factor in axis)
+
+
 def rearranged(chain: Chain, axes: Axes) -> Axes:
     """The axes of a value after a chain of transpositions and reshapes."""
     for step, argument in chain:
@@ -102,8 +107,12 @@ def follow(
       The axes of each value that reaches the target; and for each axis of the target, the values
       whose equation lost it, with that equation's primitive.
     """
-    own = tuple(_axis(size, i) for i, size in enumerate(program.shape(target)))
-    return _walk(program, {target: own}, use)
+    return _walk(program, {target: own_axes(program.shape(target))}, use)
+
+
+def own_axes(shape: Shape) -> Axes:
+    """The axes of a value of this shape, each its own label."""
+    return tuple(_axis(size, i) for i, size in enumerate(shape))
 
 
 def _walk(
@@ -187,6 +196,9 @@ def _operands(program: Program, equation: Equation, env: dict[int, Axes]) -> lis
     elif primitive in primitives.CONCATENATE | primitives.CUMULATIVE:
         axis = params["dimension" if primitive in primitives.CONCATENATE else "axis"]
         kept = {i: i for i in range(len(result)) if i != axis}
+    elif primitive in primitives.STACK:
+        kept = {i: i + (i >= params["axis"]) for i in range(len(shapes[0]))}
+        return [_kept(shape, after, kept) for shape in shapes]
     elif primitive in primitives.REVERSE:
         kept = {i: i for i in range(len(result)) if i not in params["dimensions"]}
     elif primitive in primitives.SLICE:

@@ -7,15 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from locoprop_jax._tracing import chains, reasons
 from locoprop_jax._tracing.chains import Chain, Shape
 from locoprop_jax._tracing.evaluate import Address
-from locoprop_jax._tracing.labels import Loop, Operand, Weight
+from locoprop_jax._tracing.labels import Loop, Operand, Weight, leaves_of
 from locoprop_jax._tracing.operands import Reader
 from locoprop_jax._tracing.program import Program
-from locoprop_jax._tracing.reasons import Reason
 
-BatchAxes = Sequence[Shape] | None  # for each value, the axes that grow with the batch
+BatchAxes = Sequence[Shape] | None  # for each value, the axes that count examples
 
 
 class Axes(NamedTuple):
@@ -33,7 +31,7 @@ class Site:
     Attributes:
       program: that it is part of: the whole, or the body of a loop.
       kind: "dense", "conv", "scale", "embedding" or "bias".
-      position: of the equation that applies the weights.
+      position: of the equation that applies the weights; see `of_input` for a parameter itself.
       weight: the kernel; None for a bias on its own.
       kernel: leaf -> (d_in, d_out), with the stack in front if there is one.
       own_stack: how many independent layers this is each time that it runs, None for one that is
@@ -93,6 +91,12 @@ class Site:
         return None if self.added is None else self.added.leaf
 
     @property
+    def leaves(self) -> frozenset[int]:
+        """The parameters that its kernel and its bias are, or are made of."""
+        weights = [w for w in (self.weight, self.added) if w is not None]
+        return frozenset().union(*map(leaves_of, weights))
+
+    @property
     def sliced(self) -> tuple[bool, ...]:
         """Which of the loops give each turn weights of its own."""
         weight = self.weight or self.added
@@ -121,8 +125,10 @@ class Site:
     def key(self) -> tuple:
         """What sites of one layer have in common."""
         sizes = (self.kind, self.stack, self.d_in, self.d_out)
-        weights = [(w.leaf, w.part) for w in (self.weight, self.added) if w is not None]
-        return (*sizes, *weights, self.weight is None, self.kernel, self.bias_chain)
+        weight = self.weight or self.added
+        assert weight is not None
+        chain = self.bias_chain if self.weight is None else self.kernel
+        return (*sizes, weight.leaf, weight.part, self.weight is None, chain)
 
 
 def raw_output(site: Site) -> int:
@@ -139,7 +145,20 @@ def input_addresses(site: Site) -> tuple[Address, ...]:
     )
 
 
+def has_rows(site: Site) -> bool:
+    """Whether its weights meet several rows at a time; one row in a loop may be power iteration."""
+    shape = site.program.shape(raw_output(site))
+    return not site.loops or any(shape[axis] > 1 for axis in site.row_axes)
+
+
+def of_input(leaf: int) -> int:
+    """The position that stands for an input of the whole program, which no equation computes."""
+    return -1 - leaf
+
+
 def output_address(site: Site) -> Address:
+    if site.tapped < 0:
+        return Address((site.tapped,), "out", 0)
     equation = site.program.equations[site.tapped]
     return Address(equation.path, "out", equation.outputs.index(site.output))
 
@@ -167,12 +186,3 @@ def grouped_axes(site: Site, batch_axes: BatchAxes) -> tuple[tuple[Shape, ...], 
         return (*stack, batch, (*of_loops[1], *shared), moved(axes.features))
 
     return groups(site.inputs), groups(site.outputs)
-
-
-def refused(kernel: Weight, data: int, batch_axes: BatchAxes) -> Reason | None:
-    """The reason, if this is no layer whatever is done to kernel and data."""
-    if not chains.is_invertible(kernel.chain):
-        return reasons.BROADCAST
-    if batch_axes is not None and not batch_axes[data]:
-        return reasons.NOT_THE_BATCH
-    return None

@@ -1,19 +1,19 @@
-"""Trace a loss function and find its batch axes."""
+"""Trace a loss function once, and find in it what is a layer and what counts examples."""
 
 from __future__ import annotations
 
 import collections
-import types
-import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from locoprop_jax._tracing import chains, detect
+from locoprop_jax._tracing.batch import batch_axes
 from locoprop_jax._tracing.chains import Part, Shape
 from locoprop_jax._tracing.detect import Detection
+from locoprop_jax._tracing.labels import leaves_of
 from locoprop_jax._tracing.program import Program, flatten
 from locoprop_jax._trees import leaves_by_path
 
@@ -27,8 +27,15 @@ class Traced(NamedTuple):
     names: tuple[str, ...]  # of the parameters
     arguments: list[Any]  # the flat inputs after the parameters
     rebuild_output: Callable[[Sequence[Any]], Any]
-    batch_axes: list[Shape] | None  # for each value, the axes that grow with the batch
+    batch_axes: list[Shape] | None  # for each value, the axes that count examples
     detection: Detection
+
+
+def leaf_shape(traced: Traced, leaf: int) -> Shape:
+    """Of a parameter, or of what is made of some."""
+    if leaf < traced.n_leaves:
+        return traced.program.shape(traced.program.inputs[leaf])
+    return traced.detection.formulas[leaf - traced.n_leaves].shape
 
 
 def layer_names(traced: Traced) -> list[str]:
@@ -37,14 +44,15 @@ def layer_names(traced: Traced) -> list[str]:
     The bias stands for the kernel where there is none.
     """
     weights = [site.weight or site.added for site in traced.detection.sites]
-    keys = [(w.leaf, w.part) for w in weights if w is not None]
+    found = [w for w in weights if w is not None]
+    keys = [(min(leaves_of(w)), w.part) for w in found]
     parents = {leaf: traced.names[leaf].rpartition("/")[0] for leaf, _ in keys}
     taken = collections.Counter(parents.values())
     names: dict[tuple[int, Part | None], str] = {}
-    for leaf, part in keys:
+    for (leaf, part), weight in zip(keys, found, strict=True):
         is_alone = parents[leaf] and taken[parents[leaf]] == 1
         name = parents[leaf] if is_alone else traced.names[leaf]
-        shape = traced.program.shape(traced.program.inputs[leaf])
+        shape = leaf_shape(traced, weight.leaf)
         names[leaf, part] = name if part is None else name + _index(part, shape)
     return [names[key] for key in keys]
 
@@ -67,7 +75,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def trace(loss_fn: Callable, params: Any, args: tuple, kwargs: dict, has_aux: bool) -> Traced:
-    """Trace a loss, at its own batch size and once more at twice that to find the batch axes."""
+    """Trace a loss, and find its layers and its batch."""
     names = list(leaves_by_path(params))
     leaves, params_tree = jax.tree.flatten(params)
     _check_params(names, leaves)
@@ -97,15 +105,8 @@ def trace(loss_fn: Callable, params: Any, args: tuple, kwargs: dict, has_aux: bo
         merged = [next(rest) if a else x for x, a in zip(static, arrays, strict=True)]
         return jax.tree.unflatten(tree, merged)
 
-    program = flatten(closed)
-    kinds = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in (*leaves, *dynamic))
-    fixed = tuple(leaf for leaf, is_traced in zip(others, is_traced, strict=True) if not is_traced)
-    batch_axes = _once(
-        loss_fn,
-        (params_tree, others_tree, kinds, fixed),
-        program,
-        lambda: _batch_axes(flat, program, leaves, dynamic),
-    )
+    program = flatten(closed, len(leaves))
+    detection = detect.detect(program, names)
     return Traced(
         closed,
         program,
@@ -113,8 +114,8 @@ def trace(loss_fn: Callable, params: Any, args: tuple, kwargs: dict, has_aux: bo
         tuple(names),
         dynamic,
         rebuild_output,
-        batch_axes,
-        detect.detect(program, len(leaves), batch_axes),
+        batch_axes(program, len(leaves), detection),
+        detection,
     )
 
 
@@ -151,87 +152,3 @@ def _check_loss(output: Any, has_aux: bool) -> None:
             f"The loss function returns an array of shape {jnp.shape(loss)}; it has to be a "
             f"scalar, as for `jax.value_and_grad`. Take the mean over the batch."
         )
-
-
-# For each loss function, by its arguments: the shapes of its values, and their batch axes.
-_known: weakref.WeakKeyDictionary[Callable, dict[Hashable, tuple[list[Shape], Any]]]
-_known = weakref.WeakKeyDictionary()
-
-
-def _once(
-    loss_fn: Callable, key: Hashable, program: Program, find: Callable[[], list[Shape] | None]
-) -> list[Shape] | None:
-    """The batch axes as found before for this loss and arguments like these, else found now.
-
-    The second trace is a fifth of the time that tracing a deep network takes, and a loss is traced
-    by `find_layers` and by each `jax.jit` of a step.
-    """
-    try:
-        hash(key)
-    except TypeError:
-        return find()
-    if not isinstance(loss_fn, types.FunctionType):  # others may be equal and yet differ
-        return find()
-    shapes = [program.shape(v) for v in range(len(program.avals))]
-    known = _known.setdefault(loss_fn, {})
-    if key not in known or known[key][0] != shapes:
-        known[key] = (shapes, find())
-    return known[key][1]
-
-
-def _batch_axes(
-    flat: Callable, program: Program, leaves: Sequence[Any], dynamic: Sequence[Any]
-) -> list[Shape] | None:
-    """Which axes of each value grow with the batch, from a second trace at twice the batch.
-
-    The batch is the first axis that some arguments have in common. Arguments that cannot be
-    doubled (a random key, running statistics) make the trace fail; of several sizes that can, the
-    one that most values grow with is the batch. None if there is no such size.
-    """
-    abstract = jax.eval_shape(lambda *xs: xs, *leaves, *dynamic)
-    best: list[Shape] | None = None
-    for size in sorted({leaf.shape[0] for leaf in abstract[len(leaves) :] if _may_grow(leaf)}):
-        grow = [
-            i >= len(leaves) and _may_grow(leaf) and leaf.shape[0] == size
-            for i, leaf in enumerate(abstract)
-        ]
-        # Running statistics may have as many features as the batch has examples.
-        without = [g and not _is_vector(leaf) for g, leaf in zip(grow, abstract, strict=True)]
-        for chosen in (grow, without):
-            grown = _grown(flat, program, abstract, chosen) if any(chosen) else None
-            if grown is None:
-                continue
-            if best is None or sum(map(bool, grown)) > sum(map(bool, best)):
-                best = grown
-            break
-    return best
-
-
-def _grown(
-    flat: Callable, program: Program, abstract: Sequence[Any], chosen: Sequence[bool]
-) -> list[Shape] | None:
-    """By value the axes that grow as the chosen inputs' first axes do; None if they cannot."""
-    doubled = [
-        jax.ShapeDtypeStruct((2 * leaf.shape[0], *leaf.shape[1:]), leaf.dtype) if grows else leaf
-        for leaf, grows in zip(abstract, chosen, strict=True)
-    ]
-    try:
-        other = flatten(jax.make_jaxpr(flat)(*doubled))
-    except Exception:
-        return None
-    same = [e.path for e in other.all_equations()] == [e.path for e in program.all_equations()]
-    if not same or len(other.avals) != len(program.avals):
-        return None
-    return [_growing(program.shape(v), other.shape(v)) for v in range(len(other.avals))]
-
-
-def _may_grow(leaf: jax.ShapeDtypeStruct) -> bool:
-    return bool(leaf.shape) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _is_vector(leaf: jax.ShapeDtypeStruct) -> bool:
-    return len(leaf.shape) == 1 and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _growing(shape: Shape, doubled: Shape) -> Shape:
-    return tuple(i for i, (a, b) in enumerate(zip(shape, doubled, strict=True)) if a != b)

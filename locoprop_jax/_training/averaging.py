@@ -11,6 +11,7 @@ from jaxtyping import Array, Int
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_decay
+from locoprop_jax._trees import real_dtype
 
 
 class IterateAverageState(NamedTuple):
@@ -69,8 +70,9 @@ def average_iterates(decay: float = 0.95) -> optax.GradientTransformation:
         count = state.count + 1
 
         def mean(old: Array, update: Array, leaf: Array) -> Array:
-            t = count.astype(old.dtype)
-            beta = jnp.minimum(jnp.asarray(decay, old.dtype), 1 - 1 / t)
+            real = real_dtype(old.dtype)
+            most = jnp.asarray(decay, real)
+            beta = jnp.minimum(most, 1 - 1 / count.astype(real)).astype(old.dtype)
             return beta * old + (1 - beta) * (leaf + update).astype(old.dtype)
 
         return updates, IterateAverageState(

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from locoprop_jax._layers.layers import Layers, parameter_paths
-from locoprop_jax._trees import path_name
+from locoprop_jax._trees import ascent, path_name
 
 
 def with_fallback(
@@ -21,7 +21,8 @@ def with_fallback(
     Args:
       tx: for the parameters of `layers`.
       layers: from `find_layers(..., on_uncaptured="pass")`.
-      fallback: for all others, `optax.adam(1e-3)` for example.
+      fallback: for all others, `optax.adam(1e-3)` for example. It gets complex gradients
+        conjugated, as Optax's optimizers need them to descend.
 
     Returns:
       One optimizer for all parameters (an `optax.partition`).
@@ -34,4 +35,9 @@ def with_fallback(
             params,
         )
 
-    return optax.partition({"layers": tx, "fallback": fallback}, labels)
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        return for_others.update(ascent(updates), state, params, **extra_args)
+
+    for_others = optax.with_extra_args_support(fallback)
+    descending = optax.GradientTransformationExtraArgs(fallback.init, update)
+    return optax.partition({"layers": tx, "fallback": descending}, labels)

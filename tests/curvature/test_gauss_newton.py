@@ -1,6 +1,7 @@
 """Gauss-Newton and Fisher products, step sizes, Hessian-free: against dense matrices."""
 
 import functools
+import types
 
 import chex
 import jax
@@ -13,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import locoprop_jax as lp
-from locoprop_jax._curvature.quadratic import Verdict, levenberg_marquardt
+from locoprop_jax._curvature.quadratic import Verdict, adapted_radius, levenberg_marquardt
 from tests.dense_nets import HEADS, Net, nets
 
 NET = Net(widths=(3, 4, 2), transfers=("tanh",), biases=(True, True), head="sigmoid", batch=6)
@@ -226,14 +227,15 @@ def test_errors_of_products_say_what_to_do():
     with pytest.raises(TypeError, match="rng"):
         lp.fisher_vector_product(NET.loss, params, *batch)
     with pytest.raises(ValueError, match=r"fisher_mc.*locoprop_jax.losses"):
-        lp.fisher_vector_product(NET.loss, params, *batch, rng=jax.random.key(0))
+        huber = lambda p, x, y: optax.huber_loss(NET.outputs(p, x), y).mean()  # noqa: E731
+        lp.fisher_vector_product(huber, params, *batch, rng=jax.random.key(0))
     with pytest.raises(ValueError, match="no layer"):
         lp.gauss_newton_vector_product(lambda w: jnp.sum(w**2), jnp.ones(3))
 
     def two_heads(w, x):
-        return jnp.sum(jnp.tanh(x @ w["a"]) ** 2) + jnp.sum(jnp.sin(x @ w["b"]))
+        return jnp.sum(jnp.tanh(x @ w["a"]) ** 2 * jnp.sin(x @ w["b"]))
 
-    with pytest.raises(ValueError, match=r"gauss_newton_vector_product.*several layers.*a, b"):
+    with pytest.raises(ValueError, match=r"gauss_newton_vector_product.*layers meet.*: a, b"):
         w = {"a": jnp.ones((3, 2)), "b": jnp.ones((3, 2))}
         lp.gauss_newton_vector_product(two_heads, w, batch[0])
 
@@ -312,6 +314,52 @@ def test_no_more_than_the_last_update_itself_is_added(part):
     np.testing.assert_allclose(flat(second), expected, rtol=1e-6, atol=1e-12)
     change = expected @ damped @ expected / 2 - expected @ slope
     np.testing.assert_allclose(state.model_change, change, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_the_outputs_move_no_further_than_a_share_of_the_first_loss(scale):
+    """In any units of the loss the step is the same."""
+    params, batch = NET.params(), NET.data()
+
+    def loss_fn(params, x, y):
+        losses = lp.losses.sigmoid_binary_cross_entropy(NET.outputs(params, x), y)
+        return scale * losses.sum(-1).mean()
+
+    net = types.SimpleNamespace(loss=loss_fn)
+    tx, free = (lp.scale_by_gauss_newton_step(bounded=bounded) for bounded in (True, False))
+    step, state = line(net, batch), tx.init(params)
+    long, _ = step(free, params, free.init(params))
+    matrix, loss = gauss_newton(NET, params, *batch), float(NET.loss(params, *batch))
+
+    def moved(update):
+        return flat(update) @ matrix @ flat(update) / 2
+
+    assert moved(long) > 0.01 * loss
+    update, new = step(tx, params, state)
+    np.testing.assert_allclose(moved(update), 0.01 * loss, rtol=1e-8)
+    np.testing.assert_allclose(flat(update) / flat(update)[0], flat(long) / flat(long)[0])
+    np.testing.assert_allclose((new.radius, new.length), 0.01 * scale * loss)
+    update, _ = step(tx, params, state._replace(radius=jnp.asarray(2e-3 * scale * loss)))
+    np.testing.assert_allclose(moved(update), 2e-3 * loss, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "fall, rest, length, expected",
+    [
+        (0.1, 0.1, 3.0, 12.0),  # held back, and good
+        (-0.1, 0.1, 3.0, 3.0),  # the loss rose, but not at the end of the step
+        (0.1, -0.1, 1.0, 3.0),  # not held back
+        (-0.1, -0.1, 1.0, 1.5),  # too long
+        (-0.1, -0.1, 3.0, 1.5),
+        (np.nan, np.nan, 3.0, 1.5),
+    ],
+)
+def test_the_radius_grows_where_steps_reach_it_and_shrinks_where_the_loss_rose(
+    fall, rest, length, expected
+):
+    verdict = Verdict(*map(jnp.asarray, (fall / 0.2, fall, rest)))
+    radius = adapted_radius(jnp.asarray(3.0), jnp.asarray(length), verdict, jnp.asarray(0.5))
+    assert radius == expected
 
 
 @pytest.mark.parametrize("is_same", [True, False], ids=["one batch", "fresh batches"])

@@ -624,7 +624,7 @@ def test_laplace_samples_have_exactly_the_posterior_covariance(
     params, layers = net.params(), net.layers()
     _, captured = capture(net, params, net.data())
     flat, unravel = jax.flatten_util.ravel_pytree(params)
-    _, systems = _open("test", layers, captured, params, block_diagonal, "captured")
+    _, systems = _open("test", layers, captured, params, "values", block_diagonal, "captured")
     empty = [jnp.zeros((1, net.batch)) for _ in systems]
     noises, unravel_noise = jax.flatten_util.ravel_pytree(empty)
 
@@ -659,7 +659,7 @@ def test_a_laplace_sample_is_that_map_of_drawn_noise(monkeypatch):
     )
     samples = [draw(seed) for seed in range(2)]
     monkeypatch.undo()
-    _, systems = _open("test", layers, captured, params, False, "captured")
+    _, systems = _open("test", layers, captured, params, "values", False, "captured")
     size = len(ravel(params))
     _, unravel = jax.flatten_util.ravel_pytree(params)
     for normal, sample in zip(drawn, samples, strict=True):

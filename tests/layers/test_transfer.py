@@ -153,6 +153,68 @@ def test_overflow_far_out_does_not_make_a_function_decrease(f):
     assert find(f).is_monotone()
 
 
+# --- of complex numbers --------------------------------------------------------------------------
+
+
+def find_complex(function, dtype):
+    """The transfer function after a layer of this dtype, under |output|^2."""
+
+    def loss(params, x):
+        h = function(x @ params["first"])
+        return jnp.square(jnp.abs(h @ params["second"])).sum(-1).mean()
+
+    after = jax.eval_shape(function, jax.ShapeDtypeStruct((), dtype))
+    params = {
+        "first": jax.ShapeDtypeStruct((3, 4), dtype),
+        "second": jax.ShapeDtypeStruct((4, 2), after.dtype),
+    }
+    return lp.find_layers(loss, params, jax.ShapeDtypeStruct((5, 3), dtype))["first"].transfer
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128"])
+@pytest.mark.parametrize(
+    "name, f",
+    [
+        ("tanh", jnp.tanh),
+        ("sin", jnp.sin),
+        ("sigmoid", lambda a: 1 / (1 + jnp.exp(-a))),
+        ("identity", lambda a: a),
+        ("custom", lambda a: a + jnp.log1p(jnp.exp(-2 * a))),  # log cosh, of restricted machines
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_transfer_functions_of_complex_numbers_are_named(name, f, dtype):
+    transfer = find_complex(f, dtype)
+    assert transfer.name == name
+    a = jnp.asarray([0.3 - 0.7j, -2.0 + 0.1j], dtype)
+    np.testing.assert_allclose(transfer(a), f(a), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "f, dtype",
+    [
+        (jnp.abs, complex),
+        (lambda a: jnp.exp(1j * a.astype(complex)), float),
+        (lambda a: jnp.tanh(a.astype(complex)), float),
+    ],
+    ids=["modulus", "phase", "tanh"],
+)
+def test_what_goes_from_real_to_complex_numbers_or_back_has_no_name(f, dtype):
+    transfer = find_complex(f, dtype)
+    assert transfer.name == "custom"
+    a = jnp.asarray([0.3, -2.0], dtype)
+    assert transfer(a).dtype == f(a).dtype
+    np.testing.assert_allclose(transfer(a), f(a), rtol=1e-12)
+
+
+def test_functions_with_complex_values_are_not_monotone():
+    assert not lp.Transfer("phase", lambda a: jnp.exp(1j * a.astype(complex))).is_monotone()
+    assert not find_complex(lambda a: a * jnp.exp(1j * a), complex).is_monotone()
+
+
+# --- found in a model, again ---------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     "after_first_layer",
     [

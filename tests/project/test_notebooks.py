@@ -25,8 +25,8 @@ def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == kind]
 
 
-def test_there_are_five():
-    assert [path.stem[0] for path in NOTEBOOKS] == list("12345")
+def test_there_are_six():
+    assert [path.stem[0] for path in NOTEBOOKS] == list("123456")
 
 
 @each_notebook

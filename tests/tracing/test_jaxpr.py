@@ -91,8 +91,8 @@ def test_every_equation_has_a_path_of_its_own_and_reads_what_is_known(f):
         for position, equation in enumerate(program.equations):
             assert known.issuperset(equation.inputs)
             known.update(equation.outputs)
-            if position in program.bodies:
-                walk(program.bodies[position])
+            for body in program.bodies.get(position, ()):
+                walk(body)
 
     walk(program)
     assert known == set(range(len(program.avals)))

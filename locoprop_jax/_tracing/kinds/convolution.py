@@ -10,25 +10,21 @@ from locoprop_jax._tracing.labels import Label, Operand, Weight
 from locoprop_jax._tracing.operands import Patches
 from locoprop_jax._tracing.program import Program
 from locoprop_jax._tracing.reasons import BATCH_IN_GROUPS, MOVED_OVER, Reason
-from locoprop_jax._tracing.sites import Axes, BatchAxes, Site, refused
+from locoprop_jax._tracing.sites import Axes, Site
 
 
-def convolution(
-    program: Program, position: int, kinds: Sequence[Label], batch_axes: BatchAxes
-) -> Site | Reason:
+def convolution(program: Program, position: int, kinds: Sequence[Label]) -> Site | Reason:
     """A convolution of data with a kernel; a stack of layers if its features are in groups."""
     equation = program.equations[position]
     label = kinds[1]
     if not isinstance(label, Weight):
         return MOVED_OVER
-    data, kernel = equation.inputs
-    if why := refused(label, data, batch_axes):
-        return why
+    assert chains.is_invertible(label.chain), "what was broadcast comes as an array of its own"
     params = equation.params
     if params["batch_group_count"] != 1:
         return BATCH_IN_GROUPS
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    shape, out = program.shape(kernel), program.shape(equation.outputs[0])
+    shape, out = program.shape(equation.inputs[1]), program.shape(equation.outputs[0])
     to_outputs, to_inputs, *spatial = numbers.rhs_spec
     window = tuple(shape[i] for i in spatial)
     d_out = shape[to_outputs] // groups

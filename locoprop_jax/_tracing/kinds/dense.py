@@ -12,21 +12,17 @@ from locoprop_jax._tracing import chains
 from locoprop_jax._tracing.labels import Label, Operand, Weight
 from locoprop_jax._tracing.operands import AsItIs
 from locoprop_jax._tracing.program import Program
-from locoprop_jax._tracing.reasons import Reason
-from locoprop_jax._tracing.sites import Axes, BatchAxes, Site, refused
+from locoprop_jax._tracing.sites import Axes, Site
 
 
-def dense(
-    program: Program, position: int, kinds: Sequence[Label], batch_axes: BatchAxes
-) -> Site | Reason:
+def dense(program: Program, position: int, kinds: Sequence[Label]) -> Site:
     """A `dot_general` of data and a kernel; a stack of layers if the kernel has batch axes."""
     equation = program.equations[position]
     (kernel_at,) = (i for i, k in enumerate(kinds) if isinstance(k, Weight))
     label, data_at = kinds[kernel_at], 1 - kernel_at
     assert isinstance(label, Weight)
     contract, batch = equation.params["dimension_numbers"]
-    if why := refused(label, equation.inputs[data_at], batch_axes):
-        return why
+    assert chains.is_invertible(label.chain), "what was broadcast comes as an array of its own"
     shape, data_shape = (program.shape(equation.inputs[i]) for i in (kernel_at, data_at))
     contracted, stack = tuple(contract[kernel_at]), tuple(batch[kernel_at])
     of_data, stack_of_data = tuple(contract[data_at]), tuple(batch[data_at])

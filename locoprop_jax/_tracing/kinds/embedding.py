@@ -9,7 +9,7 @@ from locoprop_jax._tracing import chains
 from locoprop_jax._tracing.labels import Label, Operand, Weight
 from locoprop_jax._tracing.operands import OneHotReader
 from locoprop_jax._tracing.program import Program
-from locoprop_jax._tracing.reasons import BROADCAST, NOT_ROWS, PARTS_OF_ROWS, Reason
+from locoprop_jax._tracing.reasons import NOT_ROWS, PARTS_OF_ROWS, Reason
 from locoprop_jax._tracing.sites import Axes, Site
 
 
@@ -18,8 +18,7 @@ def embedding(program: Program, position: int, kinds: Sequence[Label]) -> Site |
     equation = program.equations[position]
     label = kinds[0]
     assert isinstance(label, Weight), "a gradient flows through the table alone"
-    if not chains.is_invertible(label.chain):
-        return BROADCAST
+    assert chains.is_invertible(label.chain), "what was broadcast comes as an array of its own"
     shape, sizes = program.shape(equation.inputs[0]), tuple(equation.params["slice_sizes"])
     numbers = equation.params["dimension_numbers"]
     taken = tuple(i for i in numbers.start_index_map if sizes[i] == 1 != shape[i])

@@ -20,8 +20,8 @@ from locoprop_jax._tracing.labels import (
 )
 from locoprop_jax._tracing.operands import Nothing, Product, Stage
 from locoprop_jax._tracing.program import Program
-from locoprop_jax._tracing.reasons import ENTRIES, Reason
-from locoprop_jax._tracing.sites import Axes, Site
+from locoprop_jax._tracing.reasons import Reason
+from locoprop_jax._tracing.sites import Axes, Site, of_input
 
 
 def scaled(
@@ -53,8 +53,11 @@ def scaled(
     return Scaled(weight, (*stages, Stage(chain, shape)), (*factors, factor))
 
 
-def scale(program: Program, position: int, product: Scaled) -> Site | Reason:
-    """A product of data and a parameter, entry by entry: as many layers with one input each."""
+def scale(program: Program, position: int, product: Scaled) -> Site | None:
+    """A product of data and a parameter, entry by entry: as many layers with one input each.
+
+    None where the entries meet the data in another order, or more than once in a row.
+    """
     numbers = chains.numbers(product.weight.own)
     for stage in product.stages:
         numbers = np.broadcast_to(chains.apply(stage.chain, numbers), stage.shape)
@@ -62,8 +65,10 @@ def scale(program: Program, position: int, product: Scaled) -> Site | Reason:
     return _by_entry("scale", program, position, value, product.weight, numbers, product)
 
 
-def bias(program: Program, position: int, result: int, weight: Weight) -> Site | Reason:
+def bias(program: Program, position: int, result: int, weight: Weight) -> Site | None:
     """A parameter that is added to data, or put beside data, each entry a layer without inputs.
+
+    None where the entries are in another order, or more than once in a row.
 
     Args:
       program: the loss.
@@ -77,6 +82,19 @@ def bias(program: Program, position: int, result: int, weight: Weight) -> Site |
     return _by_entry("bias", program, position, value, weight, numbers)
 
 
+def own_value(program: Program, leaf: int) -> Site:
+    """A parameter as a layer at its own value, wherever that goes: its entries have one row each.
+
+    For one whose uses entry by entry do not agree, such as a deviation that data are divided by and
+    whose logarithm is added to the loss.
+    """
+    value = program.inputs[leaf]
+    weight = Weight(leaf, program.shape(value), ())
+    found = _by_entry("bias", program, of_input(leaf), value, weight, chains.numbers(weight.own))
+    assert isinstance(found, Site), "each entry stands once, in order"
+    return found
+
+
 def _by_entry(
     kind: str,
     program: Program,
@@ -85,7 +103,7 @@ def _by_entry(
     weight: Weight,
     numbers: np.ndarray,
     product: Scaled | None = None,
-) -> Site | Reason:
+) -> Site | None:
     """As many layers as a parameter has entries, with one input each, or with none for a bias.
 
     Args:
@@ -100,7 +118,7 @@ def _by_entry(
     size = math.prod(weight.own)
     axes = _entry_axes(numbers, size)
     if axes is None:
-        return ENTRIES
+        return None
     is_bias = product is None
     shape = (size, 1) if is_bias else (size, 1, 1)
     chain = weight.stacked(chains.extend((), weight.own, "reshape", shape), len(shape) - 1)

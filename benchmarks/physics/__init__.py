@@ -1,0 +1,1 @@
+"""Losses that differentiate the network: partial differential equations, energies and forces."""
