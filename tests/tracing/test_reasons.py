@@ -249,8 +249,9 @@ REASONS = {
     "no_layer: root": (
         fixed_point,
         SQUARE,
-        " of data and a parameter",
-        "steps as a `scan`",
+        # Until JAX 0.11 a root is found inside of a function with a derivative of its own.
+        " of data and a parameter" if jax.__version_info__ >= (0, 11) else "its own derivative",
+        "steps as a `scan`" if jax.__version_info__ >= (0, 11) else "Apply the layer outside",
         fixed_point_by_steps,
         SQUARE,
     ),
