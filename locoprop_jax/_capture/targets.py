@@ -70,7 +70,7 @@ def find_targets(
             f"ones. Hand a loss of `locoprop_jax.losses`, or one marked by `@losses.output_loss`, "
             f"their real and imaginary parts: `jnp.concatenate([z.real, z.imag], -1)`."
         )
-    if curvature in PULLED:
+    if curvature in PULLED and to_rows:  # products of the whole network need no layers
         targets = [t._replace(batch=_examples(traced, t, to_rows)) for t in targets]
     if curvature == "ggn_exact":
         targets = [_with_columns(traced, target, names, to_rows) for target in targets]
