@@ -543,8 +543,11 @@ def test_arguments_are_checked_at_construction(options, message):
 
 def test_layers_without_a_batch_axis_cannot_keep_a_batch():
     params = {"kernel": jnp.ones((3, 2))}
-    loss = lambda p, x: jnp.mean((x.reshape(4, 3) @ p["kernel"]) ** 2)  # noqa: E731
-    layers = lp.find_layers(loss, params, jnp.ones((4, 3)))
+
+    def loss(p, x):  # whose rows no data have
+        return jnp.mean((jnp.broadcast_to(x[None], (4, 3)) @ p["kernel"]) ** 2)
+
+    layers = lp.find_layers(loss, params, jnp.ones(3))
     with pytest.raises(ValueError, match=r"batch at kernel.*Leave `batch_size` out.*`tx.update"):
         scale_by_natural_gradient(layers, 4)
 
