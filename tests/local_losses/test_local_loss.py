@@ -461,9 +461,9 @@ def step_with_a_parameter_in_no_layer():
     net = Net()
 
     def loss(params, x, y):
-        return net.loss(params["net"], params["scale"] * x, y)
+        return net.loss(params["net"], jnp.maximum(x, params["scale"]), y)
 
-    params = {"net": net.params(), "scale": jnp.ones((net.batch, 3))}
+    params = {"net": net.params(), "scale": jnp.zeros((net.batch, 3))}
     layers = lp.find_layers(loss, params, *net.data(), on_uncaptured="pass")
     tx = locoprop_s(layers, 0.1, gamma=3.0, iterations=2, optimizer=optax.sgd)
 

@@ -359,10 +359,10 @@ def test_a_word_that_was_not_in_the_batch_is_thrown_no_farther_than_damping_allo
 @pytest.mark.parametrize("unit", ["neuron", "layer"])
 def test_a_parameter_in_no_layer_moves_by_the_learning_rate_as_a_whole(unit):
     net = Net()
-    params = {"net": net.params(), "gain": jnp.ones((net.batch, 3)), "unused": jnp.ones(())}
+    params = {"net": net.params(), "gain": jnp.zeros((net.batch, 3)), "unused": jnp.ones(())}
 
     def loss(params, x, y):
-        return net.loss(params["net"], params["gain"] * x, y) + 0.0 * params["unused"]
+        return net.loss(params["net"], jnp.maximum(x, params["gain"]), y) + 0.0 * params["unused"]
 
     layers = lp.find_layers(loss, params, *net.data(), on_uncaptured="pass")
     methods = {"foof": lp.foof(layers, ETA, unit=unit), "lnb": lp.lnb(layers, ETA, unit=unit)}
