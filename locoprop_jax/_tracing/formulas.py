@@ -140,6 +140,12 @@ def formula(
     else:
         pairs = {v: v for v in others}
     loops = {weight.loops for _, weight in roots if weight.loops}
+    if any(_is_complex(program, v) != _is_complex(program, target) for v, _ in roots):
+        return None  # a real parameter whose kernel is complex: a Fourier transform
     if not roots or len(loops) > 1 or len(pairs) < len(others):
         return None
     return Formula(program, target, roots, tuple(pairs.items()), next(iter(loops), ()), change)
+
+
+def _is_complex(program: Program, value: int) -> bool:
+    return jnp.issubdtype(program.avals[value].dtype, jnp.complexfloating)
