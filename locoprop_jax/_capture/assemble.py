@@ -48,17 +48,22 @@ def assemble(
     hessian = _output_hessian(plan, points, passes, known)
     deferred = _deferred(plan, points, passes, samples, rng)
     uses = [_use(plan, i, passes) for i in range(len(layers.sites))]
-    arrays = tuple(
-        LayerArrays(
-            uses=tuple(_turned(plan, group, i, uses[i], known) for i in group),
+
+    def of_layer(group: Sequence[int]) -> LayerArrays:
+        weights = layers.weights(group)
+        points = _points(layers, group, weights, known)
+        return LayerArrays(
+            uses=tuple(
+                _turned(layers, i, uses[i], weights["kernel"], points, known) for i in group
+            ),
             head=heads.get(group[0]) if len(group) == 1 else None,
-            signature=tuple(layers.weights(group).values()),
+            signature=tuple(weights.values()),
             has_transferred=plan.transferred,
             output_hessian=hessian if plan.output and plan.output.site in group else None,
-            points=_points(plan, group, known),
-        ).with_curvature(curved)
-        for group in layers.groups
-    )
+            points=points,
+        )
+
+    arrays = tuple(of_layer(group).with_curvature(curved) for group in layers.groups)
     counts = {head.terms for head in heads.values()}
     return Captured(
         tuple(layers.names[group[0]] for group in layers.groups),
@@ -96,31 +101,23 @@ def _use(plan: PassPlan, i: int, passes: Passes) -> Use:
 
 
 def _turned(
-    plan: PassPlan, group: Sequence[int], i: int, use: Use, known: Known
+    layers: LayerPlan, i: int, use: Use, kernel: Any, points: Mapping[str, Any], known: Known
 ) -> Use | Transposed:
     """A use as rows of the layer, where it applies the layer's weights transposed."""
-    layers = plan.layers
     if not layers.is_transposed(i):
         return use
-    kernel = layers.weights(group)["kernel"]
-    names = layers.traced.names
-    leaves = {names[k]: jnp.asarray(known[v]) for k, v in enumerate(_leaves(layers))}
-    point = _points(plan, group, known).get("kernel")
-    return Transposed(use, made.read(kernel, leaves, "values", point))
+    values = dict(zip(layers.traced.names, layers.traced.program.inputs, strict=False))
+    leaves = {path: jnp.asarray(known[values[path]]) for path in made.paths(kernel)}
+    return Transposed(use, made.read(kernel, leaves, "values", points.get("kernel")))
 
 
-def _leaves(layers: LayerPlan) -> Sequence[int]:
-    """The values of the parameters."""
-    return layers.traced.program.inputs[: layers.traced.n_leaves]
-
-
-def _points(plan: PassPlan, group: Sequence[int], known: Known) -> dict[str, tuple[Any, ...]]:
+def _points(
+    layers: LayerPlan, group: Sequence[int], parts: Mapping[str, Any], known: Known
+) -> dict[str, tuple[Any, ...]]:
     """What a kernel or bias is made of that is no array of the tree, nor such arrays in order."""
-    layers = plan.layers
-    parts, places = layers.weights(group), layers.places(group)
     return {
         part: parameters.point(layers.traced, place, known)
-        for part, place in places.items()
+        for part, place in layers.places(group).items()
         if isinstance(own := parts[part], made.Made) and not own.is_isometry
     }
 

@@ -93,7 +93,7 @@ def plan_passes(layers: LayerPlan, transferred: bool, curvature: str | None) -> 
         _check_real(layers, curvature)
     heads = {i: cut(traced, sites[i].output, traced.program.outputs[0]) for i in layers.ends}
     pieces = _pieces(layers) if transferred else [None] * len(sites)
-    layouts = [layers.layout(*each) for each in zip(sites, pieces, strict=True)]
+    layouts = [layers.layout(i, piece) for i, piece in enumerate(pieces)]
     to_rows = [layout.outputs for layout in layouts]
     targets: tuple[Target, ...] = ()
     output: OutputPlan | None = None

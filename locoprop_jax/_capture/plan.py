@@ -6,6 +6,7 @@ How a layer's parameters and arrays are laid out is static: it is known before t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,8 +53,9 @@ class LayerPlan:
     def weights(self, group: Sequence[int]) -> dict[str, Any]:
         """The static facts that a layer and its captured arrays have in common."""
         site, places = self.sites[group[0]], self.places(group)
+        is_joined = group[0] in self._joined
         parts: dict[str, Part | None] = {"kernel": None, "bias": None}
-        if self._is_joined(group):
+        if is_joined:
             parts["kernel"] = parameters.joined(self.traced, *places["kernel"])
         else:
             own = {part: parameters.part_of(self.traced, *place) for part, place in places.items()}
@@ -61,7 +63,7 @@ class LayerPlan:
         return {
             "kind": "tied" if any(map(self.is_transposed, group)) else site.kind,
             "stack": site.stack,
-            "d_in": site.d_in + self._is_joined(group),
+            "d_in": site.d_in + is_joined,
             "d_out": site.d_out,
             "uses": len(group),
             **parts,
@@ -73,19 +75,19 @@ class LayerPlan:
         added = next((site for i in group if (site := self.sites[i]).added is not None), own)
         kernel = [(own.weight, own.kernel)] if own.weight else []
         bias = [(added.added, added.bias_chain)] if added.added else []
-        if self._is_joined(group):
+        if group[0] in self._joined:
             return {"kernel": [*kernel, *bias]}
         both = {"kernel": kernel, "bias": bias}
         return {part: place for part, place in both.items() if place}
 
-    def _is_joined(self, group: Sequence[int]) -> bool:
-        """Whether a layer's bias is a row of its kernel."""
-        numbers = [n for n, own in enumerate(self.groups) if group[0] in own]
-        return not self.traced.detection.joined.isdisjoint(numbers)
+    @functools.cached_property
+    def _joined(self) -> frozenset[int]:
+        """The sites of layers whose bias is a row of the kernel."""
+        return frozenset(i for number in self.traced.detection.joined for i in self.groups[number])
 
     def _constant_input(self, i: int) -> float | None:
         """One more input of a site: one or zero where the bias is a row of the kernel."""
-        if not self._is_joined((i,)):
+        if i not in self._joined:
             return None
         return 1.0 if self.sites[i].added is not None else 0.0
 
@@ -96,8 +98,9 @@ class LayerPlan:
             live = live_equations(site.program, *site.program.outputs)
         return transfer_piece(site.program, live, site.output)
 
-    def layout(self, site: Site, piece: Piece | None) -> Layout:
+    def layout(self, i: int, piece: Piece | None) -> Layout:
         """How to read a site's arrays as (batch, shared, d), with the stack in front."""
+        site = self.sites[i]
         program, lengths = self.traced.program, site.lengths
         inputs, _ = grouped_axes(site, self.traced.batch_axes)
         shape: Shape = ()
@@ -109,19 +112,18 @@ class LayerPlan:
         return Layout(
             reader=site.reader,
             loops=len(lengths),
-            by_example=self._is_by_example(site),
+            by_example=self._is_by_example(site) and i not in self._joined,
             inputs=chains.group((), shape, inputs) if shape else (),
             ids=chains.group((), shape[:-1], (*inputs[:-1], ())) if is_lookup else (),
             outputs=to_rows,
             outputs_back=chains.inverse(to_rows, (*lengths, *program.shape(site.output))),
             transferred=None if piece is None else self.transferred_to_rows(site, piece),
-            constant=self._constant_input(self.sites.index(site)),
+            constant=self._constant_input(i),
         )
 
     def _is_by_example(self, site: Site) -> bool:
         """Whether this is a convolution whose batch is the examples, without loops and groups."""
         is_plain = site.kind == "conv" and not site.loops and site.stack is None
-        is_plain = is_plain and not self._is_joined((self.sites.index(site),))
         batch_axes = self.traced.batch_axes
         growing = None if batch_axes is None else batch_axes[raw_output(site)]
         return is_plain and growing == site.row_axes[:1]

@@ -88,7 +88,7 @@ class Made:
         pairs = zip((*leaves, *others), self.function.closed.in_avals, strict=True)
         given = [jnp.asarray(x).astype(aval.dtype) for x, aval in pairs]
         (block,) = as_callable(self.function.closed)(*given)
-        return block.astype(wide_dtype(leaves)) if leaves else block
+        return block.astype(wide_dtype(leaves))
 
     def _jacobian(
         self, like: Sequence[Any], point: Point | None

@@ -138,11 +138,10 @@ class Rules:
         return results or []
 
     def _jaxpr(self, closed: Any, axes: Sequence[Axes]) -> list[Axes] | None:
-        jaxpr, consts = open_jaxpr(closed)
+        jaxpr, _ = open_jaxpr(closed)
         if len(jaxpr.invars) != len(axes):
             return None
         env = dict(zip(jaxpr.invars, axes, strict=True))
-        del consts
 
         def read(atom: Any) -> Axes:
             if is_literal(atom) or atom not in env:

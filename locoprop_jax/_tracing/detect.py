@@ -112,9 +112,9 @@ def detect(program: Program, names: Sequence[str]) -> Detection:
         with_constants.update(new[2])
         if any(new):  # a use may be understood now
             continue
-        own = entry_by_entry(known.sites, found)
         if not found:
             break
+        own = entry_by_entry(known.sites, found)
         at_value.update(own)
         reasons.update((leaf, why) for leaf, why in found.items() if leaf not in own)
     sites = known.sites

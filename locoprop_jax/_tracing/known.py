@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
-from locoprop_jax._tracing import reasons
+from locoprop_jax._tracing import flow, reasons
 from locoprop_jax._tracing.formulas import Formula
 from locoprop_jax._tracing.labels import Label, Weight, leaves_of
-from locoprop_jax._tracing.program import Program
+from locoprop_jax._tracing.program import END, Equation, Program
 from locoprop_jax._tracing.reasons import Reason
 from locoprop_jax._tracing.sites import Site
 
@@ -80,6 +80,18 @@ class Scope(NamedTuple):
     program: Program
     labels: dict[int, Label]
     consumers: Mapping[int, Sequence[int]]
+
+    def sole_uses(self, value: int) -> Iterator[tuple[Equation, int]]:
+        """The equations that a value goes through, each with what it takes.
+
+        As long as it goes into one only, up to the first that does more than rearrange it.
+        """
+        while len(uses := self.consumers.get(value, [])) == 1 and uses != [END]:
+            after = self.program.equations[uses[0]]
+            yield after, value
+            if flow.rearranged(self.program, after, ()) is None:
+                return
+            value = after.outputs[0]
 
 
 def kernel_key(label: Label) -> tuple[frozenset[int], bool]:

@@ -140,13 +140,9 @@ class Labelling:
     def _is_added_to_data(self, position: int) -> bool:
         """Whether an equation's result, perhaps rearranged, is added to data."""
         value = self.program.equations[position].outputs[0]
-        while len(uses := self.consumers.get(value, [])) == 1 and uses != [END]:
-            after = self.program.equations[uses[0]]
+        for after, _ in self.scope.sole_uses(value):
             if after.primitive in primitives.ADD:
                 return after.outputs[0] in self.known.of_data
-            if flow.rearranged(self.program, after, ()) is None:
-                return False
-            value = after.outputs[0]
         return False
 
     def _site(self, position: int, kinds: Sequence[Label]) -> Label | Reason:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from locoprop_jax._tracing import chains, flow, primitives
+from locoprop_jax._tracing import chains, primitives
 from locoprop_jax._tracing.jaxpr import is_elementwise
 from locoprop_jax._tracing.kinds.embedding import embedding
 from locoprop_jax._tracing.known import Scope, kernel_key
 from locoprop_jax._tracing.labels import Derived, Label, Weight, is_data, leaves_of
-from locoprop_jax._tracing.program import END, Equation
+from locoprop_jax._tracing.program import Equation
 from locoprop_jax._tracing.reasons import Reason
 
 
@@ -65,15 +65,11 @@ def note_networks(scope: Scope, equation: Equation, kinds: Sequence[Label]) -> N
 
 def _is_kernel(scope: Scope, value: int) -> bool:
     """Whether a value, perhaps rearranged, goes into a product with data and nowhere else."""
-    while len(uses := scope.consumers.get(value, [])) == 1 and uses != [END]:
-        after = scope.program.equations[uses[0]]
+    for after, operand in scope.sole_uses(value):
         if after.primitive in primitives.CONVOLUTION:
-            return after.inputs[1] == value
+            return after.inputs[1] == operand
         if after.primitive in primitives.DOT_GENERAL:
-            other = after.inputs[1 - after.inputs.index(value)]
+            other = after.inputs[1 - after.inputs.index(operand)]
             _, (batch, _) = after.params["dimension_numbers"]
             return other in scope.known.of_data and not batch
-        if flow.rearranged(scope.program, after, ()) is None:
-            return False
-        value = after.outputs[0]
     return False

@@ -15,6 +15,15 @@ TEXT = {
     "intermediate_size": 16,
     "max_position_embeddings": 16,
 }
+TWO_SIDES = {
+    "d_model": 8,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+}
 IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 3, "num_labels": CLASSES}
 
 
@@ -85,14 +94,8 @@ def bloom():
 def bart():
     config = hf.BartConfig(
         vocab_size=WORDS,
-        d_model=8,
+        **TWO_SIDES,
         max_position_embeddings=LENGTH,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
         pad_token_id=0,
         eos_token_id=1,
         forced_eos_token_id=1,
@@ -157,13 +160,7 @@ def whisper():
     config = hf.WhisperConfig(
         vocab_size=WORDS,
         num_mel_bins=3,
-        d_model=8,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_ffn_dim=16,
-        decoder_ffn_dim=16,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
+        **TWO_SIDES,
         max_source_positions=LENGTH,
         max_target_positions=LENGTH,
         pad_token_id=0,
