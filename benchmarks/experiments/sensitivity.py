@@ -70,7 +70,7 @@ LOCAL_RATE = 1e-4
 SETUPS: Mapping[str, Setup] = {
     "foof": Setup({"learning_rate": 4.0, "damping": 10.0}, {}),
     "lnb": Setup({"learning_rate": 4.0, "ridge": 10.0}, {}),
-    "kfac": Setup({"step_damping": 0.1, "damping": 1.0}, {"learning_rate": 1.0}),
+    "kfac": Setup({"step_damping": 0.1, "damping": 0.3}, {"learning_rate": 1.0}),
     "locoprop_s": Setup({"learning_rate": LOCAL_RATE, "gamma": 100.0}, LOCAL),
     "locoprop_m": Setup({"learning_rate": LOCAL_RATE, "gamma": 100.0}, LOCAL),
     "adam": Setup(

@@ -85,6 +85,8 @@ class Labelling:
         if meets_data and is_one_row(self.scope, position, kinds):
             self.known.one_row.update(leaves if is_alive else ())
             meets_data, met_data = False, True
+        if is_alive and met_data:
+            note_networks(self.scope, equation, kinds)
         is_term = equation.primitive in primitives.SUMS and equation.outputs[0] in self.known.terms
         if self.live[position] and refused and meets_data and not is_term:
             self._refuse(leaves, self.known.follows(refused))
@@ -95,8 +97,6 @@ class Labelling:
         if isinstance(found, Scaled | Output):
             return found
         if not meets_data:
-            if is_alive and met_data:
-                note_networks(self.scope, equation, kinds)
             return _rearranged(self.program, equation, kinds) or (
                 self._parts(position, kinds) or self._derived(equation, kinds, met_data)
             )

@@ -54,7 +54,15 @@ def is_one_row(scope: Scope, position: int, kinds: Sequence[Label]) -> bool:
 
 
 def note_networks(scope: Scope, equation: Equation, kinds: Sequence[Label]) -> None:
-    """What data met in one row and what meets another kernel next was a layer."""
+    """What data met in one row was a layer if it meets another kernel next, or if data pick entries.
+
+    Entries are picked of the outputs of one example, by its label, where rows are of a table.
+    """
+    if equation.primitive in primitives.GATHER | primitives.DYNAMIC_SLICE:
+        if isinstance(kinds[0], Derived) and kinds[0].met_data:
+            if math.prod(equation.params["slice_sizes"]) == 1:
+                scope.known.networks.update(leaves_of(kinds[0]))
+        return
     if equation.primitive not in primitives.DOT_GENERAL | primitives.CONVOLUTION:
         return
     for one, other in (kinds[:2], kinds[1::-1]):

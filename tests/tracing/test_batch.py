@@ -117,6 +117,31 @@ def test_batch_normalisation_in_training_mode_leaves_the_first_axis_of_the_argum
     assert {layer.rows for layer in layers.values()} == {1}
 
 
+ONE_LABEL = jnp.array([1])
+ONE_LAYER = {
+    "optax": lambda z, y: optax.softmax_cross_entropy_with_integer_labels(z, y).mean(),
+    "marked": lambda z, y: lp.losses.softmax_cross_entropy_with_integer_labels(z, y).mean(),
+    "picked": lambda z, y: -jnp.take_along_axis(jax.nn.log_softmax(z), y[:, None], 1).mean(),
+    "without a batch": lambda z, y: -jax.nn.log_softmax(z[0])[y[0]],
+    "regression": lambda z, y: jnp.mean((z - y.astype(z.dtype)[:, None]) ** 2),
+}
+
+
+@pytest.mark.parametrize("case", ONE_LAYER)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_one_layer_and_one_example_are_a_layer(case, with_bias):
+    """Labels pick entries of its outputs, which are no rows of a table."""
+
+    def loss_fn(p, x, y):
+        z = x @ p["kernel"]
+        return ONE_LAYER[case](z + p["bias"][None] if with_bias else z, y)
+
+    params = PARAMS["last"] if with_bias else {"kernel": PARAMS["last"]["kernel"]}
+    layers, _ = assert_captured(loss_fn, params, normal(0, 1, 5), ONE_LABEL)
+    (layer,) = layers.values()
+    assert layer.kind == "dense" and not layers.uncaptured
+
+
 # --- sequences -----------------------------------------------------------------------------------
 
 CELL = {
