@@ -116,12 +116,9 @@ def average(total: Tree, new: Tree, kept: float | Array) -> Tree:
 
 def debiased(total: Tree, decay: float | Array, steps: Int[Array, ""]) -> Tree:
     """The moving average itself, by the sum of its weights after these steps."""
-
-    def of_leaf(x: Array) -> Array:
-        weights = 1 - power(decay, steps, real_dtype(x.dtype))
-        return x / weights.astype(x.dtype)
-
-    return jax.tree.map(of_leaf, total)
+    kinds = {real_dtype(x.dtype) for x in jax.tree.leaves(total)}
+    weights = {kind: 1 - power(decay, steps, kind) for kind in kinds}
+    return jax.tree.map(lambda x: x / weights[real_dtype(x.dtype)].astype(x.dtype), total)
 
 
 # --- direct --------------------------------------------------------------------------------------
@@ -170,6 +167,21 @@ def diagonal(
 ) -> Float[Array, " n"]:
     """Of a Hermitian matrix, or of one given by it: real."""
     return matrix if matrix.ndim == 1 else jnp.real(jnp.diagonal(matrix))
+
+
+def diagonals(tree: Tree) -> Tree:
+    """Of all square matrices in a tree, which may be stacked; other leaves as they are.
+
+    A positive semidefinite matrix is finite if its diagonal is, which is far less to look at.
+    """
+
+    def of_leaf(x: Array) -> Array:
+        if x.ndim < 2 or x.shape[-1] != x.shape[-2]:
+            return x
+        # A sum, because `jnp.diagonal` gathers, which takes longer to compile.
+        return jnp.where(jnp.eye(x.shape[-1], dtype=bool), x, jnp.zeros_like(x)).sum(-1)
+
+    return jax.tree.map(of_leaf, tree)
 
 
 def mean_eigenvalue(matrix: Float[Array, "n n"] | Float[Array, " n"]) -> Float[Array, ""]:

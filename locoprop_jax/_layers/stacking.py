@@ -41,21 +41,19 @@ def map_layers(
     if stack is None:
         stack = jax.default_backend() != "cpu"
     results: dict[str, Any] = {}
-
-    def one(name: str) -> Callable[[Any], Any]:
-        return over_stack(layers[name], functools.partial(each, name))
-
-    groups = _alike(data, lambda name: (layers[name].stack, kind(name)))
-    for names in groups if stack else [[name] for name in data]:
-        first = names[0]
+    for names in _alike(data, lambda name: (layers[name].stack, kind(name))):
+        one = over_stack(layers[names[0]], functools.partial(each, names[0]))
         if len(names) == 1:
-            results[first] = one(first)(data[first])
-            continue
-        trees = [data[name] for name in names]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-        together = jax.vmap(one(first))(stacked)
-        for i, name in enumerate(names):
-            results[name] = jax.tree.map(lambda leaf, i=i: leaf[i], together)
+            results[names[0]] = one(data[names[0]])
+        elif stack:
+            trees = [data[name] for name in names]
+            together = jax.vmap(one)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees))
+            for i, name in enumerate(names):
+                results[name] = jax.tree.map(lambda leaf, i=i: leaf[i], together)
+        else:
+            # Traced once. A compiler, too, compiles equal kernels once.
+            alike = jax.jit(one)
+            results |= {name: alike(data[name]) for name in names}
     return {name: results[name] for name in data}
 
 

@@ -83,6 +83,7 @@ class Amortisation(NamedTuple):
         ok: Bool[Array, ""],
         gather: Callable[[], ByLayer],
         invert: Callable[[ByLayer], ByLayer],
+        witness: Callable[[Any], Any] = _linalg.diagonals,
     ) -> State:
         """The state with this batch in its averages and, if one is due, with new inverses.
 
@@ -93,6 +94,8 @@ class Amortisation(NamedTuple):
           ok: whether the batch may be used.
           gather: its statistics by layer.
           invert: what to make of averages; nothing where inverses are not kept.
+          witness: of the statistics of a layer and of their inverse, arrays that are finite where
+            these are.
         """
         due = ok & _is_due(state.count, self.period)
         soon = ok & ((-state.count) % self.period < self.gathering)
@@ -103,7 +106,7 @@ class Amortisation(NamedTuple):
                 # What the average forgets is counted in steps, gathered or not.
                 steps = old.count + 1 - old.gathered
                 dtype = real_dtype(wide_dtype(jax.tree.leaves(now)))
-                finite = _linalg.all_finite(now)
+                finite = _linalg.all_finite([witness(own) for own in now.values()])
                 left = jnp.where(finite, _linalg.power(self.decay, steps, dtype), 1)
                 term = _linalg.where(finite, now, _linalg.zeros_like(now))
                 new = old._replace(
@@ -116,6 +119,7 @@ class Amortisation(NamedTuple):
                     invert(self.averages(new) if self.is_averaged else now),
                     old.inverse,
                     old.failures,
+                    witness,
                 ),
                 lambda: (old.inverse, old.failures),
             )
@@ -137,10 +141,16 @@ def _is_due(count: Int[Array, ""], period: int) -> Bool[Array, ""]:
 
 
 def keep_finite(
-    new: ByLayer, old: ByLayer, failures: Int[Array, ""]
+    new: ByLayer,
+    old: ByLayer,
+    failures: Int[Array, ""],
+    witness: Callable[[Any], Any] = lambda tree: tree,
 ) -> tuple[ByLayer, Int[Array, ""]]:
-    """The new trees where they are finite, the old ones elsewhere, and how often that was."""
-    finite = {name: _linalg.all_finite(tree) for name, tree in new.items()}
+    """The new trees where they are finite, the old ones elsewhere, and how often that was.
+
+    A tree is finite where its `witness` is.
+    """
+    finite = {name: _linalg.all_finite(witness(tree)) for name, tree in new.items()}
     kept = {name: _linalg.where(finite[name], new[name], old[name]) for name in new}
     failed = [1 - flag.astype(jnp.int32) for flag in finite.values()]
     return kept, sum(failed, start=failures)

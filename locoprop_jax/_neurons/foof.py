@@ -11,7 +11,7 @@ from locoprop_jax import _linalg
 from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._layers.layers import Layers
 from locoprop_jax._layers.method import Batch, kernel_shapes, transformation
-from locoprop_jax._layers.stacking import map_layers, over_stack
+from locoprop_jax._layers.stacking import map_layers
 from locoprop_jax._neurons.amortised import Amortisation, AmortisedState, keep_finite
 from locoprop_jax._neurons.length import DAMPING, LEARNING_RATE, check_unit, scale_by_output_rms
 from locoprop_jax._neurons.metric import average_gradients, descend, scale_by_metric_norm
@@ -121,12 +121,13 @@ def scale_by_foof(
 
     def step(batch: Batch, state: FoofState) -> tuple[Any, FoofState]:
         rows = {n: layer_rows(batch.captured[n], s, shared) for n, s in batch.slopes.items()}
-        ok = batch.is_finite([own.inputs for own in rows.values()])
+        ok = batch.is_finite([] if is_amortised else [own.inputs for own in rows.values()])
         biases = {name: own for name, own in rows.items() if "kernel" not in own.slope}
         rows = {name: own for name, own in rows.items() if name not in biases}
 
         def gather() -> dict[str, Statistics]:
-            return {n: over_stack(layers[n], statistics_of)(own.inputs) for n, own in rows.items()}
+            inputs = {name: own.inputs for name, own in rows.items()}
+            return map_layers(layers, lambda _, own: statistics_of(own), inputs)
 
         def invert(averages: dict[str, Statistics]) -> dict[str, Metric]:
             sources = {name: (averages[name], rows[name].slope) for name in averages}
@@ -135,12 +136,12 @@ def scale_by_foof(
             )
 
         if is_amortised:
-            state = amortisation.advance(state, ok, gather, invert)
+            state = amortisation.advance(state, ok, gather, invert, _second_moment)
             sources = {name: (own.slope, state.inverse[name]) for name, own in rows.items()}
             new = map_layers(layers, lambda _, own: apply(*own), sources)
         else:
             if amortisation.is_averaged:
-                state = amortisation.advance(state, ok, gather, lambda averages: {})
+                state = amortisation.advance(state, ok, gather, lambda averages: {}, _second_moment)
             averages = amortisation.averages(state)
             sources = {name: (own, averages.get(name)) for name, own in rows.items()}
             new = map_layers(layers, lambda _, own: solve(*own, damped), sources)
@@ -150,6 +151,11 @@ def scale_by_foof(
         return batch.finish(new | alone, state, ok)
 
     return transformation("scale_by_foof", layers, init, step, takes_complex=True)
+
+
+def _second_moment(own: Statistics | Metric) -> Any:
+    """Its diagonal, or its inverse's: where it is finite all else is."""
+    return _linalg.diagonals(own[0])
 
 
 def foof(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._layers.blocks import blocks, unit_norm
 from locoprop_jax._layers.layers import Layers, Points, replace
 from locoprop_jax._layers.rows import Block
-from locoprop_jax._layers.stacking import over_stack
+from locoprop_jax._layers.stacking import map_layers
 from locoprop_jax._trees import ascent
 
 UNITS = ("neuron", "layer", "joint")
@@ -117,8 +116,8 @@ def unit_steps(
       floor: as for `scale_by_output_rms`.
       points: where kernels that are made of parameters are linearised.
     """
-    one = functools.partial(_unit_step, unit=unit, floor=floor)
-    new = {n: over_stack(layers[n], one)(d, images[n]) for n, d in directions.items()}
+    pairs = {name: (own, images[name]) for name, own in directions.items()}
+    new = map_layers(layers, lambda _, pair: _unit_step(*pair, unit=unit, floor=floor), pairs)
     return replace(layers, updates, new, unit_norm, points=points)
 
 

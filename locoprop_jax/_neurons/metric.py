@@ -122,16 +122,13 @@ def average_gradients(decay: float) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AverageState]:
         del params
         gradients = _linalg.wide(updates)
-
-        def average() -> tuple[Any, AverageState]:
-            new = AverageState(state.count + 1, _linalg.average(state.sum, gradients, decay))
-            return _linalg.debiased(new.sum, decay, new.count), new
-
-        averages, state = jax.lax.cond(
-            _linalg.all_finite(gradients),
-            average,
-            lambda: (gradients, state),
+        finite = _linalg.all_finite(gradients)
+        count = state.count + finite.astype(jnp.int32)
+        new = _linalg.average(state.sum, gradients, decay)
+        averages = _linalg.debiased(new, decay, count)
+        passed = jax.tree.map(
+            lambda u, g, x: jnp.where(finite, x, g).astype(u.dtype), updates, gradients, averages
         )
-        return jax.tree.map(lambda u, x: x.astype(u.dtype), updates, averages), state
+        return passed, AverageState(count, _linalg.where(finite, new, state.sum))
 
     return optax.GradientTransformation(init, update)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from locoprop_jax._tracing.chunks import Chunks
 from locoprop_jax._tracing.jaxpr import (
     Path,
     body,
@@ -17,6 +18,7 @@ from locoprop_jax._tracing.jaxpr import (
     own_function,
     run_equation,
     scan_of,
+    scope,
 )
 from locoprop_jax._tracing.primitives import CALLS, COND, CUSTOM, SCAN
 
@@ -78,8 +80,24 @@ def evaluate(
         def read(atom: Any) -> Any:
             return atom.val if is_literal(atom) else env[atom]
 
+        waiting: list[tuple[Any, Any]] = []  # equations to be run together, each with its key
+        uses = last_uses(jaxpr, by_path, path)
+
+        def flush(end: int) -> None:
+            wanted = [v for eqn, _ in waiting for v in eqn.outvars if uses.get(v, -1) >= end]
+            if waiting:
+                env.update(zip(wanted, chunks.run(waiting, env, wanted), strict=True))
+                waiting.clear()
+
         for i, eqn in enumerate(jaxpr.eqns):
             here = (*path, i)
+            is_special = here in entered or here in z
+            key = None if is_special else chunks.key(eqn)
+            if waiting and (key is None or scope(eqn) != scope(waiting[0][0])):
+                flush(i)
+            if key is not None:
+                waiting.append((eqn, key))
+                continue
             operands = [read(v) for v in eqn.invars]
             if here in entered:
                 results, inner = enter(jaxpr, eqn, operands, z, here)
@@ -88,10 +106,13 @@ def evaluate(
                 results = run_equation(jaxpr, eqn, operands)
             if here in z:
                 results[0] = tap(results[0], z[here])
-            values = {"in": operands, "out": results}
-            for side, index in by_path.get(here, ()):
-                recorded[Address(here, side, index)] = values[side][index]
             env.update(zip(eqn.outvars, results, strict=True))
+        flush(len(jaxpr.eqns))
+        for i, eqn in enumerate(jaxpr.eqns):
+            here = (*path, i)
+            atoms = {"in": eqn.invars, "out": eqn.outvars}
+            for side, index in by_path.get(here, ()):
+                recorded[Address(here, side, index)] = read(atoms[side][index])
         return [read(v) for v in jaxpr.outvars], recorded
 
     def enter(jaxpr: Any, eqn: Any, operands: Sequence[Any], z: Mapping, here: Path):
@@ -184,6 +205,7 @@ def evaluate(
         results, recorded = jax.lax.switch(index, cases, rest, values)
         return results, dict(zip(inside, recorded, strict=True))
 
+    chunks = Chunks()
     by_path: dict[Path, list[tuple[str, int]]] = {}
     for address in sorted(record):
         by_path.setdefault(address.path, []).append((address.side, address.index))
@@ -195,3 +217,17 @@ def evaluate(
     results, recorded = run(jaxpr, consts, args, perturbations, ())
     recorded |= {a: args[-1 - a.path[0]] for a in record if a.path[0] < 0}
     return results, recorded
+
+
+def last_uses(
+    jaxpr: Any, by_path: Mapping[Path, Sequence[tuple[str, int]]], path: Path
+) -> dict[Any, int]:
+    """By variable, the last of the equations that read it; past their end for what is kept."""
+    uses = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not is_literal(v)}
+    end = len(jaxpr.eqns)
+    uses |= {v: end for v in jaxpr.outvars if not is_literal(v)}
+    for i, eqn in enumerate(jaxpr.eqns):
+        for side, index in by_path.get((*path, i), ()):
+            atom = (eqn.invars if side == "in" else eqn.outvars)[index]
+            uses |= {} if is_literal(atom) else {atom: end}
+    return uses

@@ -148,6 +148,21 @@ def read_results(eqn: Any) -> list[Any]:
     return [None if isinstance(v, jex.DropVar) else v.aval for v in eqn.outvars]
 
 
+def context(eqn: Any) -> Any:
+    """What an equation is formed under besides its operands: mesh, placement, and so on."""
+    return getattr(eqn, "ctx", None)
+
+
+def context_here() -> Any:
+    """That of equations that are formed here and now."""
+    return context(jax.make_jaxpr(jax.lax.neg)(1.0).eqns[0])
+
+
+def scope(eqn: Any) -> str:
+    """The `jax.named_scope`s that an equation stands in."""
+    return str(getattr(eqn.source_info, "name_stack", ""))
+
+
 def is_elementwise(equation: Any) -> bool:
     """Whether an equation computes each entry of its result from the same entry of its operands.
 
