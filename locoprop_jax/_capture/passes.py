@@ -18,6 +18,7 @@ from locoprop_jax._capture.targets import find_targets
 from locoprop_jax._checks import REAL_REMEDY
 from locoprop_jax._layers.uses import Layout
 from locoprop_jax._tracing.chains import Shape
+from locoprop_jax._tracing.chunks import is_traced
 from locoprop_jax._tracing.evaluate import Address, evaluate
 from locoprop_jax._tracing.flow import Piece
 from locoprop_jax._tracing.heads import Cut, addresses, cut
@@ -172,10 +173,13 @@ class Passes(NamedTuple):
 def run(plan: PassPlan, params: Any) -> Passes:
     """Run the loss forward and backward."""
     traced, places = plan.layers.traced, plan.places
+    in_chunks = is_traced((params, traced.arguments))
 
     def forward(params: Any, perturbations: dict) -> tuple[Any, Any]:
         flat = [*jax.tree.leaves(params), *traced.arguments]
-        results, recorded = evaluate(traced.closed, flat, places.recorded, perturbations)
+        results, recorded = evaluate(
+            traced.closed, flat, places.recorded, perturbations, in_chunks=in_chunks
+        )
         at_targets = [recorded[places.injected[target.value]] for target in plan.targets]
         return (results[0], at_targets), (results[1:], recorded)
 

@@ -17,6 +17,7 @@ from locoprop_jax._capture.target import Target
 from locoprop_jax._capture.targets import find_targets, is_non_negative
 from locoprop_jax._checks import check_real
 from locoprop_jax._layers.layers import Layers
+from locoprop_jax._tracing.chunks import is_traced
 from locoprop_jax._tracing.evaluate import evaluate
 from locoprop_jax._tracing.heads import addresses, cut
 from locoprop_jax._tracing.trace import layer_names, trace
@@ -191,10 +192,13 @@ def linearise(
     free = [v for rest in rests.values() for v in rest.free]
     needed = [v for target in targets for v in (target.value, *target.needed)]
     wanted = addresses(program, [*needed, *rests, *free])
+    in_chunks = is_traced((params, traced.arguments))
 
     def forward(params: Tree) -> tuple[Outputs, dict]:
         flat = [*jax.tree.leaves(params), *traced.arguments]
-        _, recorded = evaluate(traced.closed, flat, frozenset(wanted.values()), {})
+        _, recorded = evaluate(
+            traced.closed, flat, frozenset(wanted.values()), {}, in_chunks=in_chunks
+        )
         return [recorded[wanted[target.value]] for target in targets], recorded
 
     # By the transpose of the pass backward, which also exists where only that one is defined.

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from locoprop_jax._layers.layers import Layer
+from locoprop_jax._tracing.chunks import is_traced
 
 Data = TypeVar("Data")
 
@@ -51,8 +52,9 @@ def map_layers(
             for i, name in enumerate(names):
                 results[name] = jax.tree.map(lambda leaf, i=i: leaf[i], together)
         else:
-            # Traced once. A compiler, too, compiles equal kernels once.
-            alike = jax.jit(one)
+            # Traced once. A compiler, too, compiles equal kernels once. What is not traced is not
+            # compiled anew in every step.
+            alike = jax.jit(one) if is_traced(data[names[0]]) else one
             results |= {name: alike(data[name]) for name in names}
     return {name: results[name] for name in data}
 

@@ -14,16 +14,27 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from locoprop_jax._tracing.jaxpr import context, context_here, inner_jaxprs, is_literal, scope
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether any of these arrays are traced, to be compiled as a whole later."""
+    return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
+
 
 Run = Callable[..., list[jax.Array]]
 
 
 class Chunks:
-    """The functions that chunks of equations were made so far, for one evaluation."""
+    """The functions that chunks of equations were made so far, for one evaluation.
 
-    def __init__(self) -> None:
+    Where nothing is traced there are no chunks: each would be compiled anew in every step.
+    """
+
+    def __init__(self, is_traced: bool) -> None:
+        self._is_traced = is_traced
         self._context = context_here()
         self._functions: dict[Any, Run] = {}
 
@@ -33,7 +44,7 @@ class Chunks:
         That is where it holds other programs, which JAX remembers by itself, has effects, or stands
         in a context of its own.
         """
-        if eqn.effects or inner_jaxprs(eqn) or context(eqn) != self._context:
+        if not self._is_traced or eqn.effects or inner_jaxprs(eqn) or context(eqn) != self._context:
             return None
         key = eqn.primitive, tuple(sorted(eqn.params.items(), key=lambda item: item[0]))
         try:

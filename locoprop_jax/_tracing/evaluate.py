@@ -56,6 +56,8 @@ def evaluate(
     args: Sequence[Any],
     record: frozenset[Address],
     perturbations: Mapping[Path, jax.Array],
+    *,
+    in_chunks: bool = False,
 ) -> tuple[list[Any], dict[Address, jax.Array]]:
     """Run a traced function, record the values at `record`, perturb first results.
 
@@ -65,6 +67,7 @@ def evaluate(
       record: which values to return besides the results.
       perturbations: for an equation's path, what to add (to derivatives only) to its first
         result, of that result's shape and dtype. The path (-1 - i,) is the i-th argument itself.
+      in_chunks: whether equations are run in `Chunks`: where all this is traced.
 
     Returns:
       The flat results, and the recorded values by address.
@@ -205,7 +208,7 @@ def evaluate(
         results, recorded = jax.lax.switch(index, cases, rest, values)
         return results, dict(zip(inside, recorded, strict=True))
 
-    chunks = Chunks()
+    chunks = Chunks(in_chunks)
     by_path: dict[Path, list[tuple[str, int]]] = {}
     for address in sorted(record):
         by_path.setdefault(address.path, []).append((address.side, address.index))

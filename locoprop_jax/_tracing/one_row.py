@@ -54,9 +54,9 @@ def is_one_row(scope: Scope, position: int, kinds: Sequence[Label]) -> bool:
 
 
 def note_networks(scope: Scope, equation: Equation, kinds: Sequence[Label]) -> None:
-    """What data met in one row was a layer if it meets another kernel next, or if data pick entries.
+    """What data met in one row was a layer if another kernel is next, or if data pick entries.
 
-    Entries are picked of the outputs of one example, by its label, where rows are of a table.
+    Entries are picked of the outputs of one example by its label; of a table rows are.
     """
     if equation.primitive in primitives.GATHER | primitives.DYNAMIC_SLICE:
         if isinstance(kinds[0], Derived) and kinds[0].met_data:
