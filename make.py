@@ -96,6 +96,10 @@ def environment(extra: str, variant: str = "") -> Path:
     return python
 
 
+# One process for each of two cores; who is done takes over from who has long tests left.
+PARALLEL = ("-n", "2", "--dist", "worksteal")
+
+
 def demo(*options: str) -> int:
     """Train the autoencoder of the papers."""
     return call(environment("benchmarks"), "-m", "benchmarks", "autoencoder", *options)
@@ -106,7 +110,7 @@ def test(*options: str) -> int:
     variant = next((name for name in VARIANTS if name and f"--{name}" in options), "")
     which = ("tests/outside", "-m", "slow") if variant == "outside" else ()
     others = (option for option in options if option != f"--{variant}")
-    return call(environment("test", variant), "-m", "pytest", "-n", 2, *which, *others)
+    return call(environment("test", variant), "-m", "pytest", *PARALLEL, *which, *others)
 
 
 def check(*paths: str) -> int:

@@ -15,7 +15,7 @@ if "JAX_PLATFORMS" not in os.environ:
     jax.config.update("jax_platforms", "cpu")
 
 # No shrinking: it compiles hundreds of networks, minutes for a failure, and ours are small anyway.
-for profile, max_examples in {"locoprop_jax": 5, "thorough": 100}.items():
+for profile, max_examples in {"locoprop_jax": 3, "thorough": 100}.items():
     hypothesis.settings.register_profile(
         profile,
         max_examples=max_examples,

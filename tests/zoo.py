@@ -1,10 +1,12 @@
 """Models as people write them, small: linen, NNX, Equinox, Haiku and plain JAX.
 
 Each entry of `ZOO` makes a loss, its parameters and a batch in float32. `missing` says which
-parameters capture does not understand, and why.
+parameters capture does not understand, and why. Nothing here compiles: initializers are only asked
+for shapes, and what is done to the data is done in NumPy.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -44,16 +46,27 @@ def entry(name: str, **missing: str) -> Callable:
     return add
 
 
-def images(size: int = 8, channels: int = 2) -> jax.Array:
-    x = np.random.default_rng(0).normal(size=(BATCH, size, size, channels))
-    return jnp.asarray(x, jnp.float32)
+def images(size: int = 8, channels: int = 2) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(BATCH, size, size, channels)).astype(np.float32)
 
 
-def words(length: int = 6, vocabulary: int = 11) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(0).integers(0, vocabulary, (BATCH, length)))
+def words(length: int = 6, vocabulary: int = 11) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, vocabulary, (BATCH, length))
 
 
-LABELS = jnp.asarray([0, 2, 1, 2])
+LABELS = np.asarray([0, 2, 1, 2])
+
+
+def filled(shapes: Any) -> Any:
+    """Weights at random; what scales a normalised input, and its variance, around one."""
+    rng = np.random.default_rng(0)
+
+    def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        name, values = jax.tree_util.keystr(path), rng.normal(size=shape.shape)
+        scales = re.search("scale|var", name) or name.endswith(".weight") and len(shape.shape) == 1
+        return jnp.asarray(1 + 0.05 * values if scales else 0.4 * values, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -65,7 +78,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def linen(module: nn.Module, x: Any, y: Any = LABELS, loss: Callable = cross_entropy) -> tuple:
     """Statistics of a batch are computed and dropped; dropout has a fixed key."""
-    variables = module.init(jax.random.key(0), x)
+    variables = filled(jax.eval_shape(module.init, jax.random.key(0), x))
     params, state = variables["params"], {k: v for k, v in variables.items() if k != "params"}
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
@@ -282,7 +295,7 @@ def convnext() -> tuple:
 
 @entry("autoencoder")
 def autoencoder() -> tuple:
-    x = jax.nn.sigmoid(images()).reshape(BATCH, -1)
+    x = np.exp(-np.logaddexp(0, -images())).reshape(BATCH, -1)
 
     def apply(x: jax.Array) -> jax.Array:
         for width in (6, 3, 6):
@@ -315,13 +328,13 @@ def siren() -> tuple:
             x = jnp.sin(3.0 * nn.Dense(6)(x))
         return nn.Dense(1)(x)
 
-    return linen(module(apply), x, jnp.cos(x[:, :1]), squared)
+    return linen(module(apply), x, np.cos(x[:, :1]), squared)
 
 
 @entry("graph network")
 def graph_network() -> tuple:
     x = images().reshape(BATCH, -1, 2)[:, :6]
-    edges = jnp.asarray(np.random.default_rng(1).random((6, 6)) < 0.4, jnp.float32)
+    edges = (np.random.default_rng(1).random((6, 6)) < 0.4).astype(np.float32)
 
     def apply(x: jax.Array) -> jax.Array:
         for _ in range(2):
@@ -365,7 +378,7 @@ def diffusion_block() -> tuple:
         x = (tokens + h).reshape(x.shape)
         return nn.Conv(2, (3, 3))(x)
 
-    x = (images(4), jnp.linspace(0, 1, BATCH))
+    x = (images(4), np.linspace(0, 1, BATCH, dtype=np.float32))
     return linen(module(apply), x, images(4), lambda a, y: optax.l2_loss(a, y).mean())
 
 
@@ -427,7 +440,8 @@ def nnx_convolutions() -> tuple:
         def __call__(self, x: jax.Array) -> jax.Array:
             return self.out(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
 
-    graph, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
+    graph, *states = nnx.split(nnx.eval_shape(lambda: Net(nnx.Rngs(0))), nnx.Param, ...)
+    params, rest = map(filled, states)
 
     def loss(params: Any, batch: Any) -> jax.Array:
         x, y, rest = batch
@@ -449,7 +463,8 @@ def nnx_attention() -> tuple:
             h = self.embed(x)
             return self.out(h + self.attention(self.norm(h)))
 
-    graph, params = nnx.split(Net(nnx.Rngs(0)), nnx.Param)
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Net(nnx.Rngs(0))), nnx.Param)
+    params = filled(shapes)
 
     def loss(params: Any, batch: Any) -> jax.Array:
         return next_word(nnx.merge(graph, params)(batch), batch)
@@ -457,9 +472,9 @@ def nnx_attention() -> tuple:
     return loss, params, words()
 
 
-def equinox(model: Any, x: Any, y: Any, loss: Callable) -> tuple:
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+def equinox(build: Callable, x: Any, y: Any, loss: Callable) -> tuple:
+    shapes, static = eqx.partition(eqx.filter_eval_shape(build), lambda leaf: hasattr(leaf, "dtype"))
+    params = filled(shapes)
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
         x, y = batch
@@ -470,18 +485,20 @@ def equinox(model: Any, x: Any, y: Any, loss: Callable) -> tuple:
 
 @entry("equinox, convolutions")
 def equinox_convolutions() -> tuple:
-    keys = jax.random.split(jax.random.key(0), 3)
-    model = eqx.nn.Sequential(
-        [
-            eqx.nn.Conv2d(2, 4, 3, key=keys[0]),
-            eqx.nn.GroupNorm(2, 4),
-            eqx.nn.Lambda(jax.nn.relu),
-            eqx.nn.Conv2d(4, 4, 3, groups=2, key=keys[1]),
-            eqx.nn.Lambda(lambda x: jax.nn.relu(x).mean((1, 2))),
-            eqx.nn.Linear(4, CLASSES, key=keys[2]),
-        ]
-    )
-    return equinox(model, images().transpose(0, 3, 1, 2), LABELS, cross_entropy)
+    def build() -> eqx.Module:
+        key = jax.random.key(0)
+        return eqx.nn.Sequential(
+            [
+                eqx.nn.Conv2d(2, 4, 3, key=key),
+                eqx.nn.GroupNorm(2, 4),
+                eqx.nn.Lambda(jax.nn.relu),
+                eqx.nn.Conv2d(4, 4, 3, groups=2, key=key),
+                eqx.nn.Lambda(lambda x: jax.nn.relu(x).mean((1, 2))),
+                eqx.nn.Linear(4, CLASSES, key=key),
+            ]
+        )
+
+    return equinox(build, images().transpose(0, 3, 1, 2), LABELS, cross_entropy)
 
 
 @entry("equinox, attention")
@@ -497,14 +514,16 @@ def equinox_attention() -> tuple:
             n = jax.vmap(self.norm)(h)
             return jax.vmap(self.out)(h + self.attention(n, n, n))
 
-    keys = jax.random.split(jax.random.key(0), 3)
-    model = Net(
-        eqx.nn.Embedding(11, 4, key=keys[0]),
-        eqx.nn.LayerNorm(4),
-        eqx.nn.MultiheadAttention(2, 4, key=keys[1]),
-        eqx.nn.Linear(4, 11, key=keys[2]),
-    )
-    return equinox(model, words(), words(), next_word)
+    def build() -> eqx.Module:
+        key = jax.random.key(0)
+        return Net(
+            eqx.nn.Embedding(11, 4, key=key),
+            eqx.nn.LayerNorm(4),
+            eqx.nn.MultiheadAttention(2, 4, key=key),
+            eqx.nn.Linear(4, 11, key=key),
+        )
+
+    return equinox(build, words(), words(), next_word)
 
 
 def haiku(function: Callable, x: Any, y: Any, loss: Callable) -> tuple:
@@ -514,7 +533,7 @@ def haiku(function: Callable, x: Any, y: Any, loss: Callable) -> tuple:
         x, y = batch
         return loss(net.apply(params, x), y)
 
-    return loss_fn, net.init(jax.random.key(0), x), (x, y)
+    return loss_fn, filled(jax.eval_shape(net.init, jax.random.key(0), x)), (x, y)
 
 
 @entry("haiku, convolutions")
