@@ -63,7 +63,8 @@ def filled(shapes: Any) -> Any:
 
     def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
         name, values = jax.tree_util.keystr(path), rng.normal(size=shape.shape)
-        scales = re.search("scale|var", name) or name.endswith(".weight") and len(shape.shape) == 1
+        is_vector = name.endswith(".weight") and len(shape.shape) == 1
+        scales = is_vector or re.search("scale|var", name)
         return jnp.asarray(1 + 0.05 * values if scales else 0.4 * values, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
@@ -473,7 +474,8 @@ def nnx_attention() -> tuple:
 
 
 def equinox(build: Callable, x: Any, y: Any, loss: Callable) -> tuple:
-    shapes, static = eqx.partition(eqx.filter_eval_shape(build), lambda leaf: hasattr(leaf, "dtype"))
+    model = eqx.filter_eval_shape(build)
+    shapes, static = eqx.partition(model, lambda leaf: hasattr(leaf, "dtype"))
     params = filled(shapes)
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:

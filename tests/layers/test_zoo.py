@@ -73,7 +73,7 @@ def test_every_parameter_is_in_a_layer_or_listed(name):
 
 @functools.cache
 def captured_in(name):
-    """Value, gradients and arrays of a model, in one program that also makes what they should be."""
+    """Value, gradients and arrays of a model, in one program with what they should be."""
     loss, params, batch, layers = built(name)
 
     @quick_jit
