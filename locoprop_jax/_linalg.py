@@ -196,6 +196,13 @@ def multiply(
     return matrix[:, None].astype(right.dtype) * right if matrix.ndim == 1 else matrix @ right
 
 
+def multiply_right(
+    left: Float[Array, "m n"], matrix: Float[Array, "n n"] | Float[Array, " n"]
+) -> Float[Array, "m n"]:
+    """The product with a matrix behind, or with one given by its diagonal."""
+    return left * matrix[None].astype(left.dtype) if matrix.ndim == 1 else left @ matrix
+
+
 def solve(
     matrix: Float[Array, "n n"] | Float[Array, " n"], right: Float[Array, "n m"]
 ) -> Float[Array, "n m"]:

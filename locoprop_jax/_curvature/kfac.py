@@ -5,19 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_fisher, check_layers
+from locoprop_jax._checks import check_fisher, check_layers, check_max_size
 from locoprop_jax._curvature.gauss_newton import Steps, complete
-from locoprop_jax._curvature.kronecker import Damping, KroneckerState, scale_by_kronecker
+from locoprop_jax._curvature.kronecker import (
+    Damping,
+    KroneckerState,
+    is_too_large,
+    scale_by_kronecker,
+)
 from locoprop_jax._curvature.shared_weights import has_trace_ratio, trace_ratio
 from locoprop_jax._layers.blocks import curvature_of, dtype_of
 from locoprop_jax._layers.captured import Captured
 from locoprop_jax._layers.layers import Layers
 from locoprop_jax._layers.rows import Block, join_rows
 from locoprop_jax._layers.stacking import over_stack
-from locoprop_jax._neurons.amortised import Amortisation
+from locoprop_jax._neurons.amortised import MAX_SIZE, Amortisation
 
 KfacState = KroneckerState
 
@@ -34,6 +39,7 @@ def scale_by_kfac(
     statistics_steps: int = 1,
     output_factor: str = "keep",
     match_trace: bool = False,
+    max_size: int | None = MAX_SIZE,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC: (S (x) Gamma + k I)^-1 G for each layer (Benzing, section 3; practical GN, eq. 20).
 
@@ -75,6 +81,8 @@ def scale_by_kfac(
         positions (the tokens of a transformer, the steps of a recurrent network) is scaled to have
         the trace of the exact block. K-FAC takes positions for independent, which underestimates
         the curvature of recurrent weights many times over.
+      max_size: factors of more rows (the vocabulary of a language model, say) are kept by their
+        diagonals, which has the inverse too; None for no limit.
 
     Returns:
       A transformation whose `update` needs `captured`. A batch whose gradient is not finite leaves
@@ -99,13 +107,20 @@ def scale_by_kfac(
         Damping(damping, relative, exact_damping, output_factor),
         Amortisation(decay, inverse_period, statistics_steps),
         match_trace,
+        max_size,
     )
 
 
 def _direction(
-    layers: Layers, curvature: str, damping: Damping, amortisation: Amortisation, match_trace: bool
+    layers: Layers,
+    curvature: str,
+    damping: Damping,
+    amortisation: Amortisation,
+    match_trace: bool,
+    max_size: int | None,
 ) -> optax.GradientTransformationExtraArgs:
     check_layers(layers, "scale_by_kfac")
+    check_max_size(max_size)
     check_fisher("scale_by_kfac", damping.amount, curvature)
 
     def output_factors(
@@ -117,16 +132,24 @@ def _direction(
         def factor(name: str, slope: Block) -> Array:
             layer, arrays, dtype = layers[name], captured[name], dtype_of(slope)
             columns = curvature_of(captured, name, curvature, dtype)
-            moment = over_stack(layer, _linalg.second_moment)(join_rows(columns, 3))
+            rows, is_large = join_rows(columns, 3), is_too_large(columns.shape[-1], max_size)
+            of_rows = _sum_of_squares if is_large else _linalg.second_moment
+            moment = over_stack(layer, of_rows)(rows)
             if match_trace and has_trace_ratio(layer, arrays, slope):
                 inputs = arrays.inputs.astype(dtype)
                 ratio = over_stack(layer, trace_ratio)(inputs, columns, slope)
-                moment = ratio[..., None, None] * moment
+                moment = ratio[..., None] * moment if is_large else ratio[..., None, None] * moment
             return moment
 
         return {name: factor(name, slope) for name, slope in slopes.items()}
 
-    return scale_by_kronecker("scale_by_kfac", layers, output_factors, damping, amortisation)
+    return scale_by_kronecker(
+        "scale_by_kfac", layers, output_factors, damping, amortisation, max_size
+    )
+
+
+def _sum_of_squares(rows: Float[Array, "rows d"]) -> Float[Array, " d"]:
+    return _linalg.squares(rows).sum(0)
 
 
 def kfac(
@@ -143,6 +166,7 @@ def kfac(
     statistics_steps: int = 1,
     momentum: bool = True,
     match_trace: bool = True,
+    max_size: int | None = MAX_SIZE,
     l2: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC with steps and damping from the Gauss-Newton model: nothing to tune.
@@ -167,6 +191,7 @@ def kfac(
       momentum: whether the step is the best one along the direction and the last update.
       match_trace: whether the curvature of weights that an example uses at several positions has
         the exact block's trace, as for `scale_by_kfac`.
+      max_size: factors of more rows are kept by their diagonals.
       l2: eta of `eta / 2 |params|^2`, added to the loss.
 
     Returns:
@@ -182,7 +207,12 @@ def kfac(
     amortisation = Amortisation(decay, inverse_period, statistics_steps)
     return complete(
         lambda gamma: _direction(
-            layers, curvature, Damping(gamma, exact=exact_damping), amortisation, match_trace
+            layers,
+            curvature,
+            Damping(gamma, exact=exact_damping),
+            amortisation,
+            match_trace,
+            max_size,
         ),
         damping,
         learning_rate,

@@ -6,6 +6,7 @@ output factors come from.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,10 +33,12 @@ class Factors(NamedTuple):
     Attributes:
       inputs: S = X'X / N, X with its column of ones; of an embedding its diagonal.
       outputs: Gamma, for K-FAC C'C summed over samples and rows.
+
+    A factor that is larger than the method keeps is its diagonal.
     """
 
     inputs: Float[Array, "d d"] | Float[Array, " d"]
-    outputs: Float[Array, "d_out d_out"]
+    outputs: Float[Array, "d_out d_out"] | Float[Array, " d_out"]
 
 
 class InputFactor(NamedTuple):
@@ -103,14 +106,13 @@ class Damping(NamedTuple):
                 f"exact damping does not have apart. Use `exact_damping=False`."
             )
 
-    def zeros(self, factors: Factors) -> Factors | InputFactor | EigenFactors:
+    def zeros(
+        self, factors: Factors, block: jax.ShapeDtypeStruct
+    ) -> Factors | InputFactor | EigenFactors:
         """What `invert` returns, before the first inversion, for factors of zeros."""
-        inputs, outputs = factors
-        *stack, d_out, _ = outputs.shape
         if self.output_factor == "constant":
-            return InputFactor(inputs, jnp.zeros(stack, inputs.dtype))
-        shape = (*inputs.shape[: len(stack) + 1], d_out)
-        return EigenFactors(factors, jnp.zeros(shape, inputs.dtype)) if self.exact else factors
+            return InputFactor(factors.inputs, jnp.zeros(block.shape[:-2], block.dtype))
+        return EigenFactors(factors, jnp.zeros(block.shape, block.dtype)) if self.exact else factors
 
     def invert(self, factors: Factors) -> Factors | InputFactor | EigenFactors:
         """The inverse of the damped product of two factors."""
@@ -132,10 +134,10 @@ class Damping(NamedTuple):
             return by.scale * _linalg.multiply(by.inputs, gradient)
         if isinstance(by, EigenFactors):
             left, right = by.bases
-            inside = by.scale * (_linalg.multiply(left.T, gradient) @ right)
-            return _linalg.multiply(left, inside) @ right.T
+            turned = _linalg.multiply_right(_linalg.multiply(left.T, gradient), right)
+            return _linalg.multiply_right(_linalg.multiply(left, by.scale * turned), right.T)
         alone = _linalg.multiply(by.inputs, gradient)
-        both = alone @ by.outputs
+        both = _linalg.multiply_right(alone, by.outputs)
         return _as_long_as(both, alone) if self.output_factor == "norm" else both
 
     def _amount(self, factors: Factors) -> Float[Array, ""]:
@@ -160,7 +162,10 @@ def _eigenvalues(factor: Array) -> tuple[Array, Array]:
 
 
 # Gamma of each of the layers of the incoming blocks, from (captured, params, blocks).
-OutputFactors = Callable[[Captured, Any, dict[str, Block]], dict[str, Float[Array, "d_out d_out"]]]
+OutputFactors = Callable[
+    [Captured, Any, dict[str, Block]],
+    dict[str, Float[Array, "d_out d_out"] | Float[Array, " d_out"]],
+]
 
 
 def scale_by_kronecker(
@@ -169,6 +174,7 @@ def scale_by_kronecker(
     output_factors: OutputFactors,
     damping: Damping,
     amortisation: Amortisation,
+    max_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Divide each layer's gradient by its damped Kronecker product.
 
@@ -178,6 +184,7 @@ def scale_by_kronecker(
       output_factors: where they come from; called where statistics are gathered.
       damping: of the product.
       amortisation: of its factors.
+      max_size: larger factors are kept by their diagonals; None for no limit.
 
     Raises:
       ValueError: at construction, for options out of range.
@@ -189,12 +196,12 @@ def scale_by_kronecker(
         shapes = matrix_shapes(layers, params)
 
         def factors() -> dict[str, Factors]:
-            return {n: _zero_factors(shapes[n], is_diagonal=layers[n].is_lookup) for n in shapes}
+            return {n: _zero_factors(shapes[n], layers[n].is_lookup, max_size) for n in shapes}
 
         return amortisation.init(
             KroneckerState,
             factors,
-            lambda: {name: damping.zeros(own) for name, own in factors().items()},
+            lambda: {name: damping.zeros(own, shapes[name]) for name, own in factors().items()},
         )
 
     def step(batch: Batch, state: KroneckerState) -> tuple[Any, KroneckerState]:
@@ -203,7 +210,7 @@ def scale_by_kronecker(
         def gather() -> dict[str, Factors]:
             outputs = output_factors(captured, batch.params, slopes)
             return {
-                name: over_stack(layers[name], _factors)(
+                name: over_stack(layers[name], functools.partial(_factors, max_size=max_size))(
                     captured[name].rows(dtype_of(slope)), slope, outputs[name]
                 )
                 for name, slope in slopes.items()
@@ -226,17 +233,35 @@ def scale_by_kronecker(
 # --- one layer -----------------------------------------------------------------------------------
 
 
-def _zero_factors(block: jax.ShapeDtypeStruct, *, is_diagonal: bool) -> Factors:
+def _zero_factors(block: jax.ShapeDtypeStruct, is_lookup: bool, max_size: int | None) -> Factors:
     """For a block (*stack, d, d_out) as one matrix."""
     *stack, d, d_out = block.shape
-    square = (d,) if is_diagonal else (d, d)
-    shapes = (*stack, *square), (*stack, d_out, d_out)
-    return Factors(*(jnp.zeros(shape, block.dtype) for shape in shapes))
+
+    def zeros(size: int, is_diagonal: bool) -> Array:
+        square = (size,) if is_diagonal else (size, size)
+        return jnp.zeros((*stack, *square), block.dtype)
+
+    return Factors(
+        zeros(d, is_lookup or is_too_large(d, max_size)),
+        zeros(d_out, is_too_large(d_out, max_size)),
+    )
 
 
-def _factors(inputs: Inputs, like: Block, outputs: Float[Array, "d_out d_out"]) -> Factors:
-    moment = rows.extended_moment(inputs, like) / rows.count(inputs)
-    return Factors(moment, outputs.astype(dtype_of(like)))
+def is_too_large(size: int, max_size: int | None) -> bool:
+    """Whether a factor of so many rows is kept by its diagonal."""
+    return max_size is not None and size > max_size
+
+
+def _factors(
+    inputs: Inputs,
+    like: Block,
+    outputs: Float[Array, "d_out d_out"] | Float[Array, " d_out"],
+    max_size: int | None,
+) -> Factors:
+    d = sum(len(part) if name == "kernel" else 1 for name, part in like.items())
+    moment = rows.extended_squares if is_too_large(d, max_size) else rows.extended_moment
+    dtype = dtype_of(like)
+    return Factors(moment(inputs, like) / rows.count(inputs), outputs.astype(dtype))
 
 
 def _mean_eigenvalues(factors: Factors) -> tuple[Float[Array, ""], Float[Array, ""]]:

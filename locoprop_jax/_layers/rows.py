@@ -121,6 +121,14 @@ def extended_moment(inputs: Inputs, like: Block) -> Float[Array, "d d"] | Float[
     return jnp.block([[products, _linalg.adjoint(total)], [total, rows[None]]])
 
 
+def extended_squares(inputs: Inputs, like: Block) -> Float[Array, " d"]:
+    """The diagonal of `extended_moment`."""
+    squares = mean_square(inputs) * count(inputs)
+    rows = jnp.full((1,), count(inputs), squares.dtype)
+    columns = {"kernel": squares, "bias": rows}
+    return jnp.concatenate([columns[part] for part in ("kernel", "bias") if part in like])
+
+
 def between_rows(inputs: Inputs) -> Float[Array, "rows rows"]:
     """XX'."""
     if isinstance(inputs, Structured):

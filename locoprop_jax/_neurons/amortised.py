@@ -16,6 +16,10 @@ from locoprop_jax._trees import real_dtype, wide_dtype
 
 ByLayer = dict[str, Any]
 
+# Of a matrix that is kept for a layer, in rows: 256 MiB in float32, and as much for its inverse.
+# Longer sides are those of vocabularies and flattened images.
+MAX_SIZE = 8192
+
 
 class AmortisedState(NamedTuple):
     """What the states of amortised methods are.

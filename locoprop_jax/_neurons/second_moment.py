@@ -125,7 +125,10 @@ def zero_metric(kernel: jax.ShapeDtypeStruct, *, is_diagonal: bool) -> Metric:
     )
 
 
-def statistics_of(inputs: Inputs) -> Statistics:
+def statistics_of(inputs: Inputs, max_size: int | None) -> Statistics:
+    """With the mean squares alone of more inputs than `max_size`."""
+    if max_size is not None and inputs.shape[-1] > max_size:
+        return Statistics(_rows.mean_square(inputs), _rows.mean(inputs))
     return Statistics(_rows.second_moment(inputs) / _rows.count(inputs), _rows.mean(inputs))
 
 
@@ -165,7 +168,10 @@ def _metric(now: Statistics, slope: Block, damping: Damping) -> Metric:
     amount = damping.of(variances, squares)
     bias = _inverse_of_bias(slope, amount, damping)
     if "bias" in slope:
-        second = second - bias.astype(mean.dtype) * jnp.conj(mean)[:, None] * mean[None]
+        if second.ndim == 1:  # of a matrix too large to be kept: the variances stand for it
+            second = second - bias.astype(second.dtype) * _linalg.squares(mean)
+        else:
+            second = second - bias.astype(mean.dtype) * jnp.conj(mean)[:, None] * mean[None]
     return Metric(_linalg.damped(second, amount), mean, bias)
 
 
@@ -191,7 +197,7 @@ def _solve_batch(own: LayerRows, damping: Damping) -> Block:
     rows, d_in = own.inputs.shape
     by_rows = _linalg.solves_by_rows(rows, d_in, own.slope["kernel"].shape[1])
     if isinstance(own.inputs, Structured) and not (isinstance(own.inputs, Windows) and by_rows):
-        return _solve_average(statistics_of(own.inputs), own.slope, damping)
+        return _solve_average(statistics_of(own.inputs, None), own.slope, damping)
     x, e = _rows.write_out(own.inputs), own.cotangents
     mean = x.mean(0)
     if "bias" in own.slope:
