@@ -23,6 +23,7 @@ ENTRIES: Mapping[str, Mapping[str, str]] = {
         "physics": "equations, energies and forces: Adam, L-BFGS, FOOF, K-FAC, natural gradient",
     },
     "costs": {
+        "costs": "a step of each method beside Adam's: compilation, time, memory",
         "speed": "a step of each method and its parts on the autoencoder, as ratios",
         "capture_cost": "capture on a transformer, a ViT, a ResNet and a UNet, as ratios",
         "paths": "the ways to LocoProp's plain gradient steps, and the choice between them",
