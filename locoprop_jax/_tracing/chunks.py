@@ -9,7 +9,7 @@ the program.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ def is_traced(tree: Any) -> bool:
 
 
 Run = Callable[..., list[jax.Array]]
+Keyed = tuple[Any, Any]  # an equation with its key
 
 
 class Chunks:
@@ -38,7 +39,33 @@ class Chunks:
         self._context = context_here()
         self._functions: dict[Any, Run] = {}
 
-    def key(self, eqn: Any) -> Any:
+    def pieces(
+        self, jaxpr: Any, is_special: Callable[[int], bool]
+    ) -> Iterator[tuple[int, list[Keyed]]]:
+        """The equations in order, as chunks of one scope and as single ones to run as they are.
+
+        Args:
+          jaxpr: that they are of.
+          is_special: whether the equation of a number has to be run by itself.
+
+        Yields:
+          The number of equations so far, and the last of them, each with its key; None as the key
+          of a single one.
+        """
+        waiting: list[Keyed] = []
+        for i, eqn in enumerate(jaxpr.eqns):
+            key = None if is_special(i) else self._key(eqn)
+            if waiting and (key is None or scope(eqn) != scope(waiting[0][0])):
+                yield i, waiting
+                waiting = []
+            if key is None:
+                yield i + 1, [(eqn, None)]
+            else:
+                waiting.append((eqn, key))
+        if waiting:
+            yield len(jaxpr.eqns), waiting
+
+    def _key(self, eqn: Any) -> Any:
         """What an equation does to its operands; None if it has to be run as it is.
 
         That is where it holds other programs, which JAX remembers by itself, has effects, or stands
@@ -54,19 +81,19 @@ class Chunks:
         return key
 
     def run(
-        self, equations: Sequence[tuple[Any, Any]], env: Mapping[Any, Any], wanted: Sequence[Any]
+        self, chunk: Sequence[Keyed], env: Mapping[Any, Any], wanted: Sequence[Any]
     ) -> list[jax.Array]:
         """The values of some variables.
 
         Args:
-          equations: of one scope, each with its key.
+          chunk: of the equations that compute them.
           env: the values of the variables that they start from.
-          wanted: the variables, results of some of them.
+          wanted: the variables.
         """
         numbers: dict[Any, int] = {}
         free: list[Any] = []
         keys = []
-        for eqn, key in equations:
+        for eqn, key in chunk:
             operands = []
             for atom in eqn.invars:
                 if is_literal(atom):
@@ -81,9 +108,9 @@ class Chunks:
             keys.append((key, tuple(operands)))
         whole = tuple(keys), tuple(numbers[var] for var in wanted)
         if whole not in self._functions:
-            function = _as_function([eqn for eqn, _ in equations], free, wanted)
+            function = _as_function([eqn for eqn, _ in chunk], free, wanted)
             self._functions[whole] = jax.jit(function, inline=True)
-        name = scope(equations[0][0])
+        name = scope(chunk[0][0])
         with jax.named_scope(name) if name else contextlib.nullcontext():
             return self._functions[whole](*(env[var] for var in free))
 

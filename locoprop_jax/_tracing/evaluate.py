@@ -18,7 +18,6 @@ from locoprop_jax._tracing.jaxpr import (
     own_function,
     run_equation,
     scan_of,
-    scope,
 )
 from locoprop_jax._tracing.primitives import CALLS, COND, CUSTOM, SCAN
 
@@ -83,23 +82,15 @@ def evaluate(
         def read(atom: Any) -> Any:
             return atom.val if is_literal(atom) else env[atom]
 
-        waiting: list[tuple[Any, Any]] = []  # equations to be run together, each with its key
+        def is_special(i: int) -> bool:
+            return (*path, i) in entered or (*path, i) in z
+
         uses = last_uses(jaxpr, by_path, path)
-
-        def flush(end: int) -> None:
-            wanted = [v for eqn, _ in waiting for v in eqn.outvars if uses.get(v, -1) >= end]
-            if waiting:
-                env.update(zip(wanted, chunks.run(waiting, env, wanted), strict=True))
-                waiting.clear()
-
-        for i, eqn in enumerate(jaxpr.eqns):
-            here = (*path, i)
-            is_special = here in entered or here in z
-            key = None if is_special else chunks.key(eqn)
-            if waiting and (key is None or scope(eqn) != scope(waiting[0][0])):
-                flush(i)
+        for end, piece in chunks.pieces(jaxpr, is_special):
+            (eqn, key), here = piece[0], (*path, end - 1)
             if key is not None:
-                waiting.append((eqn, key))
+                wanted = [v for eqn, _ in piece for v in eqn.outvars if uses.get(v, -1) >= end]
+                env.update(zip(wanted, chunks.run(piece, env, wanted), strict=True))
                 continue
             operands = [read(v) for v in eqn.invars]
             if here in entered:
@@ -110,7 +101,6 @@ def evaluate(
             if here in z:
                 results[0] = tap(results[0], z[here])
             env.update(zip(eqn.outvars, results, strict=True))
-        flush(len(jaxpr.eqns))
         for i, eqn in enumerate(jaxpr.eqns):
             here = (*path, i)
             atoms = {"in": eqn.invars, "out": eqn.outvars}
