@@ -1,6 +1,7 @@
 """Dense networks with matching losses, and backpropagation through them in NumPy."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,13 @@ HEADS = {
     "softmax": (optax.softmax_cross_entropy, softmax),
 }
 
+# name -> the Hessian of the loss of one row, the Jacobian of f, by f(a)
+HESSIANS = {
+    "squared": lambda p: np.eye(len(p)),
+    "sigmoid": lambda p: np.diag(p * (1 - p)),
+    "softmax": lambda p: np.diag(p) - np.outer(p, p),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Net:
@@ -77,9 +85,9 @@ class Net:
             self.names, self.widths, self.widths[1:], self.biases, strict=False
         ):
             shape = (d_out, d_in) if self.out_in else (d_in, d_out)
-            params[name] = {"kernel": jnp.asarray(rng.normal(size=shape))}
+            params[name] = {"kernel": jax.device_put(rng.normal(size=shape))}
             if bias:
-                params[name]["bias"] = jnp.asarray(rng.normal(size=d_out))
+                params[name]["bias"] = jax.device_put(rng.normal(size=d_out))
         return params
 
     def data(self, seed=1):
@@ -88,7 +96,7 @@ class Net:
         y = rng.uniform(size=(*shape, self.widths[-1]))
         if self.head == "softmax":
             y /= y.sum(-1, keepdims=True)
-        return jnp.asarray(rng.normal(size=(*shape, self.widths[0]))), jnp.asarray(y)
+        return jax.device_put((rng.normal(size=(*shape, self.widths[0])), y))
 
     def outputs(self, params, x):
         for name, transfer in zip(self.names, (*self.transfers, "identity"), strict=True):
@@ -142,6 +150,46 @@ class Net:
             for name, (x, _, e, _) in zip(self.names, self.backprop(params, x, y), strict=True)
         }
 
+    def jacobian(self, params, x):
+        """By how much each output of each row moves with each parameter, (rows, d_out, n).
+
+        The parameters are in the order of `flat`.
+        """
+        layers = self.backprop(params, x, np.zeros((*np.shape(x)[:-1], self.widths[-1])))
+        rows, back = len(layers[0][0]), np.eye(self.widths[-1])[None]
+        blocks = [self.block(params, name) for name in self.names]
+        found = {}
+        for m in reversed(range(len(layers))):
+            inputs = layers[m][0]
+            by_block = inputs[:, None, :, None] * back[:, :, None]
+            found[self.names[m]] = self.tree(m, by_block)
+            if m > 0:
+                slope = TRANSFERS[self.transfers[m - 1]][2](layers[m - 1][1])
+                back = (back @ blocks[m][: self.widths[m]].T) * slope[:, None]
+        leaves = jax.tree.leaves(found)
+        return np.concatenate([leaf.reshape(rows, self.widths[-1], -1) for leaf in leaves], -1)
+
+    def tree(self, m, block):
+        """The parameters of a layer, of W by the last two axes."""
+        kernel = block[..., : self.widths[m], :]
+        parts = {"kernel": np.swapaxes(kernel, -1, -2) if self.out_in else kernel}
+        return parts | ({"bias": block[..., -1, :]} if self.biases[m] else {})
+
+    def gauss_newton(self, params, x, y):
+        """J'HJ of the loss without its weight decay, in the order of `flat`."""
+        j, (*_, (_, outputs, _, f)) = self.jacobian(params, x), self.backprop(params, x, y)
+        hessians = [HESSIANS[self.head](p) for p in f(outputs)]
+        return sum(jr.T @ h @ jr for jr, h in zip(j, hessians, strict=True)) / self.terms
+
+    def slope(self, params, x, y):
+        """The gradient of the loss, in the order of `flat`."""
+        blocks = self.gradients(params, x, y)
+        return flat({name: self.tree(m, blocks[name]) for m, name in enumerate(self.names)})
+
+    def value(self, params, x, y):
+        """The loss, compiled once for all parameters and batches of a shape."""
+        return float(_compiled_loss(self)(params, x, y))
+
     def after(self, params, x, y):
         """(H, f') of each layer: dL/df(A), and the derivative of its transfer function.
 
@@ -154,6 +202,16 @@ class Net:
             back = layers[m + 1][2] @ blocks[m + 1][: self.widths[m + 1]].T
             result.append((back, TRANSFERS[transfer][2]))
         return [*result, (layers[-1][2], np.ones_like)]
+
+
+@functools.cache
+def _compiled_loss(net):
+    return jax.jit(net.loss)
+
+
+def flat(tree):
+    """All entries of a tree, in the order of `jax.flatten_util.ravel_pytree`."""
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def inputs_times(x, ones, block):

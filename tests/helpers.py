@@ -141,7 +141,7 @@ class Network:
     def params(self, seed: int = 0, dtype: Any = float) -> Any:
         rng = np.random.default_rng(seed)
         return jax.tree.map(
-            lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), dtype), self._model[0]
+            lambda leaf: on_device(rng.normal(size=leaf.shape), dtype), self._model[0]
         )
 
     def data(self, seed: int = 1, dtype: Any = float) -> tuple[jax.Array, jax.Array]:
@@ -149,7 +149,7 @@ class Network:
         rows = (self.batch,) if self.tokens is None else (self.batch, self.tokens)
         x = rng.normal(size=(*rows, self.widths[0]))
         y = TARGETS[self.head](rng.normal(size=(*rows, self.widths[-1])))
-        return jnp.asarray(x, dtype), jnp.asarray(y, dtype)
+        return on_device(x, dtype), on_device(y, dtype)
 
     def apply(self, params: Any, x: jax.Array) -> jax.Array:
         return self._model[1](params, x)
@@ -195,8 +195,13 @@ def reference(network: Network, blocks: list, x: Any, y: Any) -> tuple[float, li
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+def on_device(values, dtype=None):
+    """As `jnp.asarray`, which compiles a program for each shape."""
+    return jax.device_put(np.asarray(values, dtype))
+
+
 def normal(seed, *shape, dtype=float):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    return on_device(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def block_gradient(arrays: lp.LayerArrays, has_bias: bool) -> jax.Array:
