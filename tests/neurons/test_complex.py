@@ -121,6 +121,11 @@ NETS = {
     "tied": functools.partial(tied, complex_),
 }
 each_net = pytest.mark.parametrize("name", NETS)
+# One of each way in which a real and a complex side meet, and of each kind of rows.
+QUICK = {"complex", "real on complex data", "few rows", "real convolution", "real scale", "table"}
+some_nets = pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NETS]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +270,7 @@ def test_gradients_are_those_of_jax_and_the_product_of_inputs_and_cotangents(nam
 # --- FOOF ----------------------------------------------------------------------------------------
 
 
-@each_net
+@some_nets
 def test_foof_is_that_of_real_and_imaginary_parts(name):
     own = case(name)
     updates = update(own, lp.scale_by_foof(own.layers, damping=0.3, relative=False, decay=0.0))
@@ -315,7 +320,7 @@ def test_on_accelerators_the_windows_of_a_convolution_have_the_same_products(mon
 # --- LNB -----------------------------------------------------------------------------------------
 
 
-@each_net
+@some_nets
 def test_boosting_solved_to_the_end_is_that_of_real_and_imaginary_parts(name):
     own = case(name)
     tx = lp.scale_by_lnb(
