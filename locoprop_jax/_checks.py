@@ -56,12 +56,6 @@ def check_whole(**values: Any) -> None:
             raise ValueError(f"`{name}` must be a positive whole number, got {value!r}.{hint}")
 
 
-def check_max_size(max_size: Any) -> None:
-    """None, or a whole number of rows that shapes the state."""
-    if max_size is not None:
-        check_whole(max_size=max_size)
-
-
 def check_real(method: str, tree: Any) -> None:
     """Refuse complex parameters, or what is laid out like them.
 

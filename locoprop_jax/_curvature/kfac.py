@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_fisher, check_layers, check_max_size
+from locoprop_jax._checks import check_fisher, check_layers
 from locoprop_jax._curvature.gauss_newton import Steps, complete
 from locoprop_jax._curvature.kronecker import (
     Damping,
@@ -22,7 +22,7 @@ from locoprop_jax._layers.captured import Captured
 from locoprop_jax._layers.layers import Layers
 from locoprop_jax._layers.rows import Block, join_rows
 from locoprop_jax._layers.stacking import over_stack
-from locoprop_jax._neurons.amortised import MAX_SIZE, Amortisation
+from locoprop_jax._neurons.amortised import Amortisation, row_limit
 
 KfacState = KroneckerState
 
@@ -39,7 +39,7 @@ def scale_by_kfac(
     statistics_steps: int = 1,
     output_factor: str = "keep",
     match_trace: bool = False,
-    max_size: int | None = MAX_SIZE,
+    max_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC: (S (x) Gamma + k I)^-1 G for each layer (Benzing, section 3; practical GN, eq. 20).
 
@@ -82,7 +82,7 @@ def scale_by_kfac(
         the trace of the exact block. K-FAC takes positions for independent, which underestimates
         the curvature of recurrent weights many times over.
       max_size: factors of more rows (the vocabulary of a language model, say) are kept by their
-        diagonals, which has the inverse too; None for no limit.
+        diagonals, and so are their inverses. 8192 if it is None.
 
     Returns:
       A transformation whose `update` needs `captured`. A batch whose gradient is not finite leaves
@@ -120,8 +120,8 @@ def _direction(
     max_size: int | None,
 ) -> optax.GradientTransformationExtraArgs:
     check_layers(layers, "scale_by_kfac")
-    check_max_size(max_size)
     check_fisher("scale_by_kfac", damping.amount, curvature)
+    limit = row_limit(max_size)
 
     def output_factors(
         captured: Captured, params: Any, slopes: dict[str, Block]
@@ -132,7 +132,7 @@ def _direction(
         def factor(name: str, slope: Block) -> Array:
             layer, arrays, dtype = layers[name], captured[name], dtype_of(slope)
             columns = curvature_of(captured, name, curvature, dtype)
-            rows, is_large = join_rows(columns, 3), is_too_large(columns.shape[-1], max_size)
+            rows, is_large = join_rows(columns, 3), is_too_large(columns.shape[-1], limit)
             of_rows = _sum_of_squares if is_large else _linalg.second_moment
             moment = over_stack(layer, of_rows)(rows)
             if match_trace and has_trace_ratio(layer, arrays, slope):
@@ -143,9 +143,7 @@ def _direction(
 
         return {name: factor(name, slope) for name, slope in slopes.items()}
 
-    return scale_by_kronecker(
-        "scale_by_kfac", layers, output_factors, damping, amortisation, max_size
-    )
+    return scale_by_kronecker("scale_by_kfac", layers, output_factors, damping, amortisation, limit)
 
 
 def _sum_of_squares(rows: Float[Array, "rows d"]) -> Float[Array, " d"]:
@@ -166,7 +164,7 @@ def kfac(
     statistics_steps: int = 1,
     momentum: bool = True,
     match_trace: bool = True,
-    max_size: int | None = MAX_SIZE,
+    max_size: int | None = None,
     l2: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC with steps and damping from the Gauss-Newton model: nothing to tune.
@@ -191,7 +189,7 @@ def kfac(
       momentum: whether the step is the best one along the direction and the last update.
       match_trace: whether the curvature of weights that an example uses at several positions has
         the exact block's trace, as for `scale_by_kfac`.
-      max_size: factors of more rows are kept by their diagonals.
+      max_size: factors of more rows are kept by their diagonals, as for `scale_by_kfac`.
       l2: eta of `eta / 2 |params|^2`, added to the loss.
 
     Returns:

@@ -21,6 +21,19 @@ ByLayer = dict[str, Any]
 MAX_SIZE = 8192
 
 
+def row_limit(max_size: Any) -> int:
+    """The limit itself, from a method's argument.
+
+    Its default is not the number, which `optax.inject_hyperparams` would take for one to trace.
+
+    Raises:
+      ValueError: it is no positive whole number.
+    """
+    if max_size is not None:
+        check_whole(max_size=max_size)
+    return MAX_SIZE if max_size is None else int(max_size)
+
+
 class AmortisedState(NamedTuple):
     """What the states of amortised methods are.
 

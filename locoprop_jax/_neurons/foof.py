@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_layers, check_max_size, check_not_negative
+from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._layers.layers import Layers
 from locoprop_jax._layers.method import Batch, kernel_shapes, transformation
 from locoprop_jax._layers.stacking import map_layers
-from locoprop_jax._neurons.amortised import MAX_SIZE, Amortisation, AmortisedState, keep_finite
+from locoprop_jax._neurons.amortised import Amortisation, AmortisedState, keep_finite, row_limit
 from locoprop_jax._neurons.length import DAMPING, LEARNING_RATE, check_unit, scale_by_output_rms
 from locoprop_jax._neurons.metric import average_gradients, descend, scale_by_metric_norm
 from locoprop_jax._neurons.second_moment import (
@@ -52,7 +52,7 @@ def scale_by_foof(
     inverse_period: int = 1,
     statistics_steps: int = 1,
     shared: str = "expand",
-    max_size: int | None = MAX_SIZE,
+    max_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient descent on neurons (FOOF; Benzing, eq. 6, Algorithm 1).
 
@@ -87,8 +87,8 @@ def scale_by_foof(
       shared: of weights that an example uses at several positions; "expand" takes each position
         for a row, "reduce" averages an example's inputs first, which is refused where weights are
         used transposed too.
-      max_size: of a layer with more inputs S is kept by its diagonal, without a mean that a bias
-        takes; None for no limit. What solves the current batch alone (`decay=0`,
+      max_size: of a layer with more inputs S is kept by its diagonal, less what the mean explains
+        if it has a bias. 8192 if it is None. What solves the current batch alone (`decay=0`,
         `inverse_period=1`) keeps nothing, and is exact.
 
     Returns:
@@ -107,7 +107,8 @@ def scale_by_foof(
       <https://arxiv.org/abs/2201.12250>`_, 2022: section 4, appendices D and K.
     """
     amortisation = Amortisation(decay, inverse_period, statistics_steps)
-    _check(layers, damping, amortisation, shared, max_size)
+    _check(layers, damping, amortisation, shared)
+    limit = row_limit(max_size)
     is_amortised = inverse_period > 1
     damped = Damping(damping, relative, damp_bias)
 
@@ -115,7 +116,7 @@ def scale_by_foof(
         kernels = kernel_shapes(layers, params)
 
         def zeros(name: str) -> Metric:
-            is_large = max_size is not None and kernels[name].shape[-2] > max_size
+            is_large = kernels[name].shape[-2] > limit
             return zero_metric(kernels[name], is_diagonal=layers[name].is_lookup or is_large)
 
         return amortisation.init(
@@ -132,7 +133,7 @@ def scale_by_foof(
 
         def gather() -> dict[str, Statistics]:
             inputs = {name: own.inputs for name, own in rows.items()}
-            return map_layers(layers, lambda _, own: statistics_of(own, max_size), inputs)
+            return map_layers(layers, lambda _, own: statistics_of(own, limit), inputs)
 
         def invert(averages: dict[str, Statistics]) -> dict[str, Metric]:
             sources = {name: (averages[name], rows[name].slope) for name in averages}
@@ -174,7 +175,7 @@ def foof(
     inverse_period: int = 20,
     statistics_steps: int = 1,
     shared: str = "expand",
-    max_size: int | None = MAX_SIZE,
+    max_size: int | None = None,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
     unit: str = "neuron",
@@ -199,7 +200,7 @@ def foof(
       inverse_period: T, the steps from one inversion to the next.
       statistics_steps: how many of them gather statistics.
       shared: "expand" or "reduce".
-      max_size: of a layer with more inputs S is kept by its diagonal.
+      max_size: of a layer with more inputs S is kept by its diagonal, as for `scale_by_foof`.
       momentum: decay of the average of the gradients.
       weight_decay: rho; parameters shrink by learning_rate * rho in each step, even in one whose
         batch is not finite.
@@ -237,12 +238,9 @@ def foof(
     )
 
 
-def _check(
-    layers: Any, damping: Any, amortisation: Amortisation, shared: str, max_size: Any
-) -> None:
+def _check(layers: Any, damping: Any, amortisation: Amortisation, shared: str) -> None:
     check_layers(layers, "scale_by_foof")
     check_not_negative(damping=damping)
-    check_max_size(max_size)
     amortisation.check()
     if shared not in ("expand", "reduce"):
         raise ValueError(f'`shared` is "expand" or "reduce", got {shared!r}.')

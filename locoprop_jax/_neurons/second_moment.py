@@ -125,9 +125,9 @@ def zero_metric(kernel: jax.ShapeDtypeStruct, *, is_diagonal: bool) -> Metric:
     )
 
 
-def statistics_of(inputs: Inputs, max_size: int | None) -> Statistics:
-    """With the mean squares alone of more inputs than `max_size`."""
-    if max_size is not None and inputs.shape[-1] > max_size:
+def statistics_of(inputs: Inputs, limit: int | None = None) -> Statistics:
+    """With the mean squares alone of more inputs than a limit."""
+    if limit is not None and inputs.shape[-1] > limit:
         return Statistics(_rows.mean_square(inputs), _rows.mean(inputs))
     return Statistics(_rows.second_moment(inputs) / _rows.count(inputs), _rows.mean(inputs))
 
@@ -197,7 +197,7 @@ def _solve_batch(own: LayerRows, damping: Damping) -> Block:
     rows, d_in = own.inputs.shape
     by_rows = _linalg.solves_by_rows(rows, d_in, own.slope["kernel"].shape[1])
     if isinstance(own.inputs, Structured) and not (isinstance(own.inputs, Windows) and by_rows):
-        return _solve_average(statistics_of(own.inputs, None), own.slope, damping)
+        return _solve_average(statistics_of(own.inputs), own.slope, damping)
     x, e = _rows.write_out(own.inputs), own.cotangents
     mean = x.mean(0)
     if "bias" in own.slope:
