@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -46,28 +45,23 @@ class Model(NamedTuple):
 
 
 def quadratic_model(network: Linearised, slope: Tree, directions: list[Tree]) -> Model:
-    """What the model knows of some directions, by one forward-mode pass for all of them.
+    """What the model knows of some directions: one forward-mode pass for each."""
+    pushed = [network.push(direction) for direction in directions]
+    bent = [network.hessian(outputs) for outputs in pushed]
 
-    Of two directions at once the products with the network's own weights are one product.
-    """
-    together = jax.tree.map(lambda *own: jnp.stack(own), *directions)
-    pushed = jax.vmap(network.push)(together)
-    bent = jax.vmap(network.hessian)(pushed)
+    def product(a: Tree, b: Tree) -> Array:
+        return _linalg.dot(_linalg.wide(a), _linalg.wide(b))
+
+    def gram(left: list[Tree], right: list[Tree]) -> Array:
+        half = {(i, j): product(left[i], right[j]) for i in range(len(left)) for j in range(i + 1)}
+        rows = [[half[max(i, j), min(i, j)] for j in range(len(left))] for i in range(len(left))]
+        return jnp.stack([jnp.stack(row) for row in rows])
+
     return Model(
-        jnp.stack([_linalg.dot(_linalg.wide(slope), _linalg.wide(d)) for d in directions]),
-        _gram(pushed, bent, len(directions)),
-        _gram(together, together, len(directions)),
+        jnp.stack([product(slope, direction) for direction in directions]),
+        gram(pushed, bent),
+        gram(directions, directions),
     )
-
-
-def _gram(left: Tree, right: Tree, count: int) -> Float[Array, "k k"]:
-    """The inner products of some trees, stacked along the first axis, with some others."""
-
-    def of_leaf(x: Array, y: Array) -> Array:
-        x, y = (_linalg.wide(own).reshape(count, -1) for own in (x, y))
-        return _linalg.second_moment(x.T, y.T)
-
-    return functools.reduce(jnp.add, jax.tree.leaves(jax.tree.map(of_leaf, left, right)))
 
 
 def minimum(
