@@ -38,12 +38,17 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def task(model: Any, inputs: jax.Array, labels: jax.Array) -> Task:
-    """The mean cross-entropy of a linen model's logits."""
+def task(
+    model: Any,
+    inputs: jax.Array,
+    labels: jax.Array,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+) -> Task:
+    """The mean cross-entropy, or another loss, of a linen model's logits."""
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
         x, y = batch
-        return cross_entropy(model.apply({"params": params}, x), y)
+        return loss(model.apply({"params": params}, x), y)
 
     params = model.init(jax.random.key(0), inputs)["params"]
     return Task(loss_fn, params, (inputs, labels))
@@ -54,11 +59,18 @@ def transformer(depth: int, scanned: bool) -> Task:
     return task(LanguageModel(64, depth, 32, 4, scanned), tokens, tokens)
 
 
-def images(model: Any, batch: int, size: int, channels: int, pixelwise: bool = False) -> Task:
+def images(
+    model: Any,
+    batch: int,
+    size: int,
+    channels: int,
+    pixelwise: bool = False,
+    loss: Any = cross_entropy,
+) -> Task:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(batch, size, size, channels))
     labels = rng.integers(0, 10, (batch, size, size) if pixelwise else batch)
-    return task(model, jnp.asarray(x, jnp.float32), jnp.asarray(labels))
+    return task(model, jnp.asarray(x, jnp.float32), jnp.asarray(labels), loss)
 
 
 class Built(NamedTuple):

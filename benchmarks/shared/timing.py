@@ -29,7 +29,7 @@ class Compiled(NamedTuple):
 def compile_call(function: Callable[..., Any], *args: Any) -> Compiled:
     compiled, seconds = _compile(jax.jit(function), *args)
     call = functools.partial(compiled, *args)
-    return Compiled(call, 1, seconds, *_bytes(compiled))
+    return Compiled(call, 1, seconds, *program_bytes(compiled))
 
 
 def compile_steps(
@@ -45,7 +45,7 @@ def compile_steps(
             held = compiled(*held, batch)
         return held
 
-    return Compiled(call, repeats, seconds, *_bytes(compiled))
+    return Compiled(call, repeats, seconds, *program_bytes(compiled))
 
 
 def _compile(jitted: Any, *args: Any) -> tuple[Any, float]:
@@ -54,7 +54,8 @@ def _compile(jitted: Any, *args: Any) -> tuple[Any, float]:
     return compiled, time.perf_counter() - begin
 
 
-def _bytes(compiled: Any) -> tuple[int, int]:
+def program_bytes(compiled: Any) -> tuple[int, int]:
+    """Of what a program keeps for itself, and of its results."""
     memory = compiled.memory_analysis()
     assert memory is not None, "this backend does not say how much memory a program takes"
     return memory.temp_size_in_bytes, memory.output_size_in_bytes

@@ -10,19 +10,14 @@ from jaxtyping import Array, Float
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_fisher, check_layers
 from locoprop_jax._curvature.gauss_newton import Steps, complete
-from locoprop_jax._curvature.kronecker import (
-    Damping,
-    KroneckerState,
-    is_too_large,
-    scale_by_kronecker,
-)
+from locoprop_jax._curvature.kronecker import Damping, KroneckerState, scale_by_kronecker
 from locoprop_jax._curvature.shared_weights import has_trace_ratio, trace_ratio
 from locoprop_jax._layers.blocks import curvature_of, dtype_of
 from locoprop_jax._layers.captured import Captured
 from locoprop_jax._layers.layers import Layers
 from locoprop_jax._layers.rows import Block, join_rows
 from locoprop_jax._layers.stacking import over_stack
-from locoprop_jax._neurons.amortised import Amortisation, row_limit
+from locoprop_jax._neurons.amortised import Amortisation, is_too_large, row_limit
 
 KfacState = KroneckerState
 
@@ -132,13 +127,13 @@ def _direction(
         def factor(name: str, slope: Block) -> Array:
             layer, arrays, dtype = layers[name], captured[name], dtype_of(slope)
             columns = curvature_of(captured, name, curvature, dtype)
-            rows, is_large = join_rows(columns, 3), is_too_large(columns.shape[-1], limit)
+            is_large = is_too_large(columns.shape[-1], limit)
             of_rows = _sum_of_squares if is_large else _linalg.second_moment
-            moment = over_stack(layer, of_rows)(rows)
+            moment = over_stack(layer, of_rows)(join_rows(columns, 3))
             if match_trace and has_trace_ratio(layer, arrays, slope):
                 inputs = arrays.inputs.astype(dtype)
                 ratio = over_stack(layer, trace_ratio)(inputs, columns, slope)
-                moment = ratio[..., None] * moment if is_large else ratio[..., None, None] * moment
+                moment = over_stack(layer, _linalg.scale)(moment, ratio)
             return moment
 
         return {name: factor(name, slope) for name, slope in slopes.items()}

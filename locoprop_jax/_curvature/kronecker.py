@@ -24,7 +24,7 @@ from locoprop_jax._layers.layers import Layers
 from locoprop_jax._layers.method import Batch, matrix_shapes, transformation
 from locoprop_jax._layers.rows import Block, Inputs
 from locoprop_jax._layers.stacking import map_layers, over_stack
-from locoprop_jax._neurons.amortised import Amortisation, AmortisedState
+from locoprop_jax._neurons.amortised import Amortisation, AmortisedState, is_too_large
 
 
 class Factors(NamedTuple):
@@ -245,11 +245,6 @@ def _zero_factors(block: jax.ShapeDtypeStruct, is_lookup: bool, max_size: int | 
         zeros(d, is_lookup or is_too_large(d, max_size)),
         zeros(d_out, is_too_large(d_out, max_size)),
     )
-
-
-def is_too_large(size: int, max_size: int | None) -> bool:
-    """Whether a factor of so many rows is kept by its diagonal."""
-    return max_size is not None and size > max_size
 
 
 def _factors(

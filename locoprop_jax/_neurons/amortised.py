@@ -29,9 +29,15 @@ def row_limit(max_size: Any) -> int:
     Raises:
       ValueError: it is no positive whole number.
     """
-    if max_size is not None:
-        check_whole(max_size=max_size)
-    return MAX_SIZE if max_size is None else int(max_size)
+    if max_size is None:
+        return MAX_SIZE
+    check_whole(max_size=max_size)
+    return int(max_size)
+
+
+def is_too_large(size: int, limit: int | None) -> bool:
+    """Whether a matrix of so many rows is kept by its diagonal; never without a limit."""
+    return limit is not None and size > limit
 
 
 class AmortisedState(NamedTuple):

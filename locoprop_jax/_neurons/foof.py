@@ -12,7 +12,13 @@ from locoprop_jax._checks import check_layers, check_not_negative
 from locoprop_jax._layers.layers import Layers
 from locoprop_jax._layers.method import Batch, kernel_shapes, transformation
 from locoprop_jax._layers.stacking import map_layers
-from locoprop_jax._neurons.amortised import Amortisation, AmortisedState, keep_finite, row_limit
+from locoprop_jax._neurons.amortised import (
+    Amortisation,
+    AmortisedState,
+    is_too_large,
+    keep_finite,
+    row_limit,
+)
 from locoprop_jax._neurons.length import DAMPING, LEARNING_RATE, check_unit, scale_by_output_rms
 from locoprop_jax._neurons.metric import average_gradients, descend, scale_by_metric_norm
 from locoprop_jax._neurons.second_moment import (
@@ -116,7 +122,7 @@ def scale_by_foof(
         kernels = kernel_shapes(layers, params)
 
         def zeros(name: str) -> Metric:
-            is_large = kernels[name].shape[-2] > limit
+            is_large = is_too_large(kernels[name].shape[-2], limit)
             return zero_metric(kernels[name], is_diagonal=layers[name].is_lookup or is_large)
 
         return amortisation.init(

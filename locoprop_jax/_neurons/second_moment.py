@@ -15,6 +15,7 @@ from locoprop_jax._layers.arrays import LayerArrays
 from locoprop_jax._layers.blocks import divide, dtype_of
 from locoprop_jax._layers.rows import Block, Inputs
 from locoprop_jax._layers.structured import OneHot, Structured, Windows
+from locoprop_jax._neurons.amortised import is_too_large
 from locoprop_jax._trees import real_dtype
 
 
@@ -127,7 +128,7 @@ def zero_metric(kernel: jax.ShapeDtypeStruct, *, is_diagonal: bool) -> Metric:
 
 def statistics_of(inputs: Inputs, limit: int | None = None) -> Statistics:
     """With the mean squares alone of more inputs than a limit."""
-    if limit is not None and inputs.shape[-1] > limit:
+    if is_too_large(inputs.shape[-1], limit):
         return Statistics(_rows.mean_square(inputs), _rows.mean(inputs))
     return Statistics(_rows.second_moment(inputs) / _rows.count(inputs), _rows.mean(inputs))
 

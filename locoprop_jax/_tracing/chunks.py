@@ -31,12 +31,12 @@ Keyed = tuple[Any, Any]  # an equation with its key
 class Chunks:
     """The functions that chunks of equations were made so far, for one evaluation.
 
-    Where nothing is traced there are no chunks: each would be compiled anew in every step.
+    Where nothing is traced there are to be no chunks: each would be compiled anew in every step.
     """
 
-    def __init__(self, is_traced: bool) -> None:
-        self._is_traced = is_traced
-        self._context = context_here()
+    def __init__(self, in_chunks: bool) -> None:
+        self._context = context_here() if in_chunks else None
+        self._in_chunks = in_chunks
         self._functions: dict[Any, Run] = {}
 
     def pieces(
@@ -71,7 +71,7 @@ class Chunks:
         That is where it holds other programs, which JAX remembers by itself, has effects, or stands
         in a context of its own.
         """
-        if not self._is_traced or eqn.effects or inner_jaxprs(eqn) or context(eqn) != self._context:
+        if not self._in_chunks or eqn.effects or inner_jaxprs(eqn) or context(eqn) != self._context:
             return None
         key = eqn.primitive, tuple(sorted(eqn.params.items(), key=lambda item: item[0]))
         try:

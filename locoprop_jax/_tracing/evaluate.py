@@ -85,7 +85,12 @@ def evaluate(
         def is_special(i: int) -> bool:
             return (*path, i) in entered or (*path, i) in z
 
-        uses = last_uses(jaxpr, by_path, path)
+        kept = {
+            Address((*path, i), side, index): (eqn.invars if side == "in" else eqn.outvars)[index]
+            for i, eqn in enumerate(jaxpr.eqns)
+            for side, index in by_path.get((*path, i), ())
+        }
+        uses = last_uses(jaxpr, [*jaxpr.outvars, *kept.values()])
         for end, piece in chunks.pieces(jaxpr, is_special):
             (eqn, key), here = piece[0], (*path, end - 1)
             if key is not None:
@@ -101,11 +106,7 @@ def evaluate(
             if here in z:
                 results[0] = tap(results[0], z[here])
             env.update(zip(eqn.outvars, results, strict=True))
-        for i, eqn in enumerate(jaxpr.eqns):
-            here = (*path, i)
-            atoms = {"in": eqn.invars, "out": eqn.outvars}
-            for side, index in by_path.get(here, ()):
-                recorded[Address(here, side, index)] = read(atoms[side][index])
+        recorded.update({address: read(atom) for address, atom in kept.items()})
         return [read(v) for v in jaxpr.outvars], recorded
 
     def enter(jaxpr: Any, eqn: Any, operands: Sequence[Any], z: Mapping, here: Path):
@@ -212,15 +213,7 @@ def evaluate(
     return results, recorded
 
 
-def last_uses(
-    jaxpr: Any, by_path: Mapping[Path, Sequence[tuple[str, int]]], path: Path
-) -> dict[Any, int]:
+def last_uses(jaxpr: Any, kept: Sequence[Any]) -> dict[Any, int]:
     """By variable, the last of the equations that read it; past their end for what is kept."""
     uses = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not is_literal(v)}
-    end = len(jaxpr.eqns)
-    uses |= {v: end for v in jaxpr.outvars if not is_literal(v)}
-    for i, eqn in enumerate(jaxpr.eqns):
-        for side, index in by_path.get((*path, i), ()):
-            atom = (eqn.invars if side == "in" else eqn.outvars)[index]
-            uses |= {} if is_literal(atom) else {atom: end}
-    return uses
+    return uses | {v: len(jaxpr.eqns) for v in kept if not is_literal(v)}

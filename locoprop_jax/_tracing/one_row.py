@@ -59,9 +59,9 @@ def note_networks(scope: Scope, equation: Equation, kinds: Sequence[Label]) -> N
     Entries are picked of the outputs of one example by its label; of a table rows are.
     """
     if equation.primitive in primitives.GATHER | primitives.DYNAMIC_SLICE:
-        if isinstance(kinds[0], Derived) and kinds[0].met_data:
-            if math.prod(equation.params["slice_sizes"]) == 1:
-                scope.known.networks.update(leaves_of(kinds[0]))
+        is_entry = math.prod(equation.params["slice_sizes"]) == 1
+        if isinstance(kinds[0], Derived) and kinds[0].met_data and is_entry:
+            scope.known.networks.update(leaves_of(kinds[0]))
         return
     if equation.primitive not in primitives.DOT_GENERAL | primitives.CONVOLUTION:
         return
