@@ -12,15 +12,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_not_negative, check_positive, check_real, check_whole
-from locoprop_jax._curvature.products import linearise
+from locoprop_jax._curvature.products import network_of
 from locoprop_jax._curvature.quadratic import (
     RADIUS,
+    Carried,
     Scalar,
     Tree,
     ValueFn,
     adapted_radius,
     best_of_three,
     check_line,
+    curvature_along,
     dtype_of_model,
     judge,
     levenberg_marquardt,
@@ -44,7 +46,8 @@ class GaussNewtonStepState(NamedTuple):
       reduction_ratio: rho, how much the loss of the next batch fell by a step over how much the
         model of its own batch fell, when that was last measured. shape=()
       radius: how far the last step was allowed to move the outputs. shape=()
-      length: how far it moved them: s'GGN s / 2. shape=()
+      length: how far the model's step, of learning rate one, would move them: s'GGN s / 2. shape=()
+      carried: what the curvature of the last step says of the next ones.
       previous: the last update.
       inner: the state of the direction.
     """
@@ -57,6 +60,7 @@ class GaussNewtonStepState(NamedTuple):
     reduction_ratio: Scalar
     radius: Scalar
     length: Scalar
+    carried: Carried
     previous: Any
     inner: Any
 
@@ -74,6 +78,8 @@ def scale_by_gauss_newton_step(
     l2: float = 0.0,
     momentum: bool = False,
     bounded: bool = True,
+    model_period: int = 1,
+    learning_rate: optax.ScalarOrSchedule = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
     """The step along a direction that is best for the full Gauss-Newton model (practical GN, B.2).
 
@@ -169,6 +175,7 @@ def scale_by_gauss_newton_step(
             number(1),
             number(0),
             number(0),
+            Carried(number(0), number(0), number(0)),
             _linalg.zeros_like(_linalg.wide(params)),
             of_damping(number(inner_damping)).init(params),
         )
@@ -189,7 +196,11 @@ def scale_by_gauss_newton_step(
         slope = with_l2(grad, params, l2)
         incoming = updates if direction is None else with_l2(updates, params, l2)
         ok = _linalg.all_finite((updates, jnp.asarray(value)))
-        network = linearise(value_fn, params, (), {}, False, name)
+        network = network_of(value_fn, params, (), {}, False, name)
+        # The step that is judged next is always measured, and all are as long as the model keeps
+        # what it promises: then every step gains by it, else it fits the noise of a batch.
+        is_due = (state.count + 1) % model_period == 0
+        is_measured = is_due | (state.reduction_ratio > 0.75)
         previous = like(state.previous, params)
 
         def judged() -> tuple[Array, Array, Array]:
@@ -200,7 +211,7 @@ def scale_by_gauss_newton_step(
             return levenberg_marquardt(state.damping, verdict, factor), radius, verdict.ratio
 
         adapted, radius, ratio = jax.lax.cond(
-            ok & (state.count % damping_period == 0) & (state.count > 0),
+            ok & (state.count % damping_period == 0) & (state.model_change < 0),
             judged,
             lambda: (state.damping, state.radius, state.reduction_ratio),
         )
@@ -208,16 +219,34 @@ def scale_by_gauss_newton_step(
         loss = most_fall(network, value, l2, dtype)
         radius = jnp.where(radius > 0, radius, RADIUS * loss)
         bounds = (loss, 1.0, radius) if bounded else ()
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = jnp.asarray(rate, dtype)
 
-        def candidate(gamma: Array) -> Candidate:
+        def candidate(gamma: Array, is_tried: bool = False) -> Candidate:
             found, inner = of_damping(gamma).update(incoming, state.inner, params, **extra_args)
             directions = [found, previous] if momentum else [found]
-            model = quadratic_model(network, slope, directions)
+            model = quadratic_model(slope, directions, jnp.zeros(()))
+
+            def measured() -> Array:
+                return curvature_along(network.at(params), directions).astype(model.slope.dtype)
+
+            def carried() -> Array:
+                return state.carried.curvature(model.slope).astype(model.slope.dtype)
+
+            if is_tried or model_period == 1:
+                curvature = measured()
+            else:
+                curvature = jax.lax.cond(is_measured, measured, carried)
+            model = model._replace(curvature=curvature)
             first = jnp.asarray(damping, dtype) * model.rayleigh
             tau = jnp.where(state.count == 0, first, adapted)
-            steps, change = minimum(model, tau + jnp.asarray(l2, dtype), *bounds)
+            total = tau + jnp.asarray(l2, dtype)
+            steps = minimum(model, total, *bounds)
             length = (steps @ model.curvature @ steps / 2).astype(dtype)
-            return Candidate(directions, inner, tau, steps, change, length)
+            steps = rate * steps
+            change = model.change(total, steps)
+            known = jax.tree.map(lambda x: x.astype(dtype), Carried.of(model, steps))
+            return Candidate(directions, inner, tau, steps, change, length, known)
 
         gamma = state.inner_damping
         if is_adapted:
@@ -226,7 +255,7 @@ def scale_by_gauss_newton_step(
             factor = jnp.asarray(decay, dtype) ** inner_damping_period
             gamma = jax.lax.cond(
                 due,
-                lambda: best_of_three(lambda g: candidate(g).change, state.inner_damping, factor),
+                lambda: best_of_three(lambda g: candidate(g, is_tried=True).change, state.inner_damping, factor),
                 lambda: state.inner_damping,
             )
         best = candidate(gamma)
@@ -243,6 +272,7 @@ def scale_by_gauss_newton_step(
             reduction_ratio=ratio,
             radius=radius,
             length=best.length,
+            carried=best.carried,
         )
         step = _linalg.where(ok, step, _linalg.zeros_like(step))
         return step, _kept(ok, new, state)._replace(previous=last, inner=best.inner)
@@ -260,6 +290,7 @@ class Candidate(NamedTuple):
       steps: how much of each direction is in it.
       change: of the model by the step; not positive.
       length: of the step in the metric of the outputs.
+      carried: what its model says of the next steps'.
     """
 
     directions: list[Tree]
@@ -268,6 +299,7 @@ class Candidate(NamedTuple):
     steps: Float[Array, " k"]
     change: Scalar
     length: Scalar
+    carried: Carried
 
 
 def _kept(
@@ -294,12 +326,14 @@ class Steps(NamedTuple):
       adapt_damping: whether the direction's own damping gamma is adapted.
       momentum: whether the last update is a direction as well.
       l2: eta, of what is added to the loss.
+      model_period: the steps from one measurement of the model's curvature to the next.
     """
 
     damping: float
     adapt_damping: bool
     momentum: bool
     l2: float
+    model_period: int = 1
 
 
 def complete(
@@ -322,8 +356,10 @@ def complete(
         inner_damping=damping,
         l2=steps.l2,
         momentum=steps.momentum,
+        model_period=steps.model_period,
+        learning_rate=learning_rate,
     )
-    return optax.chain(step, descend(learning_rate))
+    return optax.chain(step, optax.scale(-1))
 
 
 def descend(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

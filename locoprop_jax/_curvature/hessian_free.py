@@ -15,6 +15,7 @@ from locoprop_jax._curvature.products import linearise
 from locoprop_jax._curvature.quadratic import (
     ValueFn,
     check_line,
+    curvature_along,
     dtype_of_model,
     judge,
     levenberg_marquardt,
@@ -127,7 +128,8 @@ def scale_by_hessian_free(
             pushed = network.push(like(vector, params))
             return _linalg.wide(network.pull(network.hessian(pushed)))
 
-        unit = quadratic_model(network, slope, [like(slope, params)]).rayleigh
+        along = [like(slope, params)]
+        unit = quadratic_model(slope, along, curvature_along(network, along)).rayleigh
         first = jnp.asarray(damping, dtype) * unit.astype(dtype)
         last, factor = like(state.previous, params), jnp.asarray(damping_decay, dtype)
         verdict = judge(value_fn, value, slope, params, last, l2, state.model_change)

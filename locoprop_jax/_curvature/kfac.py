@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import optax
@@ -15,6 +16,7 @@ from locoprop_jax._curvature.shared_weights import has_trace_ratio, trace_ratio
 from locoprop_jax._layers.blocks import curvature_of, dtype_of
 from locoprop_jax._layers.captured import Captured
 from locoprop_jax._layers.layers import Layers
+from locoprop_jax._layers import rows
 from locoprop_jax._layers.rows import Block, join_rows
 from locoprop_jax._layers.stacking import over_stack
 from locoprop_jax._neurons.amortised import Amortisation, is_too_large, row_limit
@@ -132,7 +134,9 @@ def _direction(
             moment = over_stack(layer, of_rows)(join_rows(columns, 3))
             if match_trace and has_trace_ratio(layer, arrays, slope):
                 inputs = arrays.inputs.astype(dtype)
-                ratio = over_stack(layer, trace_ratio)(inputs, columns, slope)
+                count = rows.count(arrays.rows(dtype))
+                of_layer = functools.partial(trace_ratio, count=count)
+                ratio = over_stack(layer, of_layer)(inputs, columns, slope)
                 moment = over_stack(layer, _linalg.scale)(moment, ratio)
             return moment
 
@@ -158,6 +162,7 @@ def kfac(
     inverse_period: int = 20,
     statistics_steps: int = 1,
     momentum: bool = True,
+    model_period: int = 5,
     match_trace: bool = True,
     max_size: int | None = None,
     l2: float = 0.0,
@@ -182,6 +187,8 @@ def kfac(
         multiple, because where nothing is inverted gamma has no effect.
       statistics_steps: how many steps up to each inversion gather statistics.
       momentum: whether the step is the best one along the direction and the last update.
+      model_period: the steps from one measurement of the model's curvature to the next, where
+        batches are noisy, as for `scale_by_gauss_newton_step`.
       match_trace: whether the curvature of weights that an example uses at several positions has
         the exact block's trace, as for `scale_by_kfac`.
       max_size: factors of more rows are kept by their diagonals, as for `scale_by_kfac`.
@@ -209,7 +216,7 @@ def kfac(
         ),
         damping,
         learning_rate,
-        Steps(step_damping, adapt_damping, momentum, l2),
+        Steps(step_damping, adapt_damping, momentum, l2, model_period),
     )
 
 

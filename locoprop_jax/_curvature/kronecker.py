@@ -20,7 +20,7 @@ from locoprop_jax._checks import check_not_negative
 from locoprop_jax._layers import rows
 from locoprop_jax._layers.blocks import dtype_of, matrix, unmatrix
 from locoprop_jax._layers.captured import Captured
-from locoprop_jax._layers.layers import Layers
+from locoprop_jax._layers.layers import Layer, Layers
 from locoprop_jax._layers.method import Batch, matrix_shapes, transformation
 from locoprop_jax._layers.rows import Block, Inputs
 from locoprop_jax._layers.stacking import map_layers, over_stack
@@ -114,12 +114,21 @@ class Damping(NamedTuple):
             return InputFactor(factors.inputs, jnp.zeros(block.shape[:-2], block.dtype))
         return EigenFactors(factors, jnp.zeros(block.shape, block.dtype)) if self.exact else factors
 
-    def invert(self, factors: Factors) -> Factors | InputFactor | EigenFactors:
-        """The inverse of the damped product of two factors."""
+    def invert(
+        self, factors: Factors, unit: Float[Array, ""]
+    ) -> Factors | InputFactor | EigenFactors:
+        """The inverse of the damped product of two factors.
+
+        Args:
+          factors: of a layer.
+          unit: what the amount is in units of, if it is relative.
+        """
+        amount = jnp.asarray(self.amount, unit.dtype)
+        amount = amount * unit if self.relative else amount
         if self.exact:
-            return self._invert_exactly(factors)
+            return _invert_exactly(factors, amount)
         inputs, outputs = _mean_eigenvalues(factors)
-        pi, root = jnp.sqrt(inputs / outputs), jnp.sqrt(self._amount(factors))
+        pi, root = jnp.sqrt(inputs / outputs), jnp.sqrt(amount)
         inverse = _linalg.inverse(_linalg.damped(factors.inputs, root * pi))
         if self.output_factor == "constant":
             smallest = jnp.finfo(root.dtype).tiny
@@ -140,17 +149,13 @@ class Damping(NamedTuple):
         both = _linalg.multiply_right(alone, by.outputs)
         return _as_long_as(both, alone) if self.output_factor == "norm" else both
 
-    def _amount(self, factors: Factors) -> Float[Array, ""]:
-        inputs, outputs = _mean_eigenvalues(factors)
-        amount = jnp.asarray(self.amount, inputs.dtype)
-        return amount * inputs * outputs if self.relative else amount
 
-    def _invert_exactly(self, factors: Factors) -> EigenFactors:
-        values, bases = zip(*map(_eigenvalues, factors), strict=True)
-        inputs, outputs = (jnp.maximum(value, 0) for value in values)
-        products = inputs[:, None] * outputs[None] + self._amount(factors)
-        smallest = jnp.finfo(products.dtype).tiny
-        return EigenFactors(Factors(*bases), 1 / jnp.maximum(products, smallest))
+def _invert_exactly(factors: Factors, amount: Float[Array, ""]) -> EigenFactors:
+    values, bases = zip(*map(_eigenvalues, factors), strict=True)
+    inputs, outputs = (jnp.maximum(value, 0) for value in values)
+    products = inputs[:, None] * outputs[None] + amount
+    smallest = jnp.finfo(products.dtype).tiny
+    return EigenFactors(Factors(*bases), 1 / jnp.maximum(products, smallest))
 
 
 def _eigenvalues(factor: Array) -> tuple[Array, Array]:
@@ -217,7 +222,9 @@ def scale_by_kronecker(
             }
 
         def invert(averages: dict[str, Factors]) -> dict[str, Any]:
-            return map_layers(layers, lambda _, factors: damping.invert(factors), averages)
+            units = {name: unit_of(layers[name], factors) for name, factors in averages.items()}
+            sources = {name: (factors, units[name]) for name, factors in averages.items()}
+            return map_layers(layers, lambda _, own: damping.invert(*own), sources)
 
         def apply(_: str, arrays: tuple[Block, Any]) -> Block:
             slope, inverse = arrays
@@ -257,6 +264,21 @@ def _factors(
     moment = rows.extended_squares if is_too_large(d, max_size) else rows.extended_moment
     dtype = dtype_of(like)
     return Factors(moment(inputs, like) / rows.count(inputs), outputs.astype(dtype))
+
+
+def unit_of(layer: Layer, factors: Factors) -> Float[Array, "*stack"]:
+    """What relative damping is in units of: the mean eigenvalue of the product of the factors.
+
+    The entries of a scale, or of a bias on its own, are layers of one output each, and their factor
+    a number that is seldom known well: of few examples some are next to zero. They are damped in
+    units of the mean over all entries, as a layer's outputs are, or those entries would be thrown
+    far.
+    """
+    inputs, outputs = over_stack(layer, _mean_eigenvalues)(factors)
+    products = inputs * outputs
+    if layer.kind in ("scale", "bias"):
+        return jnp.broadcast_to(products.mean(), products.shape)
+    return products
 
 
 def _mean_eigenvalues(factors: Factors) -> tuple[Float[Array, ""], Float[Array, ""]]:

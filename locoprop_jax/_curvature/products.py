@@ -185,6 +185,30 @@ def linearise(
     Raises:
       ValueError: the outputs cannot be told.
     """
+    return network_of(loss_fn, params, args, kwargs, has_aux, asked).at(params)
+
+
+class Network(NamedTuple):
+    """A loss function, traced and understood, before anything is run.
+
+    Attributes:
+      at: linearised at some parameters, of the shapes that it was traced with.
+      is_non_negative: whether the loss is seen never to be negative.
+    """
+
+    at: Callable[[Tree], Linearised]
+    is_non_negative: bool
+
+
+def network_of(
+    loss_fn: Callable[..., Any],
+    params: Tree,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    has_aux: bool,
+    asked: str,
+) -> Network:
+    """What `linearise` does before it runs the network; its arguments and errors are the same."""
     traced = trace(loss_fn, params, tuple(args), kwargs, has_aux)
     program = traced.program
     targets = find_targets(traced, asked, layer_names(traced), ())
@@ -201,26 +225,29 @@ def linearise(
         )
         return [recorded[wanted[target.value]] for target in targets], recorded
 
-    # By the transpose of the pass backward, which also exists where only that one is defined.
-    outputs, pull, recorded = jax.vjp(forward, params, has_aux=True)
-    push = jax.linear_transpose(lambda u: pull(u)[0], outputs)
-    given = [*jax.tree.leaves(params), *traced.arguments]
-    known: dict[int, Any] = dict(zip(program.inputs, given, strict=True))
-    known |= program.constants
-    known |= {value: recorded[address] for value, address in wanted.items()}
+    def at(params: Tree) -> Linearised:
+        # By the transpose of the pass backward, which also exists where only that one is defined.
+        outputs, pull, recorded = jax.vjp(forward, params, has_aux=True)
+        push = jax.linear_transpose(lambda u: pull(u)[0], outputs)
+        given = [*jax.tree.leaves(params), *traced.arguments]
+        known: dict[int, Any] = dict(zip(program.inputs, given, strict=True))
+        known |= program.constants
+        known |= {value: recorded[address] for value, address in wanted.items()}
 
-    slopes = {v: jax.grad(rest.function(known))(known[v]) for v, rest in rests.items()}
-    points = [curvature.point(t, known, known[t.value], slopes) for t in targets]
-    # Once: it may take a factorisation, which a loop over products would repeat.
-    products = [_hessian(target, point) for target, point in zip(targets, points, strict=True)]
+        slopes = {v: jax.grad(rest.function(known))(known[v]) for v, rest in rests.items()}
+        points = [curvature.point(t, known, known[t.value], slopes) for t in targets]
+        # Once: it may take a factorisation, which a loop over products would repeat.
+        products = [_hessian(target, point) for target, point in zip(targets, points, strict=True)]
 
-    def hessian(vectors: Outputs) -> Outputs:
-        return [product(vector) for product, vector in zip(products, vectors, strict=True)]
+        def hessian(vectors: Outputs) -> Outputs:
+            return [product(vector) for product, vector in zip(products, vectors, strict=True)]
+
+        return Linearised(
+            lambda v: push(v)[0], lambda u: pull(u)[0], hessian, targets, points, is_positive
+        )
 
     is_positive = is_non_negative(traced, targets)
-    return Linearised(
-        lambda v: push(v)[0], lambda u: pull(u)[0], hessian, targets, points, is_positive
-    )
+    return Network(at, is_positive)
 
 
 def _hessian(target: Target, point: Point) -> Callable[[Array], Array]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_real, is_number
-from locoprop_jax._curvature.products import Linearised
+from locoprop_jax._curvature.products import Linearised, Network
 from locoprop_jax._trees import wide_dtype
 
 # The first radius of the trust region, as a share of the first loss; chosen on the problems of
@@ -43,25 +43,80 @@ class Model(NamedTuple):
         length = self.lengths[0, 0]
         return jnp.where(length > 0, self.curvature[0, 0] / jnp.where(length > 0, length, 1), 0)
 
+    def damped(self, damping: Scalar) -> Float[Array, "k k"]:
+        """The curvature with that of the damping."""
+        return self.curvature + damping.astype(self.lengths.dtype) * self.lengths
 
-def quadratic_model(network: Linearised, slope: Tree, directions: list[Tree]) -> Model:
-    """What the model knows of some directions: one forward-mode pass for each."""
-    pushed = [network.push(direction) for direction in directions]
-    bent = [network.hessian(outputs) for outputs in pushed]
+    def change(self, damping: Scalar, steps: Float[Array, " k"]) -> Scalar:
+        """Of the damped model by steps that are subtracted; zero where it is not a number."""
+        change = steps @ self.damped(damping) @ steps / 2 - steps @ self.slope
+        return jnp.where(jnp.isfinite(change), change, 0)
 
-    def product(a: Tree, b: Tree) -> Array:
-        return _linalg.dot(_linalg.wide(a), _linalg.wide(b))
 
-    def gram(left: list[Tree], right: list[Tree]) -> Array:
-        half = {(i, j): product(left[i], right[j]) for i in range(len(left)) for j in range(i + 1)}
-        rows = [[half[max(i, j), min(i, j)] for j in range(len(left))] for i in range(len(left))]
-        return jnp.stack([jnp.stack(row) for row in rows])
-
+def quadratic_model(
+    slope: Tree, directions: list[Tree], curvature: Float[Array, "k k"]
+) -> Model:
+    """What the model knows of some directions."""
     return Model(
-        jnp.stack([product(slope, direction) for direction in directions]),
-        gram(pushed, bent),
-        gram(directions, directions),
+        jnp.stack([_product(slope, direction) for direction in directions]),
+        curvature,
+        _gram(directions, directions),
     )
+
+
+def curvature_along(network: Linearised, directions: list[Tree]) -> Float[Array, "k k"]:
+    """Of the Gauss-Newton matrix on some directions: one forward-mode pass for each."""
+    pushed = [network.push(direction) for direction in directions]
+    return _gram(pushed, [network.hessian(outputs) for outputs in pushed])
+
+
+def _product(a: Tree, b: Tree) -> Array:
+    return _linalg.dot(_linalg.wide(a), _linalg.wide(b))
+
+
+def _gram(left: list[Tree], right: list[Tree]) -> Float[Array, "k k"]:
+    half = {(i, j): _product(left[i], right[j]) for i in range(len(left)) for j in range(i + 1)}
+    rows = [[half[max(i, j), min(i, j)] for j in range(len(left))] for i in range(len(left))]
+    return jnp.stack([jnp.stack(row) for row in rows])
+
+
+class Carried(NamedTuple):
+    """What one step's curvature says of the next ones', which are not measured.
+
+    A direction d = M^-1 g is as long in its own metric M as it is steep, d'Md = d'g. How many times
+    that the Gauss-Newton matrix C has along it changes slowly, and so does the angle between d and
+    the last update in the metric of C.
+
+    Attributes:
+      ratio: d'Cd / d'g.
+      cosine: of that angle.
+      square: s'Cs of the last update s.
+    """
+
+    ratio: Scalar
+    cosine: Scalar
+    square: Scalar
+
+    def curvature(self, slope: Float[Array, " k"]) -> Float[Array, "k k"]:
+        """What it has to be along a direction of this slope, and along the last update."""
+        own = self.ratio * jnp.maximum(slope[0], 0)
+        if len(slope) == 1:
+            return own[None, None]
+        both = self.cosine * jnp.sqrt(own * self.square)
+        return jnp.stack([jnp.stack([own, both]), jnp.stack([both, self.square])])
+
+    @classmethod
+    def of(cls, model: Model, steps: Float[Array, " k"]) -> Carried:
+        """From the model of this step, and the steps that were taken."""
+        own, slope = model.curvature[0, 0], model.slope[0]
+        last = model.curvature[-1, -1]
+        size = jnp.sqrt(jnp.maximum(own * last, 0))
+        both = model.curvature[0, -1] if len(steps) == 2 else jnp.zeros_like(own)
+        return cls(
+            jnp.where(slope > 0, own / jnp.where(slope > 0, slope, 1), 0),
+            jnp.where(size > 0, both / jnp.where(size > 0, size, 1), 0),
+            jnp.maximum(steps @ model.curvature @ steps, 0),
+        )
 
 
 def minimum(
@@ -70,8 +125,8 @@ def minimum(
     loss: Any = jnp.inf,
     most: Any = jnp.inf,
     radius: Any = jnp.inf,
-) -> tuple[Float[Array, " k"], Scalar]:
-    """The steps (to be subtracted) that lower the damped model most, and how it then changes.
+) -> Float[Array, " k"]:
+    """The steps (to be subtracted) that lower the damped model most.
 
     Zero where the model has no minimum: along a direction of no or negative curvature. Shorter
     where the outputs would move further than the radius; and where the model would fall by more
@@ -84,7 +139,7 @@ def minimum(
       most: of the last update, forwards or backwards.
       radius: of half the squared length of the step in the metric of the undamped matrix.
     """
-    matrix = model.curvature + damping.astype(model.lengths.dtype) * model.lengths
+    matrix = model.damped(damping)
     steps = _solution(matrix, model.slope)
     if len(steps) == 2:
         held = jnp.clip(steps[1], -most, most)
@@ -95,9 +150,7 @@ def minimum(
     steps = steps * jnp.where(is_long, jnp.sqrt(radius / jnp.where(is_long, length, 1)), 1)
     slope, most_slope = steps @ model.slope, 2 * jnp.asarray(loss, steps.dtype)
     is_more = slope > most_slope  # at its minimum along a step the model has fallen by half of it
-    steps = steps * jnp.where(is_more, most_slope / jnp.where(is_more, slope, 1), 1)
-    change = steps @ matrix @ steps / 2 - steps @ model.slope
-    return steps, jnp.where(jnp.isfinite(change), change, 0)
+    return steps * jnp.where(is_more, most_slope / jnp.where(is_more, slope, 1), 1)
 
 
 def _solution(matrix: Float[Array, "k k"], slope: Float[Array, " k"]) -> Float[Array, " k"]:
@@ -111,7 +164,7 @@ def _solution(matrix: Float[Array, "k k"], slope: Float[Array, " k"]) -> Float[A
     return jnp.where(jnp.isfinite(steps).all(), steps, 0)
 
 
-def most_fall(network: Linearised, value: Any, l2: Any, dtype: Any) -> Scalar:
+def most_fall(network: Network, value: Any, l2: Any, dtype: Any) -> Scalar:
     """All of the loss, where it is made of marked losses that are never negative; else infinity.
 
     A loss of unknown sign may fall by any amount, and with l2 its model has a part more.

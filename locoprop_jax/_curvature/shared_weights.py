@@ -16,16 +16,17 @@ def has_trace_ratio(layer: Layer, arrays: LayerArrays, like: Block) -> bool:
 
     Those of convolutions and lookups are not written out for this.
     """
-    if "kernel" not in like or layer.kind != "dense" or layer.uses > 1:
+    if "kernel" not in like or layer.kind not in ("dense", "tied"):
         return False
     is_array = not isinstance(arrays.rows(like["kernel"].dtype), Structured)
-    return is_array and arrays.outputs.shape[-2] > 1
+    return layer.kind == "tied" or is_array and arrays.outputs.shape[-2] > 1
 
 
 def trace_ratio(
     inputs: Float[Array, "batch shared d_in"],
     cotangents: Float[Array, "samples batch shared d_out"],
     like: Block,
+    count: int,
 ) -> Float[Array, ""]:
     """The trace of a layer's Fisher or Gauss-Newton block over that of its positions taken apart.
 
@@ -43,6 +44,6 @@ def trace_ratio(
         both = jnp.einsum("bst,kbso,kbto->", of_inputs, c, c)
     else:
         both = jnp.square(jnp.einsum("bsi,kbso->kbio", a, c)).sum()
-    apart = jnp.einsum("bs,kbs->", jnp.square(a).sum(-1), jnp.square(c).sum(-1))
+    apart = jnp.square(a).sum() / count * jnp.square(c).sum()
     usable = jnp.isfinite(both) & jnp.isfinite(apart) & (both > 0) & (apart > 0)
     return jnp.where(usable, both / jnp.where(usable, apart, 1), 1)
