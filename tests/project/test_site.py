@@ -8,6 +8,7 @@ import json
 import os
 import queue
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,6 +92,15 @@ def test_every_formula_became_mathml(site):
     formulas = re.findall(r"<math\b.*?</math>", "".join(pages(site).values()), re.DOTALL)
     assert len(formulas) > 300
     assert [formula for formula in formulas if "\\" in formula] == []
+
+
+def test_a_formula_that_cannot_be_converted_is_an_error_and_code_keeps_its_dollars():
+    hook = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "offline.py")))
+    assert "<mfrac>" in hook.mathml(r"\frac{1}{2} &lt; x", block=True)
+    with pytest.raises(Exception, match="unknowncommand"):
+        hook.mathml(r"\unknowncommand", block=False)
+    cell = "<code>$x$</code> and $x$"
+    assert hook.IN_CELL.sub(hook.in_cell, cell).startswith("<code>$x$</code> and <math>")
 
 
 # --- in a browser --------------------------------------------------------------------------------
