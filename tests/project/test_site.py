@@ -110,6 +110,7 @@ LOOK = """<!doctype html><body><script>
 const later = (ms) => new Promise((done) => setTimeout(done, ms));
 async function open(page) {
   const frame = document.createElement("iframe");
+  frame.style.visibility = "hidden"; // laid out, but not painted
   frame.height = 900; frame.width = 1280; frame.src = page;
   document.body.append(frame);
   await new Promise((done) => (frame.onload = done));
