@@ -33,6 +33,13 @@ def test_the_readmes_example_runs():
     scope = {}
     exec(code, scope)
     assert scope["losses"][-1] < scope["losses"][0]
+    assert str(scope["layers"]) in README.read_text()
+
+
+def test_the_readmes_code_is_no_wider_than_github_shows_at_1280_pixels():
+    blocks = re.findall(r"^```\w*\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) > 3
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 90] == []
 
 
 @pytest.mark.standard_promotion
@@ -86,7 +93,7 @@ def test_what_the_tour_names_exists():
 
 
 def test_links_between_files_of_the_repository_lead_somewhere():
-    pages = [README, *DOCS.glob("*.md")]
+    pages = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *DOCS.glob("measurements/*.md")]
     links = [
         (page, link.partition("#")[0])
         for page in pages

@@ -51,6 +51,10 @@ def test_the_version_is_that_of_the_metadata_and_has_its_changes_listed():
     )
 
 
+def test_the_citation_names_the_version():
+    assert f"\nversion: {lp.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def imported(code: str) -> set[str]:
     """The packages that some code imports, in a Python of its own."""
     code += "; import sys; print(*{name.partition('.')[0] for name in sys.modules})"
