@@ -71,6 +71,7 @@ from locoprop_jax._neurons.foof import foof as foof
 from locoprop_jax._neurons.foof import scale_by_foof as scale_by_foof
 from locoprop_jax._neurons.length import scale_by_output_rms as scale_by_output_rms
 from locoprop_jax._neurons.metric import scale_by_metric_norm as scale_by_metric_norm
+from locoprop_jax._plotting import plot as plot
 from locoprop_jax._training.averaging import IterateAverageState as IterateAverageState
 from locoprop_jax._training.averaging import average_iterates as average_iterates
 from locoprop_jax._training.averaging import averaged_params as averaged_params

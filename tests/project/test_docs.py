@@ -61,7 +61,7 @@ def test_every_public_name_is_in_the_reference_and_has_a_docstring():
     names = [name for name in public if not isinstance(getattr(locoprop_jax, name), ModuleType)]
     assert [name for name in names if not getattr(locoprop_jax, name).__doc__] == []
     listed = re.findall(r"^::: locoprop_jax\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted({*names, "losses"})
+    assert sorted(listed) == sorted({*names, "losses", "plot"})
 
 
 def test_the_tests_that_the_mathematics_names_exist():
