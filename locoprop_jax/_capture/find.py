@@ -55,7 +55,7 @@ def find_layers(
         no layer, or `on_uncaptured` is unknown.
       TypeError: the loss is not a scalar, or a parameter is not an array.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, locoprop_jax as lp
       >>> params = {"code": jnp.ones((3, 2)), "bias": jnp.zeros(2), "out": jnp.ones((2, 3))}
       >>> def loss_fn(params, x):
