@@ -80,18 +80,20 @@ from locoprop_jax._training.training import with_fallback as with_fallback
 if _typing.TYPE_CHECKING:
     from locoprop_jax._training.flax import TrainState as TrainState
 
+    __version__: str
+else:  # where a type checker saw this, no misspelt name would be a mistake
 
-def __getattr__(name: str) -> object:
-    if name == "TrainState":  # Flax is imported only by those who use it
-        try:
-            from locoprop_jax._training.flax import TrainState
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "`TrainState` extends Flax's: pip install 'locoprop_jax[flax]'", name=error.name
-            ) from error
-        return TrainState
-    if name == "__version__":
-        from importlib.metadata import version
+    def __getattr__(name: str) -> object:
+        if name == "TrainState":  # Flax is imported only by those who use it
+            try:
+                from locoprop_jax._training.flax import TrainState
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    "`TrainState` extends Flax's: pip install 'locoprop_jax[flax]'", name=error.name
+                ) from error
+            return TrainState
+        if name == "__version__":
+            from importlib.metadata import version
 
-        return version("locoprop_jax")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return version("locoprop_jax")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

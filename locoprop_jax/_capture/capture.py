@@ -27,7 +27,7 @@ def value_grad_and_capture(
     curvature: str | None = None,
     samples: int = 1,
     defer_curvature: bool = False,
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[Any, Any, Captured]]:
     """`jax.value_and_grad` that also returns what each layer saw.
 
     With `curvature`, each layer also gets cotangents C whose products C'C, summed over samples and
