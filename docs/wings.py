@@ -17,9 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "locoprop_jax"
 
 INK, SOFT, LINE, PALE = "#1f2933", "#616e7c", "#cbd2d9", "#f5f7fa"
-COLORS = ("#2f6fb5", "#2f8f6b", "#d9772b", "#7d55b0", "#1b8a9a", "#b5446e", "#8a6d3b")
+COLORS = ("#2f6fb5", "#2f8f6b", "#d9772b", "#7d55b0", "#1b8a9a", "#b5446e", "#8a6d3b", "#5c7a29")
 WIDTH, EDGE, PAD = 1060, 28, 16
 ASIDE, BELOW = 20, 44  # between rooms
+FIRST_CHIP, CHIP = PAD + 54, 22  # what a wing imports: beside "imports", so high each
 LETTER = 0.6  # the width of a letter over its size: what a wide font needs
 
 # --- the imports ---------------------------------------------------------------------------------
@@ -150,7 +151,28 @@ class Room(NamedTuple):
     @property
     def needs(self) -> float:
         """Its height, if it stood alone on its floor."""
-        return 74 + 17 * len(self.caption) + 20 * len(self.contents)
+        lines = len(set(foot for _, foot, _ in self.chips))
+        return 52 + 17 * len(self.caption) + 20 * len(self.contents) + CHIP * lines
+
+    @property
+    def chips(self) -> list[tuple[str, int, float]]:
+        """What it imports, each with its line, counted from the lowest, and its place there."""
+        places, line, left = [], 0, FIRST_CHIP
+        for other in [PACKAGE, *wings()]:
+            if other in doors(self.of):
+                if left + chip_width(other) > self.w - PAD:
+                    line, left = line + 1, FIRST_CHIP
+                places.append((other, line, left))
+                left += chip_width(other) + 6
+        return places
+
+
+def chip_name(of: str) -> str:
+    return "ground floor" if of == PACKAGE else short(of)
+
+
+def chip_width(of: str) -> float:
+    return 11 * LETTER * len(chip_name(of)) + 12
 
 
 def card(room: Room, y: float, height: float, colors: dict[str, str]) -> list[str]:
@@ -167,13 +189,10 @@ def card(room: Room, y: float, height: float, colors: dict[str, str]) -> list[st
     y += 4
     for text in room.contents:
         parts.append(write(left, y := y + 20, text))
-    left += 54
-    for other in [name for name in colors if name in doors(room.of)]:
-        name = "ground floor" if other == PACKAGE else short(other)
-        w = 11 * LETTER * len(name) + 12
-        parts.append(box(left, foot - 13, w, 18, colors[other], "none"))
-        parts.append(write(left + w / 2, foot, name, 11, "#ffffff", CENTRED))
-        left += w + 6
+    for other, line, place in room.chips:
+        x, w, low = room.x + place, chip_width(other), foot - CHIP * line
+        parts.append(box(x, low - 13, w, 18, colors[other], "none"))
+        parts.append(write(x + w / 2, low, chip_name(other), 11, "#ffffff", CENTRED))
     return parts
 
 

@@ -71,6 +71,7 @@ from locoprop_jax._neurons.foof import foof as foof
 from locoprop_jax._neurons.foof import scale_by_foof as scale_by_foof
 from locoprop_jax._neurons.length import scale_by_output_rms as scale_by_output_rms
 from locoprop_jax._neurons.metric import scale_by_metric_norm as scale_by_metric_norm
+from locoprop_jax._plotting import plot as plot
 from locoprop_jax._training.averaging import IterateAverageState as IterateAverageState
 from locoprop_jax._training.averaging import average_iterates as average_iterates
 from locoprop_jax._training.averaging import averaged_params as averaged_params
@@ -79,18 +80,20 @@ from locoprop_jax._training.training import with_fallback as with_fallback
 if _typing.TYPE_CHECKING:
     from locoprop_jax._training.flax import TrainState as TrainState
 
+    __version__: str
+else:  # where a type checker saw this, no misspelt name would be a mistake
 
-def __getattr__(name: str) -> object:
-    if name == "TrainState":  # Flax is imported only by those who use it
-        try:
-            from locoprop_jax._training.flax import TrainState
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "`TrainState` extends Flax's: pip install 'locoprop_jax[flax]'", name=error.name
-            ) from error
-        return TrainState
-    if name == "__version__":
-        from importlib.metadata import version
+    def __getattr__(name: str) -> object:
+        if name == "TrainState":  # Flax is imported only by those who use it
+            try:
+                from locoprop_jax._training.flax import TrainState
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    "`TrainState` extends Flax's: pip install 'locoprop_jax[flax]'", name=error.name
+                ) from error
+            return TrainState
+        if name == "__version__":
+            from importlib.metadata import version
 
-        return version("locoprop_jax")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return version("locoprop_jax")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

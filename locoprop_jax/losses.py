@@ -159,7 +159,7 @@ def output_loss(
       A decorator of `loss(outputs, labels)`, which maps outputs (*examples, *outputs of one) and
       any labels to losses (*examples,), each a function of its own example's outputs alone.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, locoprop_jax as lp
       >>> @lp.losses.output_loss(sample=lambda rng, a: jax.random.poisson(rng, jnp.exp(a)))
       ... def poisson(log_rates, counts):

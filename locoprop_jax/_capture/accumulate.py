@@ -33,7 +33,7 @@ def accumulate(
     Raises:
       ValueError: the arguments have no common first axis.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, locoprop_jax as lp
       >>> def loss_fn(w, x):
       ...     return jnp.mean((x @ w["kernel"]) ** 2)

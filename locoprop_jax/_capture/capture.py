@@ -27,7 +27,7 @@ def value_grad_and_capture(
     curvature: str | None = None,
     samples: int = 1,
     defer_curvature: bool = False,
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[Any, Any, Captured]]:
     """`jax.value_and_grad` that also returns what each layer saw.
 
     With `curvature`, each layer also gets cotangents C whose products C'C, summed over samples and
@@ -83,7 +83,7 @@ def value_grad_and_capture(
       ValueError: `curvature` or `samples` is out of range, or the curvature of this loss cannot be
         told, or is asked of complex layers; the message says why and what to do.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, locoprop_jax as lp
       >>> def loss_fn(w, x):
       ...     return jnp.mean((x @ w["kernel"]) ** 2)

@@ -11,6 +11,7 @@ import jax
 
 from locoprop_jax._capture.plan import LayerPlan, plan_layers
 from locoprop_jax._layers.layers import Layer, Layers, Uncaptured
+from locoprop_jax._layers.table import is_large, left_out
 from locoprop_jax._layers.transfer import TracedPiece, Transfer, given, identity, recognise
 from locoprop_jax._tracing import chains
 from locoprop_jax._tracing.flow import Piece
@@ -54,7 +55,7 @@ def find_layers(
         no layer, or `on_uncaptured` is unknown.
       TypeError: the loss is not a scalar, or a parameter is not an array.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, locoprop_jax as lp
       >>> params = {"code": jnp.ones((3, 2)), "bias": jnp.zeros(2), "out": jnp.ones((2, 3))}
       >>> def loss_fn(params, x):
@@ -101,14 +102,18 @@ def _uncaptured(traced: Traced) -> list[Uncaptured]:
 
 def _check_found(layers: Layers, on_uncaptured: str) -> None:
     """Refuse what methods would leave as it is, or say so where they would leave everything."""
-    missing = [other for other in layers.uncaptured if other.has_gradient]
-    if not missing and not layers:
-        lines = [f"  {o.path} {list(o.shape)}: {o.reason}" for o in layers.uncaptured]
+    if layers and not any(other.has_gradient for other in layers.uncaptured):
+        return
+    about = layers.to_dict()
+    folded = is_large(about)
+    missing = [other for other in about["uncaptured"] if other["has_gradient"]]
+    if not missing:
+        lines = left_out(about["uncaptured"], folded)
         raise ValueError(
             "`find_layers` found no layer in this loss function. Its parameters:\n"
             + ("\n".join(lines) or "  (none)")
         )
-    lines = "\n".join(f"  {o.path} {list(o.shape)}: {o.reason}. {o.remedy}" for o in missing)
+    lines = "\n".join(left_out(missing, folded, remedies=True))
     if missing and on_uncaptured == "error":
         found = f"{len(layers)} layers, but these parameters are in none"
         raise ValueError(

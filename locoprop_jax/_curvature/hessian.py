@@ -62,7 +62,7 @@ def hessian_blocks(
       Botev et al., `Practical Gauss-Newton Optimisation for Deep Learning
       <https://arxiv.org/abs/1706.03662>`_, 2017: section 2.2, appendices A and E.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, locoprop_jax as lp
       >>> def loss_fn(w, x):
       ...     return jnp.sum(jnp.tanh(x @ w["in"]) @ w["out"])

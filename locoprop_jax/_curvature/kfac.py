@@ -203,6 +203,30 @@ def kfac(
 
     Raises:
       ValueError, TypeError: as `scale_by_kfac` and `scale_by_gauss_newton_step`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, locoprop_jax as lp
+      >>> def loss_fn(params, x, y):
+      ...     hidden = jnp.tanh(x @ params["in"])
+      ...     return jnp.mean((hidden @ params["out"] - y) ** 2)
+      >>> params = {"in": jnp.cos(jnp.arange(12.0).reshape(3, 4)), "out": jnp.ones((4, 1))}
+      >>> x = jnp.sin(jnp.arange(15.0).reshape(5, 3))
+      >>> y = x[:, :1] * x[:, 1:2]
+      >>> tx = lp.kfac(lp.find_layers(loss_fn, params, x, y))
+      >>> state = tx.init(params)
+      >>> capture = lp.value_grad_and_capture(loss_fn, curvature="ggn_exact")
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     loss, grads, captured = capture(params, x, y)
+      ...     more = {"value": loss, "grad": grads, "value_fn": lambda p: loss_fn(p, x, y)}
+      ...     updates, state = tx.update(grads, state, params, captured=captured, **more)
+      ...     return optax.apply_updates(params, updates), state, loss
+      >>> losses = []
+      >>> for _ in range(5):
+      ...     params, state, loss = step(params, state)
+      ...     losses.append(f"{loss:.3f}")
+      >>> print(*losses)
+      0.665 0.049 0.035 0.031 0.029
     """
     amortisation = Amortisation(decay, inverse_period, statistics_steps)
     return complete(

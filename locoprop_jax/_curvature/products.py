@@ -89,7 +89,7 @@ def gauss_newton_vector_product(
       N. Schraudolph, `Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent
       <https://doi.org/10.1162/08997660260028683>`_, 2002.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, locoprop_jax as lp
       >>> def loss_fn(w, x):
       ...     return jnp.mean((x @ w["kernel"]) ** 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from locoprop_jax._layers import made
+from locoprop_jax._layers import made, table
 from locoprop_jax._layers.made import Made, Part, Point, Space
 from locoprop_jax._layers.parameter import Parameter
 from locoprop_jax._layers.transfer import Transfer
@@ -89,11 +88,7 @@ class Layer:
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         """The arrays of the tree, or parts of them, that its kernel and bias are made of."""
-        return tuple(
-            source
-            for part in self.parts.values()
-            for source in ((part,) if isinstance(part, Parameter) else part.sources)
-        )
+        return _sources(self.kernel) + _sources(self.bias)
 
     @property
     def has_bias(self) -> bool:
@@ -133,6 +128,33 @@ class Layer:
         both = {"kernel": block[..., : self.d_in, :], "bias": block[..., -1, :]}
         return {part: both[part] for part in self.parts}
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, see `Layers.to_dict`."""
+        own = {name: getattr(self, name) for name in _AS_THEY_ARE}
+        parameters = {"kernel": _sources(self.kernel), "bias": _sources(self.bias)}
+        return own | {
+            "window": list(self.window),
+            "transfer": self.transfer.name,
+            "note": self.transfer.note,
+            "parameters": {
+                part: [source.to_dict() for source in sources]
+                for part, sources in parameters.items()
+            },
+        }
+
+
+_AS_THEY_ARE = (
+    *("name", "kind", "d_in", "d_out", "stack", "has_bias", "rows", "uses", "size"),
+    *("is_output", "uses_head", "source", "bypasses"),
+)
+
+
+def _sources(part: Part | None) -> tuple[Parameter, ...]:
+    """The arrays of the tree, or parts of them, that a kernel or bias is made of."""
+    if isinstance(part, Made):
+        return part.sources
+    return () if part is None else (part,)
+
 
 @dataclasses.dataclass(frozen=True)
 class Uncaptured:
@@ -147,6 +169,16 @@ class Uncaptured:
     def remedy(self) -> str:
         """How to write the model so that it is in a layer; empty if there is nothing to remedy."""
         return self.reason.remedy
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, see `Layers.to_dict`."""
+        return {
+            "path": self.path,
+            "shape": list(self.shape),
+            "reason": str(self.reason),
+            "remedy": self.remedy,
+            "has_gradient": self.has_gradient,
+        }
 
 
 class Layers(Mapping[str, Layer]):
@@ -200,32 +232,40 @@ class Layers(Mapping[str, Layer]):
         return f"<Layers: {', '.join(self)}>"
 
     def __str__(self) -> str:
-        rows = [
-            (
-                layer.name,
-                layer.kind,
-                _sizes(layer),
-                "yes" if layer.has_bias else "no",
-                "?" if layer.rows is None else str(layer.rows),
-                _describe(layer),
-                f"{layer.size:,}",
-            )
-            for layer in self.values()
-        ]
-        header = ("layer", "kind", "shape", "bias", "rows", "transfer", "parameters")
-        total = f"{len(rows)} layers, {sum(layer.size for layer in self.values()):,} parameters"
-        text = [_table([header, *rows], right=(4, 6)), total]
-        for title, flag in (
-            ("Not in a layer (their gradient passes unchanged):", True),
-            ("Without a gradient:", False),
-        ):
-            lines = [
-                f"  {other.path} {list(other.shape)}: {other.reason}"
-                for other in self.uncaptured
-                if other.has_gradient is flag
-            ]
-            text += ["", title, *lines] if lines else []
-        return "\n".join(text)
+        return self.table()
+
+    def table(self, *, fold: bool | None = None) -> str:
+        """The text of `print(layers)`: a line for each layer, then the parameters in none.
+
+        Args:
+          fold: whether layers that differ in the numbers of their names alone share a line, whose
+            name has these numbers in braces: "h_{0..11}/attn" is twelve layers. Of several braces
+            all combinations are meant. None folds what would take more than 40 lines.
+        """
+        return table.table(self.to_dict(), fold)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is known of the model as plain data, which `json.dumps` takes.
+
+        Returns:
+          A dictionary with three entries.
+
+          "layers" is a list with a dictionary for each layer, in the order the data meets them.
+          It has the attributes of `Layer` under their names; "transfer" and "note" are the transfer
+          function's. "parameters" has two lists, "kernel" and "bias", of the arrays that these are
+          made of, each with its "path" and "shape". Its "part" is None for all of the array, or the
+          [start, limit] by axis.
+
+          "uncaptured" is a list of the parameters in no layer, each with its "path", "shape",
+          "reason", "remedy" and "has_gradient".
+
+          "size" is how many numbers the kernels and biases of all layers hold.
+        """
+        return {
+            "layers": [layer.to_dict() for layer in self.values()],
+            "uncaptured": [other.to_dict() for other in self.uncaptured],
+            "size": sum(layer.size for layer in self.values()),
+        }
 
 
 def replace(
@@ -269,34 +309,3 @@ def replace(
 def parameter_paths(layers: Mapping[str, Layer]) -> set[str]:
     """The paths of the parameters that are in a layer."""
     return {parameter.path for layer in layers.values() for parameter in layer.parameters}
-
-
-def _sizes(layer: Layer) -> str:
-    if layer.kind in ("scale", "bias"):
-        return str(layer.stack)
-    d_in = str(layer.d_in - (layer.has_bias and layer.bias is None))
-    if layer.kind == "conv":
-        channels = layer.d_in // math.prod(layer.window)
-        d_in = "x".join(map(str, (*layer.window, channels)))
-    return (
-        f"{layer.stack} x ({d_in} -> {layer.d_out})" if layer.stack else f"{d_in} -> {layer.d_out}"
-    )
-
-
-def _describe(layer: Layer) -> str:
-    if layer.uses_head:
-        return "(loss)"
-    name, note = layer.transfer.name, layer.transfer.note
-    return f"{name}: {note}" if note else name
-
-
-def _table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

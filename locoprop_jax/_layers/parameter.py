@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -42,3 +43,8 @@ class Parameter:
         if self.part is None:
             return own
         return self.part.put(jnp.zeros(self.shape, own.dtype) if leaf is None else leaf, own)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, see `Layers.to_dict`."""
+        part = self.part and [list(span) for span in zip(*self.part[1:], strict=True)]
+        return {"path": self.path, "shape": list(self.shape), "part": part}

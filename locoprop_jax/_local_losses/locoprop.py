@@ -79,6 +79,28 @@ def locoprop_s(
 
     Raises:
       ValueError, TypeError: as `scale_by_local_loss`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, locoprop_jax as lp
+      >>> def loss_fn(params, x, y):
+      ...     hidden = jnp.tanh(x @ params["in"])
+      ...     return jnp.mean((hidden @ params["out"] - y) ** 2)
+      >>> params = {"in": jnp.cos(jnp.arange(12.0).reshape(3, 4)), "out": jnp.ones((4, 1))}
+      >>> x = jnp.sin(jnp.arange(15.0).reshape(5, 3))
+      >>> y = x[:, :1] * x[:, 1:2]
+      >>> tx = lp.locoprop_s(lp.find_layers(loss_fn, params, x, y))
+      >>> state = tx.init(params)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     loss, grads, captured = lp.value_grad_and_capture(loss_fn)(params, x, y)
+      ...     updates, state = tx.update(grads, state, params, captured=captured)
+      ...     return optax.apply_updates(params, updates), state, loss
+      >>> losses = []
+      >>> for _ in range(5):
+      ...     params, state, loss = step(params, state)
+      ...     losses.append(f"{loss:.3f}")
+      >>> print(*losses)
+      0.665 0.292 0.084 0.035 0.028
     """
     rates, steps = (learning_rate, gamma, relative), (optimizer, iterations)
     return _iterated("squared", layers, rates, steps, regularizer, correction)
@@ -102,6 +124,28 @@ def locoprop_m(
     layer on the loss itself. Needs non-decreasing transfer functions.
 
     Arguments, result and errors are those of `locoprop_s`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, locoprop_jax as lp
+      >>> def loss_fn(params, x, y):
+      ...     hidden = jnp.tanh(x @ params["in"])
+      ...     return jnp.mean((hidden @ params["out"] - y) ** 2)
+      >>> params = {"in": jnp.cos(jnp.arange(12.0).reshape(3, 4)), "out": jnp.ones((4, 1))}
+      >>> x = jnp.sin(jnp.arange(15.0).reshape(5, 3))
+      >>> y = x[:, :1] * x[:, 1:2]
+      >>> tx = lp.locoprop_m(lp.find_layers(loss_fn, params, x, y))
+      >>> state = tx.init(params)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     loss, grads, captured = lp.value_grad_and_capture(loss_fn)(params, x, y)
+      ...     updates, state = tx.update(grads, state, params, captured=captured)
+      ...     return optax.apply_updates(params, updates), state, loss
+      >>> losses = []
+      >>> for _ in range(5):
+      ...     params, state, loss = step(params, state)
+      ...     losses.append(f"{loss:.3f}")
+      >>> print(*losses)
+      0.665 0.474 0.310 0.190 0.108
     """
     rates, steps = (learning_rate, gamma, relative), (optimizer, iterations)
     return _iterated("matching", layers, rates, steps, regularizer, correction)

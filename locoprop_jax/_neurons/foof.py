@@ -220,6 +220,28 @@ def foof(
 
     Raises:
       ValueError, TypeError: as `scale_by_foof`, `scale_by_output_rms` and `scale_by_metric_norm`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, locoprop_jax as lp
+      >>> def loss_fn(params, x, y):
+      ...     hidden = jnp.tanh(x @ params["in"])
+      ...     return jnp.mean((hidden @ params["out"] - y) ** 2)
+      >>> params = {"in": jnp.cos(jnp.arange(12.0).reshape(3, 4)), "out": jnp.ones((4, 1))}
+      >>> x = jnp.sin(jnp.arange(15.0).reshape(5, 3))
+      >>> y = x[:, :1] * x[:, 1:2]
+      >>> tx = lp.foof(lp.find_layers(loss_fn, params, x, y))
+      >>> state = tx.init(params)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     loss, grads, captured = lp.value_grad_and_capture(loss_fn)(params, x, y)
+      ...     updates, state = tx.update(grads, state, params, captured=captured)
+      ...     return optax.apply_updates(params, updates), state, loss
+      >>> losses = []
+      >>> for _ in range(5):
+      ...     params, state, loss = step(params, state)
+      ...     losses.append(f"{loss:.3f}")
+      >>> print(*losses)
+      0.665 0.571 0.484 0.405 0.334
     """
     check_unit(unit)
     direction = scale_by_foof(

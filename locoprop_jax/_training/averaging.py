@@ -43,7 +43,7 @@ def average_iterates(decay: float = 0.95) -> optax.GradientTransformation:
     Raises:
       ValueError: the decay is not in [0, 1); at update, there are no parameters.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, locoprop_jax as lp
       >>> tx = optax.chain(optax.sgd(1.0), lp.average_iterates())
       >>> params = {"w": jnp.array(4.0)}

@@ -26,6 +26,23 @@ def with_fallback(
 
     Returns:
       One optimizer for all parameters (an `optax.partition`).
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, locoprop_jax as lp
+      >>> def loss_fn(params, x, y):
+      ...     return jnp.mean(((x @ params["kernel"]) ** params["power"] - y) ** 2)
+      >>> params = {"kernel": jnp.ones((3, 1)), "power": jnp.ones(())}
+      >>> x = jnp.abs(jnp.sin(jnp.arange(15.0).reshape(5, 3)))
+      >>> y = x.sum(1, keepdims=True) ** 2
+      >>> layers = lp.find_layers(loss_fn, params, x, y, on_uncaptured="pass")
+      >>> [other.path for other in layers.uncaptured]
+      ['power']
+      >>> tx = lp.with_fallback(lp.lnb(layers), layers, optax.adam(0.1))
+      >>> state = tx.init(params)
+      >>> loss, grads, captured = jax.jit(lp.value_grad_and_capture(loss_fn))(params, x, y)
+      >>> updates, state = jax.jit(tx.update)(grads, state, params, captured=captured)
+      >>> print(f"{updates['power']:.2f}")
+      0.10
     """
     captured = parameter_paths(layers)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import locoprop_jax as lp
 from locoprop_jax import _linalg
-from locoprop_jax._neurons.boosting import _metric, metric_flops
+from locoprop_jax._neurons.layer_system import layer_metric, metric_flops
 from tests.dense_nets import (
     DEEP,
     Net,
@@ -380,7 +380,7 @@ def test_the_metric_is_applied_in_the_way_of_fewest_flops():
 @pytest.mark.parametrize("rows, d_in, has_gram", [(200, 5, True), (3, 50, False)])
 def test_the_gram_is_formed_where_that_is_cheaper(rows, d_in, has_gram):
     x, like = jnp.ones((rows, d_in)), {"kernel": jnp.ones((d_in, 4))}
-    metric = jax.make_jaxpr(lambda v: _metric(x, v, jnp.asarray(0.0), 3)(v))(like)
+    metric = jax.make_jaxpr(lambda v: layer_metric(x, v, jnp.asarray(0.0), 3)(v))(like)
     shapes = {v.aval.shape for equation in metric.eqns for v in equation.outvars}
     assert ((d_in, d_in) in shapes) == has_gram
 

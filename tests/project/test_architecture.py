@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "_layers": {"_tracing"},
     "_capture": {"_tracing", "_layers"},
     "_neurons": {"_layers"},
+    "_plotting": {"_layers", "_neurons"},
     "_training": {"_layers"},
     "_local_losses": {"_layers", "_training"},
     "_curvature": {"_tracing", "_layers", "_capture", "_neurons", "_training"},

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -15,13 +16,16 @@ from benchmarks.costs.capture_cost import images
 from benchmarks.shared.models import ViT
 
 MODULES = [module.name for module in pkgutil.walk_packages(locoprop_jax.__path__, "locoprop_jax.")]
+SLOW = {"locoprop_jax._curvature.kfac"}  # its steps take long to compile
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 
 
 @pytest.mark.standard_promotion
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in MODULES]
+)
 def test_docstring_examples_run(name):
     with jax.numpy_rank_promotion("allow"):  # JAX's default, which a user has
         assert doctest.testmod(importlib.import_module(name)).failed == 0
@@ -68,7 +72,20 @@ def test_every_public_name_is_in_the_reference_and_has_a_docstring():
     names = [name for name in public if not isinstance(getattr(locoprop_jax, name), ModuleType)]
     assert [name for name in names if not getattr(locoprop_jax, name).__doc__] == []
     listed = re.findall(r"^::: locoprop_jax\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted({*names, "losses"})
+    assert sorted(listed) == sorted({*names, "losses", "plot"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    (
+        *("find_layers", "value_grad_and_capture", "accumulate", "with_fallback"),
+        *("foof", "lnb", "kfac", "locoprop_s", "locoprop_m"),
+    ),
+)
+def test_the_main_functions_have_examples(name):
+    text = inspect.getdoc(getattr(locoprop_jax, name)) or ""
+    _, _, examples = text.partition("\nExamples:\n")
+    assert len(doctest.DocTestParser().get_examples(examples)) > 3
 
 
 def test_the_tests_that_the_mathematics_names_exist():

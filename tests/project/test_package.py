@@ -1,6 +1,9 @@
 """What is built from the repository, and what comes with importing it."""
 
+import email
+import os
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -9,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
 import locoprop_jax as lp
 
@@ -42,6 +46,41 @@ def test_the_source_distribution_can_be_built_again(built):
         names = {name.partition("/")[2] for name in sdist.getnames()}
     about = {"CHANGELOG.md", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml", ".gitignore"}
     assert names == SOURCES | about
+
+
+def test_the_description_on_an_index_has_no_link_relative_to_the_repository(built):
+    (path,) = built.glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        (name,) = [name for name in wheel.namelist() if name.endswith("METADATA")]
+        about = email.message_from_bytes(wheel.read(name))
+    text = about.get_payload()
+    assert about["Description-Content-Type"] == "text/markdown"
+    pictures = re.findall(r'!\[[^\]]*\]\(([^)\s]+)|\bsrc="([^"]+)', text)
+    links = re.findall(r'\]\(([^)\s]+)|\b(?:src|href)="([^"]+)', text)
+    targets = ["".join(link) for link in links]
+    assert targets and not [link for link in targets if not re.match("https://|#", link)]
+    assert not ["".join(link) for link in pictures if "/blob/" in "".join(link)]
+    ours = [link for link in targets if "/locoprop-jax/locoprop_jax/" in link]
+    files = {re.sub("^.*?/main/|#.*", "", link) for link in ours if "/main/" in link}
+    assert files and not {name for name in files if not (ROOT / name).exists()}
+
+
+def test_the_workflows_run_commands_that_there_are_and_need_no_secret():
+    commands = runpy.run_path(str(ROOT / "make.py"))["COMMANDS"]
+    flows = {path.stem: path.read_text() for path in (ROOT / ".github" / "workflows").iterdir()}
+    assert set(flows) == {"ci", "release"}
+    for text in flows.values():
+        assert set(re.findall(r"make\.py (\w+)", text)) <= set(commands)
+        assert set(re.findall(r"[\w./]*\.ci/\w+", text)) <= {".ci/run"}
+        assert "secrets." not in text and "password" not in text
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    ci, release = (yaml.safe_load(flows[name]) for name in ("ci", "release"))
+    assert ci["jobs"]["everything"]["steps"][-1] == {"run": ".ci/run"}
+    jobs = release["jobs"]
+    assert jobs["test"]["uses"] == "./.github/workflows/ci.yml"
+    assert jobs["publish"]["needs"] == ["test", "build"]
+    may_sign = [name for name, job in jobs.items() if "id-token" in job.get("permissions", {})]
+    assert may_sign == ["publish"]
 
 
 def test_the_version_is_that_of_the_metadata_and_has_its_changes_listed():
