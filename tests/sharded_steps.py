@@ -3,8 +3,8 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.sharded_steps
 
 Prints, as JSON, for each way to lay arrays out over devices and each method: the largest difference
-of its updates from those of one device, the size of the largest array that is gathered and is no
-stack of inverses, and the shapes of the systems that one device factorises.
+of its updates from those of one device, the size of the largest array that is gathered, and the
+shapes of the systems that one device factorises.
 """
 
 import functools
@@ -109,11 +109,6 @@ def put_state(state: optax.OptState, mesh: Mesh, apart: bool) -> optax.OptState:
     return jax.tree.map(place, state)
 
 
-def is_inverse(shape: tuple[int, ...]) -> bool:
-    """Whether an array is a stack of square matrices, one for each layer, and no activations."""
-    return len(shape) == 3 and shape[0] == LAYERS and shape[1] == shape[2]
-
-
 def main() -> None:
     """Print the findings."""
     jax.config.update("jax_enable_x64", True)
@@ -151,7 +146,7 @@ def main() -> None:
             gathered = [
                 own.size
                 for own in sent(text, mesh.size)
-                if own.operation in ("all-gather", "all-to-all") and not is_inverse(own.shape)
+                if own.operation in ("all-gather", "all-to-all")
             ]
             results.setdefault(layout, {})[method] = {
                 "error": error,

@@ -2,7 +2,9 @@
 
 XLA divides a matrix product as its operands are laid out. A factorisation it does not divide: each
 device does all of it, but for the matrices of a stack that lies along devices. So equal layers are
-stacked here, and the stack is laid out along all devices.
+stacked here, and the stack is laid out along all devices. Layers that are a stack already are
+divided if their state lies along it, which is up to the user: laid out otherwise here, they would
+be sent back in every step.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ def divide_layers(
     """`map_layers`, for work that takes long beside moving its arrays: inversions.
 
     Arrays that lie on a mesh of several devices, as `jax.device_put` and a `NamedSharding` lay
-    them, say which devices there are. Of n equal layers, or n in a stack, each device works on
-    ceil(n / devices). Elsewhere this is `map_layers`.
+    them, say which devices there are. Of n equal layers each device works on ceil(n / devices), of
+    a stack on those that lie there. Elsewhere this is `map_layers`.
 
     Args:
       layers: from `find_layers`.
@@ -40,18 +42,14 @@ def divide_layers(
     if mesh is None:
         return map_layers(layers, each, data)
     results: dict[str, Any] = {}
-    for names in group_alike(data, lambda name: name if layers[name].stack else None):
-        one = functools.partial(each, names[0])
-        if layers[names[0]].stack is not None:
-            results[names[0]] = _divided(mesh, one, data[names[0]])
-        elif len(names) == 1:  # what each device has, it need not be sent
-            results[names[0]] = one(data[names[0]])
-        else:
-            stacked = jax.tree.map(lambda *own: jnp.stack(own), *(data[name] for name in names))
-            # All at once to where they are wanted: cut apart first, each would be sent by itself.
-            done = _lay(mesh, None, _divided(mesh, one, stacked, is_joined=True))
-            for i, name in enumerate(names):
-                results[name] = jax.tree.map(lambda leaf, i=i: leaf[i], done)
+    for names in group_alike(data, lambda name: layers[name].stack):
+        if len(names) == 1 or layers[names[0]].stack is not None:  # need not be sent
+            results |= map_layers(layers, each, {name: data[name] for name in names}, stack=False)
+            continue
+        stacked = jax.tree.map(lambda *own: jnp.stack(own), *(data[name] for name in names))
+        done = _divided(mesh, functools.partial(each, names[0]), stacked)
+        for i, name in enumerate(names):
+            results[name] = jax.tree.map(lambda leaf, i=i: leaf[i], done)
     return {name: results[name] for name in data}
 
 
@@ -66,22 +64,16 @@ def _mesh(data: Any) -> AbstractMesh | None:
     return None
 
 
-def _divided(
-    mesh: AbstractMesh, one: Callable[[Any], Any], stacked: Any, is_joined: bool = False
-) -> Any:
-    """`one` of each in a stack, of which every device has as many.
-
-    A stack that was joined here lies whole on each device, which picks its share. Another one may
-    lie along them already.
-    """
+def _divided(mesh: AbstractMesh, one: Callable[[Any], Any], stacked: Any) -> Any:
+    """`one` of each in a stack, of which every device picks its share, and all get all again."""
     count, along = len(jax.tree.leaves(stacked)[0]), mesh.axis_names
     # Devices that have no share do again what another one does: with the last, all are equal.
     slots = -(-count // mesh.size) * mesh.size
-    if is_joined or slots > count:
-        own = _lay(mesh, along, jnp.minimum(jnp.arange(slots), count - 1))
-        stacked = jax.tree.map(lambda leaf: leaf[own], stacked)
-    done = _lay(mesh, along, jax.vmap(one)(_lay(mesh, along, stacked)))
-    return jax.tree.map(lambda leaf: leaf[:count], done)
+    own = _lay(mesh, along, jnp.minimum(jnp.arange(slots), count - 1))
+    shares = _lay(mesh, along, jax.tree.map(lambda leaf: leaf[own], stacked))
+    done = _lay(mesh, along, jax.vmap(one)(shares))
+    # All at once to where they are wanted: cut apart first, each would be sent by itself.
+    return _lay(mesh, None, jax.tree.map(lambda leaf: leaf[:count], done))
 
 
 def _lay(mesh: AbstractMesh, along: Any, tree: Any) -> Any:

@@ -18,8 +18,8 @@ from locoprop_jax._layers.division import divide_layers
 from locoprop_jax._layers.stacking import map_layers
 
 DEVICES = 4
-# Three alike, one like no other, a stack that the devices divide and one that they do not.
-STACKS = {"a": None, "b": None, "c": None, "alone": None, "even": 8, "uneven": 3}
+# Three alike, one like no other, and stacks.
+STACKS = {"a": None, "b": None, "c": None, "alone": None, "stack": 8, "other": 8}
 LAYERS = {name: SimpleNamespace(stack=stack) for name, stack in STACKS.items()}
 
 
@@ -47,19 +47,14 @@ def mesh(kind=AxisType.Auto, sizes=(DEVICES,), names=("data",)):
 
 
 def traced(of, sharding):
-    """The shapes that are inverted, and the layouts that are asked for."""
+    """The shapes that layouts are asked for, each with the axes along the first of it."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), of)
-    sizes, specs = [], []
-
-    def look(_, own):
-        sizes.append(own["matrix"].shape)
-        return own
-
-    jaxpr = jax.jit(lambda data: divide_layers(LAYERS, look, data)).trace(shapes).jaxpr
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "sharding_constraint":
-            specs.append((eqn.invars[0].aval.shape, eqn.params["sharding"].spec[0]))
-    return sizes, specs
+    jaxpr = jax.jit(lambda data: divide_layers(LAYERS, invert, data)).trace(shapes).jaxpr
+    return [
+        (eqn.invars[0].aval.shape, eqn.params["sharding"].spec[0])
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name == "sharding_constraint"
+    ]
 
 
 def test_what_is_divided_is_what_all_layers_give(monkeypatch):
@@ -71,19 +66,15 @@ def test_what_is_divided_is_what_all_layers_give(monkeypatch):
 
 
 def test_every_device_has_as_many_of_each_kind():
-    own = {name: matrices()[name] for name in LAYERS}
-    sizes, specs = traced(own, NamedSharding(mesh(), P()))
-    assert len(sizes) == 4  # one trace for each kind
-    along = {shape[0] for shape, axes in specs if axes == "data"}
-    # Three in four slots, eight in eight, three in four.
-    assert along == {4, 8}
-    # The one like no other is left where it is; the three are whole on all devices again.
-    assert not any(shape[1:] == (3, 3) for shape, _ in specs)
+    specs = traced(matrices(), NamedSharding(mesh(), P()))
+    # Three in four slots: what is inverted, its result, and the slots' numbers.
+    assert {shape for shape, axes in specs if axes == "data"} == {(4, 2, 2), (4,)}
+    # Then whole on all devices again. The one like no other, and stacks, are left where they are.
     assert {shape for shape, axes in specs if axes is None} == {(3, 2, 2), (3,)}
 
 
 def test_all_axes_of_a_mesh_divide():
-    _, specs = traced(matrices(), NamedSharding(mesh(sizes=(2, 2), names=("x", "y")), P()))
+    specs = traced(matrices(), NamedSharding(mesh(sizes=(2, 2), names=("x", "y")), P()))
     assert {axes for _, axes in specs} == {("x", "y"), None}
 
 
@@ -97,4 +88,4 @@ def test_all_axes_of_a_mesh_divide():
     ids=["none", "one device", "explicit"],
 )
 def test_one_device_is_left_alone_and_so_are_axes_of_the_users_own(sharding):
-    assert traced(matrices(), sharding)[1] == []
+    assert traced(matrices(), sharding) == []
