@@ -24,6 +24,8 @@ ENTRIES: Mapping[str, Mapping[str, str]] = {
     },
     "costs": {
         "costs": "a step of each method beside Adam's: compilation, time, memory",
+        "communication": "bytes that each device sends in a step, by shapes",
+        "accelerator": "the same at real sizes on a GPU, and the time to a loss; one short run",
         "speed": "a step of each method and its parts on the autoencoder, as ratios",
         "capture_cost": "capture on a transformer, a ViT, a ResNet and a UNet, as ratios",
         "paths": "the ways to LocoProp's plain gradient steps, and the choice between them",

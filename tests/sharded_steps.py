@@ -3,13 +3,12 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.sharded_steps
 
 Prints, as JSON, for each way to lay arrays out over devices and each method: the largest difference
-of its updates from those of one device, the largest array that is gathered, and the sizes of the
-systems that one device factorises.
+of its updates from those of one device, the size of the largest array that is gathered, and the
+shapes of the systems that one device factorises.
 """
 
 import functools
 import json
-import re
 import sys
 
 import jax
@@ -20,11 +19,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import locoprop_jax as lp
+from benchmarks.shared.collectives import factorised, sent
 
 LAYERS, BATCH, TOKENS, WIDTH, HIDDEN, HEADS = 8, 32, 8, 8, 16, 2
 
 METHODS = {
     "foof": lambda layers: lp.scale_by_foof(layers, damping=1e-2),
+    "foof_kept": lambda layers: lp.scale_by_foof(layers, decay=0.9, inverse_period=2),
     "lnb": lambda layers: lp.scale_by_lnb(layers),
     "kfac": lambda layers: lp.scale_by_kfac(layers, curvature="empirical"),
     "locoprop_s": lambda layers: lp.locoprop_s(layers),
@@ -108,19 +109,6 @@ def put_state(state: optax.OptState, mesh: Mesh, apart: bool) -> optax.OptState:
     return jax.tree.map(place, state)
 
 
-def shapes(text: str, operation: str) -> list[tuple[int, ...]]:
-    """The shapes of the results of an operation in a compiled program."""
-    found = []
-    for line in text.splitlines():
-        head, _, rest = line.partition("=")
-        del head
-        match = re.match(rf"\s*(.*?)\s{operation}", rest)
-        if match:
-            for dims in re.findall(r"[a-z]+\d+\[([\d,]*)\]", match.group(1)):
-                found.append(tuple(int(n) for n in dims.split(",") if n))
-    return found
-
-
 def main() -> None:
     """Print the findings."""
     jax.config.update("jax_enable_x64", True)
@@ -155,12 +143,15 @@ def main() -> None:
                 for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True)
             )
             text = compiled.as_text()
-            gathered = shapes(text, "all-gather") + shapes(text, "all-to-all")
-            factorised = shapes(text, r"custom-call\(.*potrf")
+            gathered = [
+                own.size
+                for own in sent(text, mesh.size)
+                if own.operation in ("all-gather", "all-to-all")
+            ]
             results.setdefault(layout, {})[method] = {
                 "error": error,
-                "gathered": max((int(np.prod(shape)) for shape in gathered), default=0),
-                "factorised": sorted({shape for shape in factorised if len(shape) > 1}),
+                "gathered": max(gathered, default=0),
+                "factorised": sorted(set(factorised(text))),
             }
     print(json.dumps(results))
 

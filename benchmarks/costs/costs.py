@@ -105,8 +105,8 @@ class Cost(NamedTuple):
         return self.trace + self.compile
 
 
-def cost(task: Task, method: Method, steps: int) -> Cost:
-    """Of a step that is traced and compiled anew."""
+def cost(task: Task, method: Method, steps: int, warm: int = 2) -> Cost:
+    """Of a step that is traced and compiled anew, timed after a few to warm up."""
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
         return task.loss_fn(params, batch)  # anew, or what JAX remembers of it would be free
@@ -124,7 +124,7 @@ def cost(task: Task, method: Method, steps: int) -> Cost:
     built = time.perf_counter()
 
     size = bytes_of(state.opt_state)
-    for _ in range(2):  # to warm up
+    for _ in range(warm):
         state, _ = compiled(state, task.batch, everything)
     jax.block_until_ready(state)
     first = time.perf_counter()

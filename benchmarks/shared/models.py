@@ -126,6 +126,47 @@ class ResNet(nn.Module):
         return nn.Dense(self.classes, name="out")(x.mean((1, 2)))
 
 
+class Bottleneck(nn.Module):
+    """Three convolutions around which the input goes, the middle one narrower than its output."""
+
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, features: int, window: int, stride: int, name: str) -> jax.Array:
+            size, strides = (window, window), (stride, stride)
+            x = nn.Conv(features, size, strides, use_bias=False, name=name)(x)
+            return nn.GroupNorm(math.gcd(features, 32), name=f"{name}_norm")(x)
+
+        wide = 4 * self.features
+        h = nn.relu(layer(x, self.features, 1, 1, "narrow"))
+        h = nn.relu(layer(h, self.features, 3, self.stride, "middle"))
+        h = layer(h, wide, 1, 1, "widen")
+        if h.shape != x.shape:
+            x = layer(x, wide, 1, self.stride, "around")
+        return nn.relu(x + h)
+
+
+class ResNet50(nn.Module):
+    """ResNet50 for images of 224 x 224, with group normalisation."""
+
+    classes: int
+    widths: Sequence[int] = (64, 128, 256, 512)
+    depths: Sequence[int] = (3, 4, 6, 3)
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = nn.Conv(self.widths[0], (7, 7), (2, 2), use_bias=False, name="stem")(images)
+        x = nn.relu(nn.GroupNorm(math.gcd(self.widths[0], 32), name="stem_norm")(x))
+        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        for i, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
+            for j in range(depth):
+                stride = 2 if i and not j else 1
+                x = Bottleneck(width, stride, name=f"block{i}_{j}")(x)
+        return nn.Dense(self.classes, name="out")(x.mean((1, 2)))
+
+
 class VGG(nn.Module):
     """VGG11 for small images, without normalisation; a zero halves the image."""
 

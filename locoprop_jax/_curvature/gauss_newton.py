@@ -255,7 +255,9 @@ def scale_by_gauss_newton_step(
             factor = jnp.asarray(decay, dtype) ** inner_damping_period
             gamma = jax.lax.cond(
                 due,
-                lambda: best_of_three(lambda g: candidate(g, is_tried=True).change, state.inner_damping, factor),
+                lambda: best_of_three(
+                    lambda g: candidate(g, is_tried=True).change, state.inner_damping, factor
+                ),
                 lambda: state.inner_damping,
             )
         best = candidate(gamma)

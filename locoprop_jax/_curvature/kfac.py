@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax.numpy as jnp
 import optax
+from jax.lax import Precision
 from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
@@ -13,11 +15,11 @@ from locoprop_jax._checks import check_fisher, check_layers
 from locoprop_jax._curvature.gauss_newton import Steps, complete
 from locoprop_jax._curvature.kronecker import Damping, KroneckerState, scale_by_kronecker
 from locoprop_jax._curvature.shared_weights import has_trace_ratio, trace_ratio
+from locoprop_jax._layers import rows
 from locoprop_jax._layers.blocks import curvature_of, dtype_of
 from locoprop_jax._layers.captured import Captured
 from locoprop_jax._layers.layers import Layers
-from locoprop_jax._layers import rows
-from locoprop_jax._layers.rows import Block, join_rows
+from locoprop_jax._layers.rows import Block
 from locoprop_jax._layers.stacking import over_stack
 from locoprop_jax._neurons.amortised import Amortisation, is_too_large, row_limit
 
@@ -130,8 +132,8 @@ def _direction(
             layer, arrays, dtype = layers[name], captured[name], dtype_of(slope)
             columns = curvature_of(captured, name, curvature, dtype)
             is_large = is_too_large(columns.shape[-1], limit)
-            of_rows = _sum_of_squares if is_large else _linalg.second_moment
-            moment = over_stack(layer, of_rows)(join_rows(columns, 3))
+            of_columns = _sum_of_squares if is_large else _second_moment
+            moment = over_stack(layer, of_columns)(columns)
             if match_trace and has_trace_ratio(layer, arrays, slope):
                 inputs = arrays.inputs.astype(dtype)
                 count = rows.count(arrays.rows(dtype))
@@ -145,8 +147,16 @@ def _direction(
     return scale_by_kronecker("scale_by_kfac", layers, output_factors, damping, amortisation, limit)
 
 
-def _sum_of_squares(rows: Float[Array, "rows d"]) -> Float[Array, " d"]:
-    return _linalg.squares(rows).sum(0)
+# Columns are not joined to rows here: of examples on several devices, which lie behind the samples,
+# all would be gathered for that.
+
+
+def _second_moment(columns: Float[Array, "samples batch shared d"]) -> Float[Array, "d d"]:
+    return jnp.einsum("sbpi,sbpj->ij", columns, columns, precision=Precision.HIGHEST)
+
+
+def _sum_of_squares(columns: Float[Array, "samples batch shared d"]) -> Float[Array, " d"]:
+    return _linalg.squares(columns).sum((0, 1, 2))
 
 
 def kfac(

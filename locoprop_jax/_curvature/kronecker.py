@@ -20,6 +20,7 @@ from locoprop_jax._checks import check_not_negative
 from locoprop_jax._layers import rows
 from locoprop_jax._layers.blocks import dtype_of, matrix, unmatrix
 from locoprop_jax._layers.captured import Captured
+from locoprop_jax._layers.division import divide_layers
 from locoprop_jax._layers.layers import Layer, Layers
 from locoprop_jax._layers.method import Batch, matrix_shapes, transformation
 from locoprop_jax._layers.rows import Block, Inputs
@@ -224,7 +225,7 @@ def scale_by_kronecker(
         def invert(averages: dict[str, Factors]) -> dict[str, Any]:
             units = {name: unit_of(layers[name], factors) for name, factors in averages.items()}
             sources = {name: (factors, units[name]) for name, factors in averages.items()}
-            return map_layers(layers, lambda _, own: damping.invert(*own), sources)
+            return divide_layers(layers, lambda _, own: damping.invert(*own), sources)
 
         def apply(_: str, arrays: tuple[Block, Any]) -> Block:
             slope, inverse = arrays

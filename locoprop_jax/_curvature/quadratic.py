@@ -53,9 +53,7 @@ class Model(NamedTuple):
         return jnp.where(jnp.isfinite(change), change, 0)
 
 
-def quadratic_model(
-    slope: Tree, directions: list[Tree], curvature: Float[Array, "k k"]
-) -> Model:
+def quadratic_model(slope: Tree, directions: list[Tree], curvature: Float[Array, "k k"]) -> Model:
     """What the model knows of some directions."""
     return Model(
         jnp.stack([_product(slope, direction) for direction in directions]),

@@ -19,7 +19,7 @@ def has_trace_ratio(layer: Layer, arrays: LayerArrays, like: Block) -> bool:
     if "kernel" not in like or layer.kind not in ("dense", "tied"):
         return False
     is_array = not isinstance(arrays.rows(like["kernel"].dtype), Structured)
-    return layer.kind == "tied" or is_array and arrays.outputs.shape[-2] > 1
+    return layer.kind == "tied" or (is_array and arrays.outputs.shape[-2] > 1)
 
 
 def trace_ratio(

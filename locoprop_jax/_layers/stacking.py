@@ -36,13 +36,12 @@ def map_layers(
       data: each layer's tree of arrays; those of a stack have its axis in front.
       kind: of a layer; those of one kind must only differ in their arrays.
       stack: whether to `vmap` over the layers of one kind with arrays of equal shapes; None for
-        what is fastest: not on a CPU, where batched products are slow and copies cost more than
-        they save.
+        what is fastest (`stacks_by_default`).
     """
     if stack is None:
-        stack = jax.default_backend() != "cpu"
+        stack = stacks_by_default()
     results: dict[str, Any] = {}
-    for names in _alike(data, lambda name: (layers[name].stack, kind(name))):
+    for names in group_alike(data, lambda name: (layers[name].stack, kind(name))):
         one = over_stack(layers[names[0]], functools.partial(each, names[0]))
         if len(names) == 1:
             results[names[0]] = one(data[names[0]])
@@ -59,7 +58,13 @@ def map_layers(
     return {name: results[name] for name in data}
 
 
-def _alike(data: Mapping[str, Any], kind: Callable[[str], Hashable]) -> list[list[str]]:
+def stacks_by_default() -> bool:
+    """Not on a CPU, where batched products are slow and copies cost more than they save."""
+    return jax.default_backend() != "cpu"
+
+
+def group_alike(data: Mapping[str, Any], kind: Callable[[str], Hashable]) -> list[list[str]]:
+    """The names of the layers, those of one kind with arrays of equal shapes together."""
     groups: dict[Hashable, list[str]] = {}
     for name, arrays in data.items():
         leaves, structure = jax.tree.flatten(arrays)

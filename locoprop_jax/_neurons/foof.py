@@ -9,6 +9,7 @@ import optax
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_layers, check_not_negative
+from locoprop_jax._layers.division import divide_layers
 from locoprop_jax._layers.layers import Layers
 from locoprop_jax._layers.method import Batch, kernel_shapes, transformation
 from locoprop_jax._layers.stacking import map_layers
@@ -143,7 +144,7 @@ def scale_by_foof(
 
         def invert(averages: dict[str, Statistics]) -> dict[str, Metric]:
             sources = {name: (averages[name], rows[name].slope) for name in averages}
-            return map_layers(
+            return divide_layers(
                 layers, lambda n, own: inverse(*own, damped.of_rows(rows[n].inputs)), sources
             )
 

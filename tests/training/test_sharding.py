@@ -13,7 +13,7 @@ from tests.sharded_steps import BATCH, LAYERS, TOKENS, WIDTH
 
 METHODS = (
     "foof",
-    *(pytest.param(n, marks=pytest.mark.slow) for n in ("lnb", "kfac", "locoprop_m")),
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("foof_kept", "lnb", "kfac", "locoprop_m")),
 )
 LAYOUTS = ("data parallel", "fsdp", "tensor parallel", "layers apart")
 
@@ -48,7 +48,7 @@ def test_no_whole_activations_are_gathered(method):
         assert result["gathered"] < limit
 
 
-@pytest.mark.parametrize("method", [METHODS[0], METHODS[2]])
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[1], METHODS[3]])
 def test_stacked_systems_are_solved_apart_where_the_state_lies_apart(method):
     """One layer of the stack on each device; in the other layouts each device solves all."""
     for layout, result in found(method).items():
