@@ -37,6 +37,7 @@ class GaussNewtonStepState(NamedTuple):
 
     Attributes:
       count: finite batches so far. shape=(), dtype=int32
+      refused: batches that were not finite, and updated nothing. shape=(), dtype=int32
       damping: tau, of the Gauss-Newton matrix. shape=()
       inner_damping: gamma, of the direction's own matrix. shape=()
       step_size: alpha of the last step. shape=()
@@ -50,6 +51,7 @@ class GaussNewtonStepState(NamedTuple):
     """
 
     count: Int[Array, ""]
+    refused: Int[Array, ""]
     damping: Scalar
     inner_damping: Scalar
     step_size: Scalar
@@ -59,6 +61,12 @@ class GaussNewtonStepState(NamedTuple):
     length: Scalar
     previous: Any
     inner: Any
+
+    def diagnostics(self) -> dict[str, Array]:
+        """All numbers."""
+        numbers = self._asdict()
+        del numbers["previous"], numbers["inner"]
+        return numbers
 
 
 def scale_by_gauss_newton_step(
@@ -128,8 +136,8 @@ def scale_by_gauss_newton_step(
       `value`, `grad` and `value_fn`: the loss, its gradient and the loss as a function of the
       parameters, all for one batch: `tx.update(grads, state, params, captured=captured,
       value=loss, grad=grads, value_fn=lambda p: loss_fn(p, batch))`. It costs one forward-mode
-      pass. A batch whose gradient or loss is not finite leaves its state as it was, but for that
-      of the direction if only the loss is not finite, and updates nothing.
+      pass. A batch whose gradient or loss is not finite leaves its state as it was, but for
+      `refused`, and for that of the direction if only the loss is not finite; it updates nothing.
 
     Raises:
       ValueError: at construction, for negative numbers or periods below one; at update, for a loss
@@ -161,6 +169,7 @@ def scale_by_gauss_newton_step(
             return jnp.asarray(value, dtype_of_model(params))
 
         return GaussNewtonStepState(
+            jnp.zeros([], jnp.int32),
             jnp.zeros([], jnp.int32),
             number(damping),
             number(inner_damping),
@@ -245,7 +254,8 @@ def scale_by_gauss_newton_step(
             length=best.length,
         )
         step = _linalg.where(ok, step, _linalg.zeros_like(step))
-        return step, _kept(ok, new, state)._replace(previous=last, inner=best.inner)
+        refused = state._replace(refused=state.refused + 1)
+        return step, _kept(ok, new, refused)._replace(previous=last, inner=best.inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -29,6 +29,7 @@ class HessianFreeState(NamedTuple):
 
     Attributes:
       count: finite batches so far. shape=(), dtype=int32
+      refused: batches that were not finite, and updated nothing. shape=(), dtype=int32
       damping: lambda. shape=()
       model_change: by how much the model fell with the last step; not positive. shape=()
       reduction_ratio: rho, how much the loss of the next batch fell by a step over how much the
@@ -38,11 +39,18 @@ class HessianFreeState(NamedTuple):
     """
 
     count: Int[Array, ""]
+    refused: Int[Array, ""]
     damping: Float[Array, ""]
     model_change: Float[Array, ""]
     reduction_ratio: Float[Array, ""]
     iterations: Int[Array, ""]
     previous: Any
+
+    def diagnostics(self) -> dict[str, Array]:
+        """All numbers."""
+        numbers = self._asdict()
+        del numbers["previous"]
+        return numbers
 
 
 def scale_by_hessian_free(
@@ -76,7 +84,8 @@ def scale_by_hessian_free(
     Returns:
       A transformation whose `update` needs the parameters, `value` and `value_fn`, as for
       `scale_by_gauss_newton_step`, all for one batch. Negated, its update is meant to be taken as
-      it is. A batch that is not finite leaves its state as it was, and updates nothing.
+      it is. A batch that is not finite leaves its state as it was, but for `refused`, and updates
+      nothing.
 
     Raises:
       ValueError: at construction, for numbers out of range; at update, for a loss whose outputs
@@ -104,7 +113,8 @@ def scale_by_hessian_free(
             return jnp.zeros([], jnp.int32)
 
         previous = _linalg.zeros_like(_linalg.wide(params))
-        return HessianFreeState(count(), number(damping), number(0), number(1), count(), previous)
+        numbers = number(damping), number(0), number(1)
+        return HessianFreeState(count(), count(), *numbers, count(), previous)
 
     def update(
         updates: Any,
@@ -144,6 +154,7 @@ def scale_by_hessian_free(
         change = -(_linalg.dot(solution, slope) + _linalg.dot(solution, residual)) / 2
         new = HessianFreeState(
             state.count + 1,
+            state.refused,
             amount,
             change,
             jnp.where(is_first, state.reduction_ratio, verdict.ratio),
@@ -151,7 +162,8 @@ def scale_by_hessian_free(
             solution,
         )
         step = like(solution, updates)
-        return _linalg.where(ok, step, _linalg.zeros_like(step)), _linalg.where(ok, new, state)
+        refused = state._replace(refused=state.refused + 1)
+        return _linalg.where(ok, step, _linalg.zeros_like(step)), _linalg.where(ok, new, refused)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

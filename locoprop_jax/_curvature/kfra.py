@@ -66,8 +66,8 @@ def scale_by_kfra(
 
     Returns:
       A transformation whose `update` needs `captured` and `params`. A batch whose gradient is not
-      finite leaves its state as it was, and updates nothing; statistics that overflow are not
-      gathered.
+      finite leaves its state as it was, but for `refused`, and updates nothing; statistics that
+      overflow are not gathered.
 
     Raises:
       ValueError: at construction, for layers that are not a chain and a transfer function without

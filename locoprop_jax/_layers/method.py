@@ -19,7 +19,7 @@ from locoprop_jax._layers.rows import Block
 from locoprop_jax._layers.stacking import over_stack
 from locoprop_jax._trees import ascent
 
-State = TypeVar("State", bound=Any)  # a NamedTuple with a `count` of finite batches
+State = TypeVar("State", bound=Any)  # a NamedTuple: `count` finite batches, `refused` others
 
 
 class Batch(NamedTuple):
@@ -62,10 +62,10 @@ class Batch(NamedTuple):
         """The updates with new blocks, and the state with this batch counted.
 
         Parameters in no layer keep their gradient. A batch that is not ok updates nothing and is
-        not counted; what else the state keeps of it is up to the method.
+        counted as refused; what else the state keeps of it is up to the method.
         """
         directions = self.replaced(new)
-        state = state._replace(count=state.count + ok.astype(jnp.int32))
+        state = counted(state, ok)
         return _linalg.where(ok, directions, _linalg.zeros_like(directions)), state
 
 
@@ -113,6 +113,12 @@ def transformation(
         return step(batch, state)
 
     return optax.GradientTransformationExtraArgs(checked_init, update)
+
+
+def counted(state: State, ok: Bool[Array, ""]) -> State:
+    """The state with a batch more among those that it took, or refused."""
+    one = ok.astype(jnp.int32)
+    return state._replace(count=state.count + one, refused=state.refused + 1 - one)
 
 
 # --- what `init` is made of ----------------------------------------------------------------------

@@ -38,13 +38,20 @@ class LocalLossState(NamedTuple):
 
     Attributes:
       count: updates so far. shape=(), dtype=int32
+      refused: those of them whose batch was not finite, and that changed nothing. shape=(),
+        dtype=int32
       inner: the solver's state by layer, laid out like the layer's block.
       target: the target's state by layer.
     """
 
     count: Int[Array, ""]
+    refused: Int[Array, ""]
     inner: dict[str, Any]
     target: dict[str, Any]
+
+    def diagnostics(self) -> dict[str, Array]:
+        """The counters."""
+        return {"count": self.count, "refused": self.refused}
 
 
 class Result(NamedTuple):
@@ -130,7 +137,7 @@ def scale_by_local_loss(
         targets = {}
         if transform is not None:
             targets = {n: _target_state(layers[n], transform, block) for n, block in own.items()}
-        return LocalLossState(zero_count(), inner, targets)
+        return LocalLossState(zero_count(), zero_count(), inner, targets)
 
     def step(batch: Batch, state: LocalLossState) -> tuple[Any, LocalLossState]:
         if batch.params is None:
@@ -180,6 +187,7 @@ def scale_by_local_loss(
 
         return batch.replaced(moved, backprop), LocalLossState(
             jnp.asarray(optax.safe_increment(state.count)),
+            state.refused + 1 - ok.astype(jnp.int32),
             {name: result.inner for name, result in results.items()},
             {n: result.target for n, result in results.items() if transform is not None},
         )

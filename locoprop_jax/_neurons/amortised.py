@@ -45,6 +45,7 @@ class AmortisedState(NamedTuple):
 
     Attributes:
       count: finite batches so far. shape=(), dtype=int32
+      refused: batches that were not finite, and updated nothing. shape=(), dtype=int32
       gathered: `count` after the last batch whose statistics were gathered. shape=(), dtype=int32
       failures: factorisations that did not succeed; their layers kept what they had.
         shape=(), dtype=int32
@@ -53,10 +54,16 @@ class AmortisedState(NamedTuple):
     """
 
     count: Int[Array, ""]
+    refused: Int[Array, ""]
     gathered: Int[Array, ""]
     failures: Int[Array, ""]
     statistics: ByLayer
     inverse: ByLayer
+
+    def diagnostics(self) -> dict[str, Array]:
+        """The counters, and the steps since statistics were gathered, if they are averaged."""
+        own = {"count": self.count, "refused": self.refused, "failures": self.failures}
+        return own | ({"age": self.count - self.gathered} if self.statistics else {})
 
 
 State = TypeVar("State", bound=AmortisedState)
@@ -97,7 +104,7 @@ class Amortisation(NamedTuple):
         self, kind: type[State], statistics: Callable[[], ByLayer], inverse: Callable[[], ByLayer]
     ) -> State:
         """The state before the first batch, of zeros for statistics and inverses."""
-        counts = zero_count(), zero_count(), zero_count()
+        counts = zero_count(), zero_count(), zero_count(), zero_count()
         return kind(*counts, statistics() if self.is_averaged else {}, inverse())
 
     def advance(
