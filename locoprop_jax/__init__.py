@@ -6,6 +6,7 @@ from locoprop_jax import losses as losses
 from locoprop_jax._capture.accumulate import accumulate as accumulate
 from locoprop_jax._capture.capture import value_grad_and_capture as value_grad_and_capture
 from locoprop_jax._capture.find import find_layers as find_layers
+from locoprop_jax._checks import CostWarning as CostWarning
 from locoprop_jax._curvature.fisher import fisher_norm as fisher_norm
 from locoprop_jax._curvature.fisher import fisher_product as fisher_product
 from locoprop_jax._curvature.fisher import inverse_fisher_product as inverse_fisher_product

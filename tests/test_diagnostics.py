@@ -47,11 +47,11 @@ NAMES = {
         "natural_gradient": {"failures", "damping/encoder", "damping/decoder"}
     },
     "hessian_free": {"hessian_free": {"damping", "model_change", "reduction_ratio", "iterations"}},
-    "locoprop_s": {"local_loss": set()},
-    "locoprop_m": {"local_loss": set()},
-    "proxprop": {"local_loss": set()},
-    "locoprop_kfac": {"local_loss": set()},
-    "scale_by_local_loss": {"local_loss": set()},
+    "locoprop_s": {"local_loss": {"failures"}},
+    "locoprop_m": {"local_loss": {"failures"}},
+    "proxprop": {"local_loss": {"failures"}},
+    "locoprop_kfac": {"local_loss": {"failures"}},
+    "scale_by_local_loss": {"local_loss": {"failures"}},
 }
 
 

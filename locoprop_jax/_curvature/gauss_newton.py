@@ -136,8 +136,8 @@ def scale_by_gauss_newton_step(
       `value`, `grad` and `value_fn`: the loss, its gradient and the loss as a function of the
       parameters, all for one batch: `tx.update(grads, state, params, captured=captured,
       value=loss, grad=grads, value_fn=lambda p: loss_fn(p, batch))`. It costs one forward-mode
-      pass. A batch whose gradient or loss is not finite leaves its state as it was, but for
-      `refused`, and for that of the direction if only the loss is not finite; it updates nothing.
+      pass. A batch whose gradient, loss or model is not finite leaves its state as it was, but for
+      `refused`, and for that of the direction if the gradient is finite; it updates nothing.
 
     Raises:
       ValueError: at construction, for negative numbers or periods below one; at update, for a loss
@@ -215,6 +215,7 @@ def scale_by_gauss_newton_step(
         )
 
         loss = most_fall(network, value, l2, dtype)
+        first = radius
         radius = jnp.where(radius > 0, radius, RADIUS * loss)
         bounds = (loss, 1.0, radius) if bounded else ()
 
@@ -239,6 +240,8 @@ def scale_by_gauss_newton_step(
                 lambda: state.inner_damping,
             )
         best = candidate(gamma)
+        # A model that overflows would leave a damping or a radius that no later batch can shrink.
+        ok = ok & _linalg.all_finite((best.damping, best.steps, best.length))
         # One array is the state and what the update is made of.
         step = _linalg.wide(_combined(best.directions, best.steps))
         last = _linalg.where(ok, step, state.previous)
@@ -250,7 +253,8 @@ def scale_by_gauss_newton_step(
             step_size=best.steps[0],
             model_change=best.change,
             reduction_ratio=ratio,
-            radius=radius,
+            # A loss of zero has no share to be the first radius.
+            radius=jnp.where(jnp.asarray(value) == 0, first, radius),
             length=best.length,
         )
         step = _linalg.where(ok, step, _linalg.zeros_like(step))

@@ -29,7 +29,8 @@ class HessianFreeState(NamedTuple):
 
     Attributes:
       count: finite batches so far. shape=(), dtype=int32
-      refused: batches that were not finite, and updated nothing. shape=(), dtype=int32
+      refused: batches that were not finite, or whose products were not, and that updated nothing.
+        shape=(), dtype=int32
       damping: lambda. shape=()
       model_change: by how much the model fell with the last step; not positive. shape=()
       reduction_ratio: rho, how much the loss of the next batch fell by a step over how much the
@@ -84,8 +85,8 @@ def scale_by_hessian_free(
     Returns:
       A transformation whose `update` needs the parameters, `value` and `value_fn`, as for
       `scale_by_gauss_newton_step`, all for one batch. Negated, its update is meant to be taken as
-      it is. A batch that is not finite leaves its state as it was, but for `refused`, and updates
-      nothing.
+      it is. A batch that is not finite, or whose products are not, leaves its state as it was, but
+      for `refused`, and updates nothing.
 
     Raises:
       ValueError: at construction, for numbers out of range; at update, for a loss whose outputs
@@ -162,6 +163,8 @@ def scale_by_hessian_free(
             solution,
         )
         step = like(solution, updates)
+        # A product that overflows would leave a solution or a damping that is none.
+        ok = ok & _linalg.all_finite((solution, change, amount))
         refused = state._replace(refused=state.refused + 1)
         return _linalg.where(ok, step, _linalg.zeros_like(step)), _linalg.where(ok, new, refused)
 

@@ -10,15 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_decay, check_whole, is_number
+from locoprop_jax._checks import MAX_SIZE, check_decay, check_whole, is_number
 from locoprop_jax._layers.method import zero_count
 from locoprop_jax._trees import real_dtype, wide_dtype
 
 ByLayer = dict[str, Any]
-
-# Of a matrix that is kept for a layer, in rows: 256 MiB in float32, and as much for its inverse.
-# Longer sides are those of vocabularies and flattened images.
-MAX_SIZE = 8192
 
 
 def row_limit(max_size: Any) -> int:
