@@ -102,6 +102,29 @@ REAL_REMEDY = (
 )
 
 
+def check_state(method: str, state: Any, expected: Any) -> None:
+    """Refuse a state that is laid out otherwise than `init` makes it for these parameters.
+
+    Raises:
+      ValueError: it is; the message names what differs.
+    """
+    found, own = (
+        {path: leaf.shape for path, leaf in leaves_by_path(tree).items()}
+        for tree in (state, expected)
+    )
+    if found != own:
+        paths = [path for path in {**own, **found} if own.get(path) != found.get(path)]
+        path = paths[0]
+        has = f"the shape {found[path]}" if path in found else "nothing"
+        wants = f"the shape {own[path]}" if path in own else "nothing"
+        raise ValueError(
+            f"`{method}` was given the state of another model, of other options or of another "
+            f"version: at {path!r} it has {has} instead of {wants}"
+            f"{f', and {len(paths) - 1} more differ' if paths[1:] else ''}. Restore a checkpoint "
+            f"into `tx.init(params)` of the model and the options that it was made with."
+        )
+
+
 def check_fisher(method: str, damping: Any, curvature: str) -> None:
     if is_number(damping) and damping < 0:
         raise ValueError(f"`{method}` takes a damping that is not negative, got {damping}.")

@@ -11,7 +11,13 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_not_negative, check_positive, check_real, check_whole
+from locoprop_jax._checks import (
+    check_not_negative,
+    check_positive,
+    check_real,
+    check_state,
+    check_whole,
+)
 from locoprop_jax._curvature.products import linearise
 from locoprop_jax._curvature.quadratic import (
     RADIUS,
@@ -198,6 +204,7 @@ def scale_by_gauss_newton_step(
         slope = with_l2(grad, params, l2)
         incoming = updates if direction is None else with_l2(updates, params, l2)
         ok = _linalg.all_finite((updates, jnp.asarray(value)))
+        check_state(name, state, jax.eval_shape(init, params))
         network = linearise(value_fn, params, (), {}, False, name)
         previous = like(state.previous, params)
 

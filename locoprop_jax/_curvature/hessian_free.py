@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _iterative, _linalg
-from locoprop_jax._checks import check_not_negative, check_positive, check_real, check_whole
+from locoprop_jax._checks import (
+    check_not_negative,
+    check_positive,
+    check_real,
+    check_state,
+    check_whole,
+)
 from locoprop_jax._curvature.gauss_newton import descend
 from locoprop_jax._curvature.products import linearise
 from locoprop_jax._curvature.quadratic import (
@@ -128,6 +135,7 @@ def scale_by_hessian_free(
     ) -> tuple[Any, HessianFreeState]:
         del extra_args
         value_fn = check_line(name, params=params, value=value, value_fn=value_fn)
+        check_state(name, state, jax.eval_shape(init, params))
         network = linearise(value_fn, params, (), {}, False, name)
         dtype = dtype_of_model(params)
         eta = jnp.asarray(l2, dtype)

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_real
+from locoprop_jax._checks import check_real, check_state
 from locoprop_jax._layers.blocks import blocks, matrix
 from locoprop_jax._layers.captured import Captured, check_captured, check_real_captured
 from locoprop_jax._layers.layers import Layers, replace
@@ -108,6 +108,7 @@ def transformation(
             check_real(method, updates)
             check_real_captured(own, method)
         updates = ascent(updates)
+        check_state(method, state, jax.eval_shape(init, updates))
         slopes = blocks(layers, updates, "gradients", own.points)
         batch = Batch(layers, updates, slopes, own, params, extra_args)
         return step(batch, state)

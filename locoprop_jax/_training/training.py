@@ -43,7 +43,7 @@ def with_fallback(
 
     for_others = optax.with_extra_args_support(fallback)
     descending = optax.GradientTransformationExtraArgs(fallback.init, update)
-    both = optax.partition({"layers": tx, "fallback": descending}, labels)
+    both: Any = optax.partition({"layers": tx, "fallback": descending}, labels)
 
     def update_both(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
