@@ -6,6 +6,7 @@ from locoprop_jax import losses as losses
 from locoprop_jax._capture.accumulate import accumulate as accumulate
 from locoprop_jax._capture.capture import value_grad_and_capture as value_grad_and_capture
 from locoprop_jax._capture.find import find_layers as find_layers
+from locoprop_jax._checks import CostWarning as CostWarning
 from locoprop_jax._curvature.fisher import fisher_norm as fisher_norm
 from locoprop_jax._curvature.fisher import fisher_product as fisher_product
 from locoprop_jax._curvature.fisher import inverse_fisher_product as inverse_fisher_product
@@ -18,12 +19,12 @@ from locoprop_jax._curvature.hessian import hessian_blocks as hessian_blocks
 from locoprop_jax._curvature.hessian_free import HessianFreeState as HessianFreeState
 from locoprop_jax._curvature.hessian_free import hessian_free as hessian_free
 from locoprop_jax._curvature.hessian_free import scale_by_hessian_free as scale_by_hessian_free
-from locoprop_jax._curvature.kfac import KfacState as KfacState
 from locoprop_jax._curvature.kfac import kfac as kfac
 from locoprop_jax._curvature.kfac import kflr as kflr
 from locoprop_jax._curvature.kfac import scale_by_kfac as scale_by_kfac
 from locoprop_jax._curvature.kfra import kfra as kfra
 from locoprop_jax._curvature.kfra import scale_by_kfra as scale_by_kfra
+from locoprop_jax._curvature.kronecker import KfacState as KfacState
 from locoprop_jax._curvature.natural import NaturalGradientState as NaturalGradientState
 from locoprop_jax._curvature.natural import natural_gradient as natural_gradient
 from locoprop_jax._curvature.natural import scale_by_natural_gradient as scale_by_natural_gradient
@@ -31,6 +32,7 @@ from locoprop_jax._curvature.products import fisher_vector_product as fisher_vec
 from locoprop_jax._curvature.products import (
     gauss_newton_vector_product as gauss_newton_vector_product,
 )
+from locoprop_jax._diagnostics import diagnostics as diagnostics
 from locoprop_jax._layers.arrays import LayerArrays as LayerArrays
 from locoprop_jax._layers.captured import Captured as Captured
 from locoprop_jax._layers.layers import Layer as Layer

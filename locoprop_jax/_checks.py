@@ -6,10 +6,36 @@ Under `optax.inject_hyperparams` a hyperparameter is traced, and has no value to
 from __future__ import annotations
 
 import numbers
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from locoprop_jax._trees import is_complex, leaves_by_path
+
+# Of a matrix that is kept for a layer, in rows: 256 MiB in float32, and as much for its inverse.
+# Longer sides are those of vocabularies and flattened images.
+MAX_SIZE = 8192
+
+
+class CostWarning(UserWarning):
+    """Something makes a step or a state many times as costly as is usual for its method.
+
+    It is shown once for each text, where a method is built or a step is traced, with the number and
+    a remedy. `warnings.simplefilter("ignore", lp.CostWarning)` silences it, "error" refuses.
+    """
+
+
+def warn_of_cost(message: str) -> None:
+    warnings.warn(message, CostWarning, stacklevel=2)
+
+
+def warn_of_matrix(what: str, size: int, remedy: str) -> None:
+    """Tell of a matrix that is larger than any that a method keeps by itself."""
+    if size > MAX_SIZE:
+        warn_of_cost(
+            f"{what} is a matrix of {size} x {size} numbers ({size**2 / 2**28:.1f} GiB in "
+            f"float32), and what is made of it takes {size}^3 steps of arithmetic. {remedy}."
+        )
 
 
 def is_number(value: Any) -> bool:
@@ -74,6 +100,29 @@ REAL_REMEDY = (
     "and `im` and real data: outputs `x.real @ re - x.imag @ im` and `x.real @ im + x.imag @ re`, "
     "with `real` and `imag` of the inputs as arrays of their own."
 )
+
+
+def check_state(method: str, state: Any, expected: Any) -> None:
+    """Refuse a state that is laid out otherwise than `init` makes it for these parameters.
+
+    Raises:
+      ValueError: it is; the message names what differs.
+    """
+    found, own = (
+        {path: leaf.shape for path, leaf in leaves_by_path(tree).items()}
+        for tree in (state, expected)
+    )
+    if found != own:
+        paths = [path for path in {**own, **found} if own.get(path) != found.get(path)]
+        path = paths[0]
+        has = f"the shape {found[path]}" if path in found else "nothing"
+        wants = f"the shape {own[path]}" if path in own else "nothing"
+        raise ValueError(
+            f"`{method}` was given the state of another model, of other options or of another "
+            f"version: at {path!r} it has {has} instead of {wants}"
+            f"{f', and {len(paths) - 1} more differ' if paths[1:] else ''}. Restore a checkpoint "
+            f"into `tx.init(params)` of the model and the options that it was made with."
+        )
 
 
 def check_fisher(method: str, damping: Any, curvature: str) -> None:

@@ -189,6 +189,13 @@ def mean_eigenvalue(matrix: Float[Array, "n n"] | Float[Array, " n"]) -> Float[A
     return matrix.mean() if matrix.ndim == 1 else jnp.real(jnp.trace(matrix)) / len(matrix)
 
 
+def eigenvalues(
+    matrix: Float[Array, "*stack n n"] | Float[Array, "*stack n"], *, is_diagonal: bool
+) -> Float[Array, "*stack n"]:
+    """Of Hermitian matrices, or of some that are given by their diagonals."""
+    return matrix if is_diagonal else jnp.linalg.eigvalsh(matrix)
+
+
 def multiply(
     matrix: Float[Array, "n n"] | Float[Array, " n"], right: Float[Array, "n m"]
 ) -> Float[Array, "n m"]:

@@ -281,3 +281,12 @@ def nets(draw):
         out_in=draw(st.booleans()),
         decay=draw(st.sampled_from([0.0, 0.1])),
     )
+
+
+def one_more_refused(state):
+    """The state after a batch that it refused: as it was, but for the counters of these."""
+
+    def count(path, leaf):
+        return leaf + 1 if jax.tree_util.keystr(path[-1:]) == ".refused" else leaf
+
+    return jax.tree_util.tree_map_with_path(count, state)

@@ -80,6 +80,10 @@ def main(argv: cli.Argv = None) -> int:
 def show(runs: Sequence[Run], dataset: Dataset, directory: Path) -> None:
     """Print the table and draw the pictures."""
     print(f"\n{report.table(runs)}\n")
+    for run in runs:
+        if run.diagnostics:
+            said = ", ".join(f"{name} {number:g}" for name, number in run.diagnostics.items())
+            print(f"{run.label}: {said}")
     print(
         f"Losses after the last epoch, on {report.evaluated_on(dataset.train)} training images and "
         f"{report.evaluated_on(dataset.test)} test images."

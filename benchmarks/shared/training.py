@@ -8,13 +8,16 @@ are timed apart or not at all.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jaxtyping import Array, Int
 
+import locoprop_jax as lp
 from benchmarks.shared.methods import Hyperparameters, Method
 from benchmarks.shared.steps import (
     Batch,
@@ -81,6 +84,7 @@ class Run(NamedTuple):
       compile_seconds: finding the layers, tracing and compiling the step.
       params: at the last record of the curve (NumPy).
       stopped: why the run ended early; None for a complete one.
+      diagnostics: of the optimizer's state at the last record; none of other libraries' states.
     """
 
     method: str
@@ -91,6 +95,7 @@ class Run(NamedTuple):
     compile_seconds: float
     params: Params
     stopped: str | None = None
+    diagnostics: Mapping[str, float] = MappingProxyType({})
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -213,6 +218,7 @@ def train(
         )
         compile_seconds = time.perf_counter() - started
         curve, kept = [record(0, 0.0, state.params)], _copy_to_host(state.params)
+        said: dict[str, float] = {}
     try:
         for epoch in range(1, settings.epochs + 1):
             batches = epoch_batches(size, settings.batch_size, epoch, settings.seed)
@@ -220,15 +226,30 @@ def train(
             state = run_epoch(step, state, examples, batches, keep_loss)
             seconds = curve[-1].seconds + time.perf_counter() - started
             curve.append(record(epoch, seconds, state.params))
-            kept = _copy_to_host(state.params)
+            kept, said = _copy_to_host(state.params), _diagnostics(state.opt_state)
             on_epoch(curve[-1])
     except NonFiniteLoss:
         stopped = f"non-finite loss after step {len(step_losses)}"
     except KeyboardInterrupt:
         stopped = INTERRUPTED
     return Run(
-        name, method.label, hyperparameters, curve, step_losses, compile_seconds, kept, stopped
+        name,
+        method.label,
+        hyperparameters,
+        curve,
+        step_losses,
+        compile_seconds,
+        kept,
+        stopped,
+        said,
     )
+
+
+def _diagnostics(opt_state: optax.OptState) -> dict[str, float]:
+    try:
+        return {name: float(number) for name, number in lp.diagnostics(opt_state).items()}
+    except ValueError:  # a baseline
+        return {}
 
 
 def _copy_to_host(params: Params) -> Params:

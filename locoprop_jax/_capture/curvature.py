@@ -25,8 +25,13 @@ from jax import Array
 
 from locoprop_jax import losses
 from locoprop_jax._capture.target import KINDS, Target, Weight
+from locoprop_jax._checks import warn_of_cost
 from locoprop_jax._tracing import chains, jaxpr
 from locoprop_jax._tracing.chains import Shape
+
+# More columns than these make a step ten times as long: with two units of work for each backward
+# pass and one for the pass forward, 3 + 2 * 32 against 3 + 2.
+MOST_COLUMNS = 32
 
 SAMPLED = ("fisher_mc", "ggn_mc")
 
@@ -153,6 +158,14 @@ def cotangents(
 
 
 def _columns(target: Target, point: Point) -> Array:
+    count = math.prod(point.value.shape[axis] for axis in target.alone)
+    if count > MOST_COLUMNS:
+        warn_of_cost(
+            f"`curvature='ggn_exact'` takes {count} columns through the network at the outputs of "
+            f"shape {point.value.shape}, each in a backward pass of its own and with arrays of its "
+            f"own at every layer. `curvature='ggn_mc'` takes one for each sample, and is the same "
+            f"on average."
+        )
     root = root_of(target, point)
     dtype = losses.working_dtype(point.value.dtype)
     vectors = losses.unit_vectors(point.value.shape, target.alone, dtype)
@@ -202,6 +215,15 @@ def _labels_sampled(target: Target, point: Point) -> Callable[[Array], Array]:
 
 def root_of(target: Target, point: Point) -> Callable[[Array], Array]:
     """The product of vectors with the square root of the Hessian of the loss as written."""
+    if target.loss is None or target.loss.root is None:
+        size = math.prod(point.value.shape[axis] for axis in target.outputs)
+        if size > MOST_COLUMNS:
+            warn_of_cost(
+                f"The Hessian of the loss by the {size} outputs of a row is not known: it takes "
+                f"{size} products, and a factorisation of {size} x {size} numbers for each row of "
+                f"the outputs of shape {point.value.shape}. Use a loss of `locoprop_jax.losses`, "
+                f"or one of your own by `losses.output_loss(root=...)`."
+            )
     if target.loss is None:
         assert point.head is not None
         return losses.dense_root(point.head, point.value, target.outputs)

@@ -11,7 +11,13 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_not_negative, check_positive, check_real, check_whole
+from locoprop_jax._checks import (
+    check_not_negative,
+    check_positive,
+    check_real,
+    check_state,
+    check_whole,
+)
 from locoprop_jax._curvature.products import network_of
 from locoprop_jax._curvature.quadratic import (
     RADIUS,
@@ -39,6 +45,7 @@ class GaussNewtonStepState(NamedTuple):
 
     Attributes:
       count: finite batches so far. shape=(), dtype=int32
+      refused: batches that were not finite, and updated nothing. shape=(), dtype=int32
       damping: tau, of the Gauss-Newton matrix. shape=()
       inner_damping: gamma, of the direction's own matrix. shape=()
       step_size: alpha of the last step. shape=()
@@ -53,6 +60,7 @@ class GaussNewtonStepState(NamedTuple):
     """
 
     count: Int[Array, ""]
+    refused: Int[Array, ""]
     damping: Scalar
     inner_damping: Scalar
     step_size: Scalar
@@ -63,6 +71,12 @@ class GaussNewtonStepState(NamedTuple):
     carried: Carried
     previous: Any
     inner: Any
+
+    def diagnostics(self) -> dict[str, Array]:
+        """All numbers."""
+        numbers = self._asdict()
+        del numbers["previous"], numbers["inner"]
+        return numbers
 
 
 def scale_by_gauss_newton_step(
@@ -128,14 +142,21 @@ def scale_by_gauss_newton_step(
         long as steps that reach it do not fail, and shrinks where the loss of the next batch rose,
         when tau is adapted. It keeps the first steps, which are the longest, from where a network
         does not come back. False for eq. 40 as it is.
+      model_period: the steps from one measurement of the curvature to the next; one to measure in
+        each step. Between them the direction has the curvature that its own metric says, times the
+        ratio of both that was measured last, and the last update the angle with it that it had
+        then. Every step is measured as long as the model keeps three quarters of what it promises,
+        as it does without noise.
+      learning_rate: multiplies the step of the model; a number or a schedule. What the state keeps
+        of the last step, momentum and the judgment are of the step as it was taken.
 
     Returns:
       A transformation whose `update` needs the parameters and, as Optax's line searches do,
       `value`, `grad` and `value_fn`: the loss, its gradient and the loss as a function of the
       parameters, all for one batch: `tx.update(grads, state, params, captured=captured,
       value=loss, grad=grads, value_fn=lambda p: loss_fn(p, batch))`. It costs one forward-mode
-      pass. A batch whose gradient or loss is not finite leaves its state as it was, but for that
-      of the direction if only the loss is not finite, and updates nothing.
+      pass. A batch whose gradient, loss or model is not finite leaves its state as it was, but for
+      `refused`, and for that of the direction if the gradient is finite; it updates nothing.
 
     Raises:
       ValueError: at construction, for negative numbers or periods below one; at update, for a loss
@@ -168,6 +189,7 @@ def scale_by_gauss_newton_step(
 
         return GaussNewtonStepState(
             jnp.zeros([], jnp.int32),
+            jnp.zeros([], jnp.int32),
             number(damping),
             number(inner_damping),
             number(0),
@@ -196,6 +218,7 @@ def scale_by_gauss_newton_step(
         slope = with_l2(grad, params, l2)
         incoming = updates if direction is None else with_l2(updates, params, l2)
         ok = _linalg.all_finite((updates, jnp.asarray(value)))
+        check_state(name, state, jax.eval_shape(init, params))
         network = network_of(value_fn, params, (), {}, False, name)
         # The step that is judged next is always measured, and all are as long as the model keeps
         # what it promises: then every step gains by it, else it fits the noise of a batch.
@@ -217,6 +240,7 @@ def scale_by_gauss_newton_step(
         )
 
         loss = most_fall(network, value, l2, dtype)
+        first = radius
         radius = jnp.where(radius > 0, radius, RADIUS * loss)
         bounds = (loss, 1.0, radius) if bounded else ()
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
@@ -248,6 +272,9 @@ def scale_by_gauss_newton_step(
             known = jax.tree.map(lambda x: x.astype(dtype), Carried.of(model, steps))
             return Candidate(directions, inner, tau, steps, change, length, known)
 
+        def tried(gamma: Array) -> Array:
+            return candidate(gamma, is_tried=True).change
+
         gamma = state.inner_damping
         if is_adapted:
             # What comes out of a conditional is copied: a number, and not the direction's state.
@@ -261,6 +288,8 @@ def scale_by_gauss_newton_step(
                 lambda: state.inner_damping,
             )
         best = candidate(gamma)
+        # A model that overflows would leave a damping or a radius that no later batch can shrink.
+        ok = ok & _linalg.all_finite((best.damping, best.steps, best.length))
         # One array is the state and what the update is made of.
         step = _linalg.wide(_combined(best.directions, best.steps))
         last = _linalg.where(ok, step, state.previous)
@@ -272,12 +301,14 @@ def scale_by_gauss_newton_step(
             step_size=best.steps[0],
             model_change=best.change,
             reduction_ratio=ratio,
-            radius=radius,
+            # A loss of zero has no share to be the first radius.
+            radius=jnp.where(jnp.asarray(value) == 0, first, radius),
             length=best.length,
             carried=best.carried,
         )
         step = _linalg.where(ok, step, _linalg.zeros_like(step))
-        return step, _kept(ok, new, state)._replace(previous=last, inner=best.inner)
+        refused = state._replace(refused=state.refused + 1)
+        return step, _kept(ok, new, refused)._replace(previous=last, inner=best.inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -318,59 +349,3 @@ def _combined(directions: list[Tree], steps: Float[Array, " k"]) -> Tree:
     for other in scaled[1:]:
         total = _linalg.add(total, other)
     return total
-
-
-class Steps(NamedTuple):
-    """How a complete optimizer goes along its directions.
-
-    Attributes:
-      damping: the first tau.
-      adapt_damping: whether the direction's own damping gamma is adapted.
-      momentum: whether the last update is a direction as well.
-      l2: eta, of what is added to the loss.
-      model_period: the steps from one measurement of the model's curvature to the next.
-    """
-
-    damping: float
-    adapt_damping: bool
-    momentum: bool
-    l2: float
-    model_period: int = 1
-
-
-def complete(
-    direction: Callable[[Any], optax.GradientTransformation],
-    damping: float,
-    learning_rate: optax.ScalarOrSchedule,
-    steps: Steps,
-) -> optax.GradientTransformationExtraArgs:
-    """Directions of a damping gamma with Gauss-Newton steps: a complete optimizer (Algorithm 1).
-
-    Args:
-      direction: of gamma, which may be traced.
-      damping: the first gamma.
-      learning_rate: multiplies the step of the model.
-      steps: the rest.
-    """
-    step = scale_by_gauss_newton_step(
-        direction if steps.adapt_damping else direction(damping),
-        damping=steps.damping,
-        inner_damping=damping,
-        l2=steps.l2,
-        momentum=steps.momentum,
-        model_period=steps.model_period,
-        learning_rate=learning_rate,
-    )
-    return optax.chain(step, optax.scale(-1))
-
-
-def descend(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Minus the updates times the learning rate, which may be of another dtype."""
-    if callable(learning_rate):
-        return optax.scale_by_learning_rate(learning_rate)
-
-    def scale(updates: Tree, params: Tree = None) -> Tree:
-        del params
-        return jax.tree.map(lambda u: -jnp.asarray(learning_rate, u.dtype) * u, updates)
-
-    return optax.stateless(scale)

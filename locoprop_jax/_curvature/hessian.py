@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from locoprop_jax import losses
-from locoprop_jax._checks import check_layers
+from locoprop_jax._checks import check_layers, warn_of_matrix
 from locoprop_jax._curvature.sequences import check_sequence, kernels
 from locoprop_jax._layers.arrays import LayerArrays
 from locoprop_jax._layers.captured import Captured, check_captured, check_real_captured
@@ -75,6 +75,12 @@ def hessian_blocks(
     check_layers(layers, "hessian_blocks")
     names = check_sequence(layers, "hessian_blocks", REMEDY)
     captured = check_captured(layers, captured, "hessian_blocks")
+    for name, layer in layers.items():
+        warn_of_matrix(
+            f"The block of the layer {name}",
+            (layer.d_in + (layer.bias is not None)) * layer.d_out,
+            "Products with the whole matrix need no block: `gauss_newton_vector_product`",
+        )
     check_real_captured(captured, "hessian_blocks")
     above = kernels(layers, params, names[1:], "hessian_blocks", captured.points)
     last = captured[names[-1]]

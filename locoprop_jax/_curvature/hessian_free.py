@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _iterative, _linalg
-from locoprop_jax._checks import check_not_negative, check_positive, check_real, check_whole
-from locoprop_jax._curvature.gauss_newton import descend
+from locoprop_jax._checks import (
+    check_not_negative,
+    check_positive,
+    check_real,
+    check_state,
+    check_whole,
+)
+from locoprop_jax._curvature.complete import descend
 from locoprop_jax._curvature.products import linearise
 from locoprop_jax._curvature.quadratic import (
     ValueFn,
@@ -30,6 +37,8 @@ class HessianFreeState(NamedTuple):
 
     Attributes:
       count: finite batches so far. shape=(), dtype=int32
+      refused: batches that were not finite, or whose products were not, and that updated nothing.
+        shape=(), dtype=int32
       damping: lambda. shape=()
       model_change: by how much the model fell with the last step; not positive. shape=()
       reduction_ratio: rho, how much the loss of the next batch fell by a step over how much the
@@ -39,11 +48,18 @@ class HessianFreeState(NamedTuple):
     """
 
     count: Int[Array, ""]
+    refused: Int[Array, ""]
     damping: Float[Array, ""]
     model_change: Float[Array, ""]
     reduction_ratio: Float[Array, ""]
     iterations: Int[Array, ""]
     previous: Any
+
+    def diagnostics(self) -> dict[str, Array]:
+        """All numbers."""
+        numbers = self._asdict()
+        del numbers["previous"]
+        return numbers
 
 
 def scale_by_hessian_free(
@@ -77,7 +93,8 @@ def scale_by_hessian_free(
     Returns:
       A transformation whose `update` needs the parameters, `value` and `value_fn`, as for
       `scale_by_gauss_newton_step`, all for one batch. Negated, its update is meant to be taken as
-      it is. A batch that is not finite leaves its state as it was, and updates nothing.
+      it is. A batch that is not finite, or whose products are not, leaves its state as it was, but
+      for `refused`, and updates nothing.
 
     Raises:
       ValueError: at construction, for numbers out of range; at update, for a loss whose outputs
@@ -105,7 +122,8 @@ def scale_by_hessian_free(
             return jnp.zeros([], jnp.int32)
 
         previous = _linalg.zeros_like(_linalg.wide(params))
-        return HessianFreeState(count(), number(damping), number(0), number(1), count(), previous)
+        numbers = number(damping), number(0), number(1)
+        return HessianFreeState(count(), count(), *numbers, count(), previous)
 
     def update(
         updates: Any,
@@ -118,6 +136,7 @@ def scale_by_hessian_free(
     ) -> tuple[Any, HessianFreeState]:
         del extra_args
         value_fn = check_line(name, params=params, value=value, value_fn=value_fn)
+        check_state(name, state, jax.eval_shape(init, params))
         network = linearise(value_fn, params, (), {}, False, name)
         dtype = dtype_of_model(params)
         eta = jnp.asarray(l2, dtype)
@@ -146,6 +165,7 @@ def scale_by_hessian_free(
         change = -(_linalg.dot(solution, slope) + _linalg.dot(solution, residual)) / 2
         new = HessianFreeState(
             state.count + 1,
+            state.refused,
             amount,
             change,
             jnp.where(is_first, state.reduction_ratio, verdict.ratio),
@@ -153,7 +173,10 @@ def scale_by_hessian_free(
             solution,
         )
         step = like(solution, updates)
-        return _linalg.where(ok, step, _linalg.zeros_like(step)), _linalg.where(ok, new, state)
+        # A product that overflows would leave a solution or a damping that is none.
+        ok = ok & _linalg.all_finite((solution, change, amount))
+        refused = state._replace(refused=state.refused + 1)
+        return _linalg.where(ok, step, _linalg.zeros_like(step)), _linalg.where(ok, new, refused)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

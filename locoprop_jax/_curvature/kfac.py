@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_fisher, check_layers
-from locoprop_jax._curvature.gauss_newton import Steps, complete
-from locoprop_jax._curvature.kronecker import Damping, KroneckerState, scale_by_kronecker
+from locoprop_jax._curvature.complete import Steps, complete
+from locoprop_jax._curvature.kronecker import Damping, scale_by_kronecker
 from locoprop_jax._curvature.shared_weights import has_trace_ratio, trace_ratio
 from locoprop_jax._layers import rows
 from locoprop_jax._layers.blocks import curvature_of, dtype_of
@@ -22,8 +22,6 @@ from locoprop_jax._layers.layers import Layers
 from locoprop_jax._layers.rows import Block
 from locoprop_jax._layers.stacking import over_stack
 from locoprop_jax._neurons.amortised import Amortisation, is_too_large, row_limit
-
-KfacState = KroneckerState
 
 
 def scale_by_kfac(
@@ -85,7 +83,8 @@ def scale_by_kfac(
 
     Returns:
       A transformation whose `update` needs `captured`. A batch whose gradient is not finite leaves
-      its state as it was, and updates nothing; statistics that overflow are not gathered.
+      its state as it was, but for `refused`, and updates nothing; statistics that overflow are not
+      gathered.
 
     Raises:
       ValueError: at construction, for no layers, negative damping, a decay outside [0, 1), a

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from locoprop_jax._checks import check_layers
-from locoprop_jax._curvature.gauss_newton import Steps, complete
+from locoprop_jax._checks import check_layers, warn_of_matrix
+from locoprop_jax._curvature.complete import Steps, complete
 from locoprop_jax._curvature.kronecker import Damping, scale_by_kronecker
 from locoprop_jax._curvature.sequences import check_sequence, kernels
 from locoprop_jax._layers.captured import Captured
@@ -66,8 +66,8 @@ def scale_by_kfra(
 
     Returns:
       A transformation whose `update` needs `captured` and `params`. A batch whose gradient is not
-      finite leaves its state as it was, and updates nothing; statistics that overflow are not
-      gathered.
+      finite leaves its state as it was, but for `refused`, and updates nothing; statistics that
+      overflow are not gathered.
 
     Raises:
       ValueError: at construction, for layers that are not a chain and a transfer function without
@@ -92,6 +92,12 @@ def _direction(
 ) -> optax.GradientTransformationExtraArgs:
     check_layers(layers, "scale_by_kfra")
     names = check_sequence(layers, "scale_by_kfra", REMEDY)
+    for name, layer in layers.items():
+        warn_of_matrix(
+            f"The larger factor that `scale_by_kfra` keeps of the layer {name}",
+            max(layer.d_in + 1, layer.d_out),
+            "Use `scale_by_kfac` or `kfac`, which keep such factors by their diagonals",
+        )
 
     def output_factors(
         captured: Captured, params: Any, slopes: dict[str, Block]

@@ -61,11 +61,12 @@ class EigenFactors(NamedTuple):
     scale: Float[Array, "d d_out"]
 
 
-class KroneckerState(AmortisedState):
+class KfacState(AmortisedState):
     """State of `scale_by_kfac` and `scale_by_kfra`.
 
     Attributes:
       count: finite batches so far. shape=(), dtype=int32
+      refused: batches that were not finite, and updated nothing. shape=(), dtype=int32
       gathered: `count` after the last batch whose factors were gathered. shape=(), dtype=int32
       failures: factorisations that did not succeed; their layers kept the inverse they had.
         shape=(), dtype=int32
@@ -73,6 +74,18 @@ class KroneckerState(AmortisedState):
       inverse: by layer, the inverses of the damped `Factors`, of the input factor alone with a
         number for the other, or `EigenFactors`.
     """
+
+    def spectra(self) -> dict[str, Array]:
+        """The eigenvalues of both factors, and of what is kept of their damped inverses."""
+        found = {}
+        for layer, own in self.statistics.items():
+            found |= _spectra(f"{layer}/", own)
+        for layer, own in self.inverse.items():
+            if isinstance(own, EigenFactors):
+                found[f"{layer}/damped"] = own.scale.reshape(*own.scale.shape[:-2], -1)
+            else:
+                found |= _spectra(f"{layer}/damped_", own)
+        return found
 
 
 class Damping(NamedTuple):
@@ -198,19 +211,19 @@ def scale_by_kronecker(
     damping.check()
     amortisation.check()
 
-    def init(params: Any) -> KroneckerState:
+    def init(params: Any) -> KfacState:
         shapes = matrix_shapes(layers, params)
 
         def factors() -> dict[str, Factors]:
             return {n: _zero_factors(shapes[n], layers[n].is_lookup, max_size) for n in shapes}
 
         return amortisation.init(
-            KroneckerState,
+            KfacState,
             factors,
             lambda: {name: damping.zeros(own, shapes[name]) for name, own in factors().items()},
         )
 
-    def step(batch: Batch, state: KroneckerState) -> tuple[Any, KroneckerState]:
+    def step(batch: Batch, state: KfacState) -> tuple[Any, KfacState]:
         captured, slopes, ok = batch.captured, batch.slopes, batch.is_finite()
 
         def gather() -> dict[str, Factors]:
@@ -280,6 +293,19 @@ def unit_of(layer: Layer, factors: Factors) -> Float[Array, "*stack"]:
     if layer.kind in ("scale", "bias"):
         return jnp.broadcast_to(products.mean(), products.shape)
     return products
+
+
+def _spectra(prefix: str, own: Factors | InputFactor) -> dict[str, Array]:
+    """The eigenvalues of factors, of one layer or of a stack; of a diagonal one its entries."""
+    factors = own._asdict()
+    factors.pop("scale", None)
+    # One that is larger than is kept has an axis less than one that is not.
+    most = max(x.ndim for x in factors.values())
+    are_square = all(x.shape[-2:] == (x.shape[-1],) * 2 for x in factors.values() if x.ndim == most)
+    return {
+        prefix + name: _linalg.eigenvalues(x, is_diagonal=x.ndim < most or not are_square)
+        for name, x in factors.items()
+    }
 
 
 def _mean_eigenvalues(factors: Factors) -> tuple[Float[Array, ""], Float[Array, ""]]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_fisher, check_layers, check_positive, check_whole
 from locoprop_jax._curvature import woodbury
-from locoprop_jax._curvature.gauss_newton import Steps, complete
+from locoprop_jax._curvature.complete import Steps, complete
 from locoprop_jax._curvature.woodbury import Columns, System
 from locoprop_jax._layers.captured import check_captured
 from locoprop_jax._layers.layers import Layers
@@ -30,6 +30,7 @@ class NaturalGradientState(NamedTuple):
 
     Attributes:
       count: finite batches so far. shape=(), dtype=int32
+      refused: batches that were not finite, and updated nothing. shape=(), dtype=int32
       failures: factorisations that did not succeed; their layers kept the one they had, or stood
         still. shape=(), dtype=int32
       systems: what later steps are divided by: of "all" layers, or of each by its name; with
@@ -37,8 +38,23 @@ class NaturalGradientState(NamedTuple):
     """
 
     count: Int[Array, ""]
+    refused: Int[Array, ""]
     failures: Int[Array, ""]
     systems: dict[str, System]
+
+    def diagnostics(self) -> dict[str, Array]:
+        """The counters, and lambda of each system that is kept."""
+        own = {"count": self.count, "refused": self.refused, "failures": self.failures}
+        return own | {f"damping/{name}": system.damping for name, system in self.systems.items()}
+
+    def spectra(self) -> dict[str, Array]:
+        """The eigenvalues of lambda I + G'G of each system that is kept."""
+        return {
+            f"{name}/damped": _linalg.eigenvalues(
+                system.cholesky @ system.cholesky.T, is_diagonal=False
+            )
+            for name, system in self.systems.items()
+        }
 
 
 def scale_by_natural_gradient(
@@ -86,8 +102,8 @@ def scale_by_natural_gradient(
 
     Returns:
       A transformation whose `update` needs `captured`, and takes `fisher`. A batch that is not
-      finite leaves its state as it was, and updates nothing. Where the axis of the batch could not
-      be told, each row counts as an example.
+      finite leaves its state as it was, but for `refused`, and updates nothing. Where the axis of
+      the batch could not be told, each row counts as an example.
 
     Raises:
       ValueError: at construction, for no layers, damping that is not positive, a size, samples or a
@@ -108,7 +124,7 @@ def scale_by_natural_gradient(
         systems = {}
         if batch_size is not None:
             systems = _empty(layers, params, batch_size, samples, block_diagonal)
-        return NaturalGradientState(zero_count(), zero_count(), systems)
+        return NaturalGradientState(zero_count(), zero_count(), zero_count(), systems)
 
     def step(batch: Batch, state: NaturalGradientState) -> tuple[Any, NaturalGradientState]:
         source = batch.captured

@@ -18,9 +18,14 @@ from jax.lax import Precision
 from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
+from locoprop_jax._checks import warn_of_cost, warn_of_matrix
 from locoprop_jax._layers.blocks import curvature_of, dtype_of, matrix, unmatrix
 from locoprop_jax._layers.captured import Captured
 from locoprop_jax._layers.rows import Block, as_rows, extend
+
+# Inputs written out of which the captured arrays are so many times smaller are told of, if they are
+# of some size.
+MOST_TIMES, LARGE = 10, 2**20
 
 Weights = Float[Array, "samples batch"]  # a number for each column of G
 
@@ -91,8 +96,16 @@ def columns_of(captured: Captured, own: Mapping[str, Block], curvature: str) -> 
 
 
 def _columns(captured: Captured, name: str, like: Block, curvature: str) -> Columns:
-    dtype = dtype_of(like)
-    extended = extend(captured[name].inputs.astype(dtype), like)
+    dtype, arrays = dtype_of(like), captured[name]
+    kept = sum(x.size for x in jax.tree.leaves(arrays.uses))
+    if arrays.inputs.size > max(MOST_TIMES * kept, LARGE):
+        warn_of_cost(
+            f"The exact Fisher writes out the inputs of the layer {name}: {arrays.inputs.size} "
+            f"numbers where all that was captured of it are {kept}: the windows of a convolution "
+            f"or the rows of a table that is looked up. Use `foof`, `lnb` or `kfac`, which leave "
+            f"them as they are, or smaller batches."
+        )
+    extended = extend(arrays.inputs.astype(dtype), like)
     return Columns(extended, curvature_of(captured, name, curvature, dtype))
 
 
@@ -203,6 +216,11 @@ def factorise(columns: Mapping[str, Columns], damping: Any, *, relative: bool = 
     """
     grams = [gram(own) for own in columns.values()]
     total = sum(grams[1:], start=grams[0])
+    warn_of_matrix(
+        "The system of the exact Fisher, with an equation for each example and sample,",
+        len(total),
+        "Take a smaller batch, or fewer samples; exact columns count as samples",
+    )
     amount = jnp.asarray(damping, total.dtype)
     tiny = jnp.finfo(total.dtype).tiny
     if relative:

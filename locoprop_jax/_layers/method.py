@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_real
+from locoprop_jax._checks import check_real, check_state
 from locoprop_jax._layers.blocks import blocks, matrix
 from locoprop_jax._layers.captured import Captured, check_captured, check_real_captured
 from locoprop_jax._layers.layers import Layers, replace
@@ -19,7 +19,7 @@ from locoprop_jax._layers.rows import Block
 from locoprop_jax._layers.stacking import over_stack
 from locoprop_jax._trees import ascent
 
-State = TypeVar("State", bound=Any)  # a NamedTuple with a `count` of finite batches
+State = TypeVar("State", bound=Any)  # a NamedTuple: `count` finite batches, `refused` others
 
 
 class Batch(NamedTuple):
@@ -62,10 +62,10 @@ class Batch(NamedTuple):
         """The updates with new blocks, and the state with this batch counted.
 
         Parameters in no layer keep their gradient. A batch that is not ok updates nothing and is
-        not counted; what else the state keeps of it is up to the method.
+        counted as refused; what else the state keeps of it is up to the method.
         """
         directions = self.replaced(new)
-        state = state._replace(count=state.count + ok.astype(jnp.int32))
+        state = counted(state, ok)
         return _linalg.where(ok, directions, _linalg.zeros_like(directions)), state
 
 
@@ -108,11 +108,18 @@ def transformation(
             check_real(method, updates)
             check_real_captured(own, method)
         updates = ascent(updates)
+        check_state(method, state, jax.eval_shape(init, updates))
         slopes = blocks(layers, updates, "gradients", own.points)
         batch = Batch(layers, updates, slopes, own, params, extra_args)
         return step(batch, state)
 
     return optax.GradientTransformationExtraArgs(checked_init, update)
+
+
+def counted(state: State, ok: Bool[Array, ""]) -> State:
+    """The state with a batch more among those that it took, or refused."""
+    one = ok.astype(jnp.int32)
+    return state._replace(count=state.count + one, refused=state.refused + 1 - one)
 
 
 # --- what `init` is made of ----------------------------------------------------------------------

@@ -25,7 +25,7 @@ import optax
 from jaxtyping import Array, Float
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_fisher, is_number
+from locoprop_jax._checks import check_fisher, is_number, warn_of_matrix
 from locoprop_jax._layers.rows import Rows
 from locoprop_jax._layers.transfer import Transfer
 
@@ -165,6 +165,12 @@ def natural(
 
     def init(d_out: int, dtype: Any) -> NaturalState:
         shape = (d_out,) if diagonal else (d_out, d_out)
+        if not diagonal:
+            warn_of_matrix(
+                "What the target `natural` keeps of a layer's outputs",
+                d_out,
+                "Use `natural(diagonal=True)`",
+            )
         return NaturalState(jnp.zeros((), dtype), jnp.zeros(shape, dtype))
 
     def update(cotangents: Rows, curvature: Rows | None, state: Any) -> tuple[Linear, Any]:

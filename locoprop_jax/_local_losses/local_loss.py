@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_layers, check_not_negative
@@ -38,21 +38,32 @@ class LocalLossState(NamedTuple):
 
     Attributes:
       count: updates so far. shape=(), dtype=int32
+      refused: those of them whose batch was not finite, and that changed nothing. shape=(),
+        dtype=int32
+      failures: solutions that were not finite; their layers stood still and kept their states.
+        shape=(), dtype=int32
       inner: the solver's state by layer, laid out like the layer's block.
       target: the target's state by layer.
     """
 
     count: Int[Array, ""]
+    refused: Int[Array, ""]
+    failures: Int[Array, ""]
     inner: dict[str, Any]
     target: dict[str, Any]
 
+    def diagnostics(self) -> dict[str, Array]:
+        """The counters."""
+        return {"count": self.count, "refused": self.refused, "failures": self.failures}
+
 
 class Result(NamedTuple):
-    """What became of a layer: its displacement and the new states."""
+    """What became of a layer: its displacement, the new states, and whether these are finite."""
 
     delta: Block
     inner: Any
     target: Any
+    is_finite: Bool[Array, ""]
 
 
 def scale_by_local_loss(
@@ -130,7 +141,7 @@ def scale_by_local_loss(
         targets = {}
         if transform is not None:
             targets = {n: _target_state(layers[n], transform, block) for n, block in own.items()}
-        return LocalLossState(zero_count(), inner, targets)
+        return LocalLossState(zero_count(), zero_count(), zero_count(), inner, targets)
 
     def step(batch: Batch, state: LocalLossState) -> tuple[Any, LocalLossState]:
         if batch.params is None:
@@ -164,7 +175,7 @@ def scale_by_local_loss(
                 ok,
             )
             delta, inner = solver.solve(problem, arrays.inner)
-            return Result(delta, inner, _linalg.where(ok, target, arrays.target))
+            return _kept(ok, delta, (inner, target), arrays)
 
         if correction is not None:
             results = _one_by_one(layers, data, improve, correction)
@@ -173,6 +184,8 @@ def scale_by_local_loss(
             results = map_layers(layers, improve, data, kind=kind, stack=stack)
         moved = {name: jax.tree.map(jnp.negative, result.delta) for name, result in results.items()}
 
+        failed = [jnp.sum(ok & ~own.is_finite, dtype=jnp.int32) for own in results.values()]
+
         def backprop(g: Array) -> Array:
             unit = unit_norm(g) if relative else g
             step = jnp.asarray(eta, g.dtype) * jnp.asarray(gamma, g.dtype) * unit
@@ -180,6 +193,8 @@ def scale_by_local_loss(
 
         return batch.replaced(moved, backprop), LocalLossState(
             jnp.asarray(optax.safe_increment(state.count)),
+            state.refused + 1 - ok.astype(jnp.int32),
+            sum(failed, start=state.failures),
             {name: result.inner for name, result in results.items()},
             {n: result.target for n, result in results.items() if transform is not None},
         )
@@ -199,6 +214,18 @@ def _target_state(layer: Layer, target: Target, block: Block) -> Any:
     if layer.stack is None:
         return target.init(layer.d_out, dtype)
     return jax.vmap(lambda _: target.init(layer.d_out, dtype))(jnp.arange(layer.stack))
+
+
+def _kept(ok: Bool[Array, ""], delta: Block, states: tuple[Any, Any], old: LayerData) -> Result:
+    """What a solver made of a layer where it is finite; else nothing, and the states it had.
+
+    States that were not finite before (an optimizer may begin with an infinity) are no reason.
+    """
+    before = old.inner, old.target
+    sound = _linalg.all_finite(states) | ~_linalg.all_finite(before)
+    finite = _linalg.all_finite(delta) & sound
+    inner, target = _linalg.where(ok & finite, states, before)
+    return Result(_linalg.where(finite, delta, _linalg.zeros_like(delta)), inner, target, finite)
 
 
 # --- the order of layers -------------------------------------------------------------------------

@@ -10,15 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_decay, check_whole, is_number
+from locoprop_jax._checks import MAX_SIZE, check_decay, check_whole, is_number
 from locoprop_jax._layers.method import zero_count
 from locoprop_jax._trees import real_dtype, wide_dtype
 
 ByLayer = dict[str, Any]
-
-# Of a matrix that is kept for a layer, in rows: 256 MiB in float32, and as much for its inverse.
-# Longer sides are those of vocabularies and flattened images.
-MAX_SIZE = 8192
 
 
 def row_limit(max_size: Any) -> int:
@@ -45,6 +41,7 @@ class AmortisedState(NamedTuple):
 
     Attributes:
       count: finite batches so far. shape=(), dtype=int32
+      refused: batches that were not finite, and updated nothing. shape=(), dtype=int32
       gathered: `count` after the last batch whose statistics were gathered. shape=(), dtype=int32
       failures: factorisations that did not succeed; their layers kept what they had.
         shape=(), dtype=int32
@@ -53,10 +50,16 @@ class AmortisedState(NamedTuple):
     """
 
     count: Int[Array, ""]
+    refused: Int[Array, ""]
     gathered: Int[Array, ""]
     failures: Int[Array, ""]
     statistics: ByLayer
     inverse: ByLayer
+
+    def diagnostics(self) -> dict[str, Array]:
+        """The counters, and the steps since statistics were gathered, if they are averaged."""
+        own = {"count": self.count, "refused": self.refused, "failures": self.failures}
+        return own | ({"age": self.count - self.gathered} if self.statistics else {})
 
 
 State = TypeVar("State", bound=AmortisedState)
@@ -97,7 +100,7 @@ class Amortisation(NamedTuple):
         self, kind: type[State], statistics: Callable[[], ByLayer], inverse: Callable[[], ByLayer]
     ) -> State:
         """The state before the first batch, of zeros for statistics and inverses."""
-        counts = zero_count(), zero_count(), zero_count()
+        counts = zero_count(), zero_count(), zero_count(), zero_count()
         return kind(*counts, statistics() if self.is_averaged else {}, inverse())
 
     def advance(

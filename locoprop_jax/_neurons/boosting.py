@@ -26,6 +26,7 @@ from locoprop_jax._layers.layers import Layers
 from locoprop_jax._layers.method import (
     Batch,
     blocks_like,
+    counted,
     kernel_shapes,
     transformation,
     zero_count,
@@ -43,13 +44,19 @@ class LnbState(NamedTuple):
 
     Attributes:
       count: finite batches so far. shape=(), dtype=int32
+      refused: batches that were not finite, and updated nothing. shape=(), dtype=int32
       moments: by layer; empty for batch boosting, and for a layer whose kernel is masked.
       solution: theta by layer, laid out like the layer's block; empty for batch boosting.
     """
 
     count: Int[Array, ""]
+    refused: Int[Array, ""]
     moments: dict[str, Moments]
     solution: dict[str, Block]
+
+    def diagnostics(self) -> dict[str, Array]:
+        """The counters."""
+        return {"count": self.count, "refused": self.refused}
 
 
 def scale_by_lnb(
@@ -100,7 +107,7 @@ def scale_by_lnb(
     Returns:
       A transformation whose `update` needs `captured`; follow it by a learning rate, the paper's
       sqrt(eps).
-      A batch that is not finite leaves its state as it was, and updates nothing.
+      A batch that is not finite leaves its state as it was, but for `refused`, and updates nothing.
 
     Raises:
       ValueError: at construction, for no layers, a negative ridge, iterations below one, a decay
@@ -120,19 +127,19 @@ def scale_by_lnb(
 
     def init(params: Any) -> LnbState:
         if not online:
-            return LnbState(zero_count(), {}, {})
+            return LnbState(zero_count(), zero_count(), {}, {})
         moments = {
             name: _zero_moments(kernel, is_lookup=layers[name].is_lookup)
             for name, kernel in kernel_shapes(layers, params).items()
         }
-        return LnbState(zero_count(), moments, _linalg.zeros_like(blocks_like(layers, params)))
+        solution = _linalg.zeros_like(blocks_like(layers, params))
+        return LnbState(zero_count(), zero_count(), moments, solution)
 
     def step(batch: Batch, state: LnbState) -> tuple[Any, LnbState]:
         slopes = batch.slopes
         inputs = {name: _rows_of(batch.captured[name], slopes[name], fraction) for name in slopes}
 
         def boost() -> tuple[Any, LnbState]:
-            count = state.count + 1
             sums = {
                 name: over_stack(layers[name], _moments)(inputs[name])
                 for name in slopes
@@ -141,7 +148,7 @@ def scale_by_lnb(
             moments = sums
             if online:
                 sums = _linalg.average(state.moments, moments, moment_decay)
-                moments = _linalg.debiased(sums, moment_decay, count)
+                moments = _linalg.debiased(sums, moment_decay, state.count + 1)
             systems = {
                 name: LayerSystem(
                     inputs[name], slopes[name], moments.get(name), state.solution.get(name)
@@ -156,13 +163,12 @@ def scale_by_lnb(
             else:
                 points = batch.captured.points
                 direction = unit_steps(layers, batch.updates, thetas, images, unit, floor, points)
-            return direction, LnbState(count, sums, thetas) if online else LnbState(count, {}, {})
+            return direction, state._replace(moments=sums, solution=thetas) if online else state
 
-        return jax.lax.cond(
-            batch.is_finite(inputs),
-            boost,
-            lambda: (_linalg.zeros_like(batch.updates), state),
-        )
+        ok = batch.is_finite(inputs)
+        nothing = lambda: (_linalg.zeros_like(batch.updates), state)  # noqa: E731
+        direction, state = jax.lax.cond(ok, boost, nothing)
+        return direction, counted(state, ok)
 
     return transformation("scale_by_lnb", layers, init, step, takes_complex=True)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import check_layers, check_not_negative
@@ -41,12 +42,21 @@ class FoofState(AmortisedState):
 
     Attributes:
       count: finite batches so far. shape=(), dtype=int32
+      refused: batches that were not finite, and updated nothing. shape=(), dtype=int32
       gathered: `count` after the last batch whose statistics were gathered. shape=(), dtype=int32
       failures: factorisations that did not succeed; their layers kept the inverse they had, or
         stood still. shape=(), dtype=int32
       statistics: `Statistics` by layer, their running sums. Empty for the current batch's alone.
       inverse: `Metric` by layer, with its inverse. Empty if every step solves its own.
     """
+
+    def spectra(self) -> dict[str, Array]:
+        """The eigenvalues of S, and of the inverse of what is left of it, damped, by layer."""
+        return {
+            f"{layer}/{name}": _linalg.eigenvalues(own[0], is_diagonal=own[0].ndim == own.mean.ndim)
+            for name, kept in (("inputs", self.statistics), ("damped_inputs", self.inverse))
+            for layer, own in kept.items()
+        }
 
 
 def scale_by_foof(
@@ -100,7 +110,7 @@ def scale_by_foof(
 
     Returns:
       A transformation whose `update` needs `captured`. A batch that is not finite leaves its state
-      as it was, and updates nothing.
+      as it was, but for `refused`, and updates nothing.
 
     Raises:
       ValueError: at construction, for no layers, negative damping, a decay outside [0, 1), a

@@ -10,7 +10,13 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from locoprop_jax import _linalg
-from locoprop_jax._checks import check_decay, check_not_negative, check_positive, is_number
+from locoprop_jax._checks import (
+    check_decay,
+    check_not_negative,
+    check_positive,
+    check_state,
+    is_number,
+)
 from locoprop_jax._trees import ascent
 
 
@@ -121,6 +127,7 @@ def average_gradients(decay: float) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AverageState]:
         del params
+        check_state("average_gradients", state, jax.eval_shape(init, updates))
         gradients = _linalg.wide(updates)
         finite = _linalg.all_finite(gradients)
         count = state.count + finite.astype(jnp.int32)

@@ -25,6 +25,10 @@ class IterateAverageState(NamedTuple):
     count: Int[Array, ""]
     iterates: Any
 
+    def diagnostics(self) -> dict[str, Array]:
+        """The counter."""
+        return {"count": self.count}
+
 
 def average_iterates(decay: float = 0.95) -> optax.GradientTransformation:
     """Keep an average of the parameters in the state; updates pass (practical GN, B.4, eq. 44).

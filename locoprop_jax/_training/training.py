@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from locoprop_jax import _linalg
 from locoprop_jax._layers.layers import Layers, parameter_paths
 from locoprop_jax._trees import ascent, path_name
 
@@ -25,7 +27,8 @@ def with_fallback(
         conjugated, as Optax's optimizers need them to descend.
 
     Returns:
-      One optimizer for all parameters (an `optax.partition`).
+      One optimizer for all parameters (an `optax.partition`). A batch whose gradient is not finite
+      leaves the fallback and its parameters as they were, as a method does with its own.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, locoprop_jax as lp
@@ -57,4 +60,23 @@ def with_fallback(
 
     for_others = optax.with_extra_args_support(fallback)
     descending = optax.GradientTransformationExtraArgs(fallback.init, update)
-    return optax.partition({"layers": tx, "fallback": descending}, labels)
+    both: Any = optax.partition({"layers": tx, "fallback": descending}, labels)
+
+    def update_both(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        ok = _linalg.all_finite(updates)
+        new, after = both.update(updates, state, params, **extra_args)
+        old, inner = state.inner_states["fallback"], after.inner_states
+        kept = after._replace(
+            inner_states={**inner, "fallback": _linalg.where(ok, inner["fallback"], old)}
+        )
+        guarded = jax.tree_util.tree_map_with_path(
+            lambda path, u: (
+                u if path_name(path) in captured else _linalg.where(ok, u, jnp.zeros_like(u))
+            ),
+            new,
+        )
+        return guarded, kept
+
+    return optax.GradientTransformationExtraArgs(both.init, update_both)

@@ -434,6 +434,8 @@ def test_the_comparison_end_to_end(
     printed = capsys.readouterr().out
     assert code == 0 and "compile s" in printed
     assert all(METHODS[name].label in printed for name in names)
+    assert f"{METHODS['locoprop_m'].label}: local_loss/count 8, local_loss/refused 0" in printed
+    assert f"{METHODS['adam'].label}: " not in printed
     results = json.loads((output / "results.json").read_text())
     assert list(results["runs"]) == names
     assert results["settings"]["dataset"] == "mnist"

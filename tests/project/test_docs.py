@@ -95,6 +95,16 @@ def test_the_tests_that_the_mathematics_names_exist():
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(), test
 
 
+def test_the_tests_that_the_promises_name_exist():
+    text = (DOCS / "promises.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(named) > 15
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), test
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [row for row in rows if "::" not in row and row != "| promise | test |"] == []
+
+
 def test_what_the_tour_names_exists():
     text = (DOCS / "contributing.md").read_text()
     named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", text)

@@ -108,6 +108,12 @@ def test_importing_takes_little_more_than_jax_and_optax():
     assert ours == {"locoprop_jax"}
 
 
+def test_importing_warns_of_nothing():
+    command = [sys.executable, "-W", "error", "-c", "import locoprop_jax"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_only_the_train_state_needs_flax():
     assert "flax" in imported("import locoprop_jax; locoprop_jax.TrainState")
     hidden = "import sys; sys.modules['flax'] = None; import locoprop_jax as lp; lp.TrainState"

@@ -174,6 +174,30 @@ def test_with_fallback_has_nothing_to_do_where_every_parameter_is_in_a_layer():
     assert jax.eval_shape(updates, params, data()) == jax.eval_shape(lambda: params)
 
 
+@pytest.mark.standard_promotion
+def test_a_batch_that_is_not_finite_leaves_the_fallback_as_it_was():
+    params, x = {"net": linen_params(), "least": jnp.full(3, -1.0)}, data()
+
+    def loss_fn(params, x):
+        cut = jnp.maximum(x, params["least"][None])
+        return reconstruction_loss(Autoencoder().apply(params["net"], cut), x)
+
+    layers = lp.find_layers(loss_fn, params, x, on_uncaptured="pass")
+    tx = lp.with_fallback(optimizer(layers), layers, optax.adam(1e-2))
+
+    @jax.jit
+    def step(state, x):
+        _, grads, captured = lp.value_grad_and_capture(loss_fn)(params, x)
+        return tx.update(grads, state, params, captured=captured)
+
+    updates, before = step(tx.init(params), x)
+    assert np.any(updates["least"])
+    updates, after = step(before, x.at[0, 0].set(jnp.nan))
+    assert not any(np.any(u) for u in jax.tree.leaves(updates))
+    chex.assert_trees_all_equal(after.inner_states["fallback"], before.inner_states["fallback"])
+    assert lp.diagnostics(after)["local_loss/refused"] == 1
+
+
 # --- Flax NNX ------------------------------------------------------------------------------------
 
 
