@@ -18,6 +18,7 @@ from locoprop_jax._tracing import ends, separable
 from locoprop_jax._tracing.chains import Chain, Shape
 from locoprop_jax._tracing.flow import reached_live
 from locoprop_jax._tracing.program import Equation, Program
+from locoprop_jax._tracing.sites import Site, raw_output
 from locoprop_jax._tracing.trace import Traced
 from locoprop_jax._trees import is_complex
 
@@ -241,10 +242,14 @@ def _constant(
 ) -> str | None:
     """A layer that has a use without an axis of examples; None if there is none."""
     for site, name in zip(traced.detection.sites, names, strict=True):
-        if site.output in followed and traced.batch_axes is not None:
-            if not site.loops and not traced.batch_axes[site.output]:
-                return name
+        if _is_constant(traced, site) and not followed.keys().isdisjoint(site.outside):
+            return name
     return None
+
+
+def _is_constant(traced: Traced, site: Site) -> bool:
+    """Whether a use has no axis of examples: each of its rows may be of all of them."""
+    return traced.batch_axes is not None and not traced.batch_axes[raw_output(site)]
 
 
 def _examples(traced: Traced, target: Target, to_rows: Sequence[Chain]) -> int | None:
@@ -274,9 +279,11 @@ def _with_columns(
     meeting: dict[int, str] = {}
     of_positions: set[int | None] = set()
     growing = batch_of(traced, target.value)
+    others = [axis for axis in target.examples if axis not in growing]
     for i, (site, name, chain) in enumerate(zip(sites, names, to_rows, strict=True)):
         if site.loops:  # which are not looked into: positions may meet there
-            meeting.update((axis, name) for axis in target.examples if axis not in growing)
+            lost_here = target.examples if _is_constant(traced, site) else others
+            meeting.update((axis, name) for axis in lost_here)
         if site.output in followed:
             *_, batch, shared, _ = separable.rearranged(chain, followed[site.output])
             # What a transposed use makes of a column is a sum over positions.
