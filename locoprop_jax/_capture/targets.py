@@ -16,7 +16,7 @@ from locoprop_jax._capture.recognise import Reader
 from locoprop_jax._capture.target import KINDS, PULLED, REMEDY, Target, Weight, asker, batch_of
 from locoprop_jax._tracing import ends, separable
 from locoprop_jax._tracing.chains import Chain, Shape
-from locoprop_jax._tracing.flow import reached_live
+from locoprop_jax._tracing.flow import reached_from, reached_live
 from locoprop_jax._tracing.program import Equation, Program
 from locoprop_jax._tracing.sites import Site, raw_output
 from locoprop_jax._tracing.trace import Traced
@@ -131,6 +131,7 @@ class _Ends(NamedTuple):
 def _ends(traced: Traced, moving: set[int], outputs: set[int], marked: Collection[int]) -> _Ends:
     """Follow a loss back to where it stops being linear.
 
+    Penalties on parameters alone are no end, not even where these are layers at their own value.
     Marked terms of which another end is made are no weighted terms, and followed like any others.
     A scale that the loss is linear in is the weight of what it scales, and no output. Of a loss
     without second derivatives all ends are given, so that its curvature is zero.
@@ -146,9 +147,11 @@ def _ends(traced: Traced, moving: set[int], outputs: set[int], marked: Collectio
         if not (weights or terms & read):
             break
         terms, outputs = terms - read, outputs - weights
-    curved = [v for v in found.ends if v not in outputs]
+    of_data = reached_from(program, filter(program.is_data, program.others(traced.n_leaves)))
+    curved = [v for v in found.ends if v not in outputs and v in of_data]
     if not curved:
-        curved = ends.linear(program, loss, moving, outputs, kinks=False).ends
+        smooth = ends.linear(program, loss, moving, outputs, kinks=False).ends
+        curved = [v for v in smooth if v in of_data]
     rest = [v for v in curved if v not in terms]
     return _Ends(found.passed, rest, [v for v in curved if v in terms], outputs)
 
