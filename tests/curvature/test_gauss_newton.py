@@ -104,9 +104,7 @@ def test_a_penalty_on_a_parameter_that_is_a_layer_at_its_own_value_does_not_ente
     penalised = functools.partial(loss, 3.0)
     assert lp.find_layers(penalised, params, *batch)["scale"].kind == "bias"
     expected = dense_gauss_newton(functools.partial(loss, 0.0), params, *batch)
-    np.testing.assert_allclose(
-        dense_gauss_newton(penalised, params, *batch), expected, atol=1e-12
-    )
+    np.testing.assert_allclose(dense_gauss_newton(penalised, params, *batch), expected, atol=1e-12)
 
 
 def test_examples_may_meet_in_the_head():

@@ -221,8 +221,12 @@ BLOCKS = {
     ),
     "scan": (Kind(always, _count, write_scan, 1.5, True), (True,)),
     "ensemble": (
-        Kind(always, lambda rng, w: _count(rng, w) | {"mean": bool(rng.random() < 0.7)},
-             write_ensemble, 0.8),
+        Kind(
+            always,
+            lambda rng, w: _count(rng, w) | {"mean": bool(rng.random() < 0.7)},
+            write_ensemble,
+            0.8,
+        ),
         (False,),
     ),
     "map": (Kind(rank(1, 2), nothing, write_map, 0.6), (False,)),

@@ -25,22 +25,22 @@ PRELUDE = """\
 import jax, jax.numpy as jnp, numpy as np, optax
 import locoprop_jax as lp
 """
-OWN = '''
+OWN = """
 @jax.custom_jvp
 def own(x):
     return jnp.tanh(x)
 
 
 own.defjvp(lambda x, t: (own(*x), (1 - own(*x) ** 2) * t[0]))
-'''
-OWN_BY_VJP = '''
+"""
+OWN_BY_VJP = """
 @jax.custom_vjp
 def own_by_vjp(x):
     return jnp.tanh(x)
 
 
 own_by_vjp.defvjp(lambda x: (jnp.tanh(x), x), lambda x, t: ((1 - jnp.tanh(x) ** 2) * t,))
-'''
+"""
 WRAPPERS = {
     "": "",
     "jit": "loss_fn = jax.jit(loss_fn)",
@@ -157,9 +157,7 @@ def _draw(rng, seed):
         seed=seed,
         shape=shape,
         statements=tuple(statements),
-        heads=tuple(
-            Statement("head", draw_head(rng, w, tied and i == 0)) for i in range(count)
-        ),
+        heads=tuple(Statement("head", draw_head(rng, w, tied and i == 0)) for i in range(count)),
         words=words,
         dtype=pick(rng, ["float64", "float32", "bfloat16"], [16, 3, 1]),
         derivative=derivative,
@@ -220,15 +218,20 @@ def source(program: Program) -> Source:
         w.zs.append("d")
         options = {"loss": "squared", "reduction": "mean", "closed": False}
         losses += write_loss(w, options, "d", own)
-    return Source(
-        _text(program, w, arguments, of_net, losses), w.mixes_examples, tuple(w.params)
-    )
+    return Source(_text(program, w, arguments, of_net, losses), w.mixes_examples, tuple(w.params))
 
 
 def _mentions(line, name):
-    return name in line.replace(".", " ").replace("(", " ").replace(")", " ").replace(
-        ",", " "
-    ).replace("[", " ").replace("]", " ").split()
+    return (
+        name
+        in line.replace(".", " ")
+        .replace("(", " ")
+        .replace(")", " ")
+        .replace(",", " ")
+        .replace("[", " ")
+        .replace("]", " ")
+        .split()
+    )
 
 
 def _text(program, w, arguments, of_net, losses):
@@ -253,8 +256,14 @@ def _text(program, w, arguments, of_net, losses):
     lines += ["", "", f"def loss_fn(p{x}{rest}):"]
     decay = f" + {DECAYS[program.decay]}" if program.decay else ""
     lines += [f"    zs = outputs(p{x}{rest})", f"    loss = loss_of(zs{x}{rest}){decay}"]
-    lines += ['    return loss, {"outputs": zs, "parameters": p}' if program.aux else "    return loss"]
-    lines += ["", WRAPPERS[program.wrapper], f"batch = ({', '.join([x[2:]] * bool(x) + list(w.data))},)"]
+    lines += [
+        '    return loss, {"outputs": zs, "parameters": p}' if program.aux else "    return loss"
+    ]
+    lines += [
+        "",
+        WRAPPERS[program.wrapper],
+        f"batch = ({', '.join([x[2:]] * bool(x) + list(w.data))},)",
+    ]
     return "\n".join(lines).replace("(,)", "()") + "\n"
 
 
@@ -280,13 +289,16 @@ def _array(name, array, seed, dtype):
         recipe = f"{array.shift} + {recipe}"
     if kind in ("label", "permutation"):
         return f"(lambda rng: {recipe})(np.random.default_rng({seed}))"
-    return f'array({seed}, lambda rng: {recipe})'
+    return f"array({seed}, lambda rng: {recipe})"
 
 
 def _arrays(program, w):
     dtype, seed = program.dtype, program.seed
     lines = ["", "def array(seed, draw):"]
-    lines += [f"    return np.asarray(draw(np.random.default_rng([{seed}, seed])), jnp.{dtype})", ""]
+    lines += [
+        f"    return np.asarray(draw(np.random.default_rng([{seed}, seed])), jnp.{dtype})",
+        "",
+    ]
     number = 0
     for name, array in (w.constants | w.data).items():
         number += 1

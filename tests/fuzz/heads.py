@@ -9,7 +9,7 @@ from tests.fuzz.statements import product
 LOOKUPS = {
     "take": "{table}[x]",
     "jnp.take": "jnp.take({table}, x, axis=0)",
-    "one-hot": 'jax.nn.one_hot(x, {words}, dtype={table}.dtype) @ {table}',
+    "one-hot": "jax.nn.one_hot(x, {words}, dtype={table}.dtype) @ {table}",
     "transposed": "{table}.T[x]",
     "vmap": "{map}(x)",
 }
@@ -87,8 +87,9 @@ def write_head(w, options, table):
         w.need(width == w.width)
         w.line(f"{z} = h")
     elif options["kernel"] == "tied":
-        w.need(table is not None and w.width == table[1] and width == w.words)
-        w.line(f"{z} = h @ {table[0]}.T")
+        name, size = table or ("", None)
+        w.need(name and w.width == size and width == w.words)
+        w.line(f"{z} = h @ {name}.T")
     else:
         w.line(f"{z} = {product(w, options)}")
     w.zs.append(z)
@@ -109,7 +110,6 @@ def write_loss(w, options, z, shape):
 
 # --- derivatives of the network by its inputs ----------------------------------------------------
 
-OF_ONE = "lambda v: net(p, v[None]{rest})[0][0]"
 DERIVATIVES = {
     "laplacian": (
         "jax.vmap(lambda v: jnp.trace(jax.hessian(lambda v: net(p, v[None])[0].sum())(v)))(x)"
@@ -118,9 +118,7 @@ DERIVATIVES = {
     "gradient": "jax.grad(lambda x: net(p, x)[0].sum())(x)",
     "gradient of each": "jax.vmap(jax.grad(lambda v: net(p, v[None])[0].sum()))(x)",
     "jvp": "jax.jvp(lambda x: net(p, x)[0], (x,), (jnp.ones_like(x),))[1]",
-    "jacobian": (
-        "jax.vmap(jax.jacfwd(lambda v: net(p, v[None])[0][0]))(x).reshape(len(x), -1)"
-    ),
+    "jacobian": ("jax.vmap(jax.jacfwd(lambda v: net(p, v[None])[0][0]))(x).reshape(len(x), -1)"),
 }
 
 

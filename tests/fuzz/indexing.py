@@ -40,7 +40,9 @@ def _places(shape, indices, starts_at, batching, batching_of_indices, sizes):
     for axis, size in enumerate(sizes):
         own = [1] * len(sizes)
         own[axis] = size
-        index.append(starts[..., axis].reshape(*windows, *[1] * len(sizes)) + np.arange(size).reshape(own))
+        index.append(
+            starts[..., axis].reshape(*windows, *[1] * len(sizes)) + np.arange(size).reshape(own)
+        )
     return tuple(index), inside
 
 
@@ -140,6 +142,8 @@ def convolution(
     **_,
 ):
     numbers = dimension_numbers
+    if x.dtype.itemsize == 2:  # which `einsum` does not take
+        x, kernel = x.astype(np.float32), kernel.astype(np.float32)
     x = x.transpose(numbers.lhs_spec)  # batch, channels, positions
     kernel = kernel.transpose(numbers.rhs_spec)  # outputs, inputs, window
     x = _padded(_spread(x, lhs_dilation), padding)
@@ -156,9 +160,7 @@ def convolution(
 
 def _one_group(x, kernel, strides):
     window = kernel.shape[2:]
-    space = [
-        max(0, (n - k) // s + 1) for n, k, s in zip(x.shape[2:], window, strides, strict=True)
-    ]
+    space = [max(0, (n - k) // s + 1) for n, k, s in zip(x.shape[2:], window, strides, strict=True)]
     result = np.zeros((len(x), len(kernel), *space), x.dtype)
     if not math.prod(space):
         return result
@@ -173,7 +175,7 @@ def _one_group(x, kernel, strides):
             )
         ]
         weights = kernel[(..., *offset)]
-        result += np.einsum("bi...,oi->bo...", part, weights).astype(x.dtype)
+        result += np.einsum("bi...,oi->bo...", part, weights)
     return result
 
 

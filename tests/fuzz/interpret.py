@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
@@ -285,7 +286,7 @@ def _body(equation):
 
 def _as_array(x, aval):
     """A value of the type that JAX says it has; keys stay JAX's."""
-    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+    if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
         return x
     return np.asarray(x, aval.dtype)
 

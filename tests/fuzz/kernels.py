@@ -50,9 +50,7 @@ KERNELS = {
     "sum": _two("({0} + {1})"),
     "product": _two("({0} * {1})"),
     "low rank": lambda w, i, o: f"({w.param(i, 2)} @ {w.param(2, o)})",
-    "residual low rank": lambda w, i, o: (
-        f"({w.param(i, o)} + {w.param(i, 1)} @ {w.param(1, o)})"
-    ),
+    "residual low rank": lambda w, i, o: f"({w.param(i, o)} + {w.param(i, 1)} @ {w.param(1, o)})",
     "weight norm": _weight_norm,
     "outputs scaled": lambda w, i, o: f"({w.param(i, o)} * {w.param(o)})",
     "inputs scaled": lambda w, i, o: f"({w.param(i)}[:, None] * {w.param(i, o)})",
@@ -101,9 +99,7 @@ PRODUCTS = {
     "dot_general": lambda k, h, ndim: (
         f"jax.lax.dot_general({h}, {k}, ((({ndim - 1},), (0,)), ((), ())))"
     ),
-    "kernel first": lambda k, h, ndim: (
-        f"jnp.swapaxes({k}.T @ jnp.swapaxes({h}, -1, -2), -1, -2)"
-    ),
+    "kernel first": lambda k, h, ndim: f"jnp.swapaxes({k}.T @ jnp.swapaxes({h}, -1, -2), -1, -2)",
     "tensordot": lambda k, h, ndim: f"jnp.tensordot({h}, {k}, 1)",
     "rows": lambda k, h, ndim: (
         f"({h}.reshape(-1, {h}.shape[-1]) @ {k}).reshape(*{h}.shape[:-1], -1)"
@@ -129,9 +125,7 @@ BIASES = {
     "positive": lambda w, h, d: f"{h} + jnp.exp({w.param(d, scale=0.3)})",
     "flipped": lambda w, h, d: f"{h} + {w.param(d)}[::-1]",
     "positions": lambda w, h, d: f"{h} + {w.param(*w.positions, d)}",
-    "broadcast": lambda w, h, d: (
-        f"(lambda a: a + jnp.broadcast_to({w.param(d)}, a.shape))({h})"
-    ),
+    "broadcast": lambda w, h, d: f"(lambda a: a + jnp.broadcast_to({w.param(d)}, a.shape))({h})",
 }
 
 

@@ -87,9 +87,7 @@ def _close(oracle: str, found: Any, expected: Any, tolerance: float) -> None:
     """Compare trees, each leaf by the size of the largest of its entries."""
     if jax.tree.structure(found) != jax.tree.structure(expected):
         raise Failure(oracle, "other structure")
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
     for (path, a), b in pairs:
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         name = jax.tree_util.keystr(path)
@@ -327,9 +325,9 @@ def compiled(s: Setting) -> None:
         arrays = {n: (captured[n].inputs, captured[n].cotangents) for n in s.layers}
         return value, grads, arrays
 
-    with_xla = jax.jit(
-        everything, compiler_options={"xla_backend_optimization_level": 0}
-    )(*s.arguments)
+    with_xla = jax.jit(everything, compiler_options={"xla_backend_optimization_level": 0})(
+        *s.arguments
+    )
     with_numpy = run(everything, *s.arguments)
     _close("jit", with_numpy, with_xla, TOLERANCE[s.dtype])
     s.findings.checked += ["jit"]
@@ -346,10 +344,8 @@ def first_words(error: Exception | str) -> str:
 
 def is_own(error: Exception) -> bool:
     """Whether it is a refusal that the library raised itself."""
-    last = None
-    for last, _ in traceback.walk_tb(error.__traceback__):
-        pass
-    return last is not None and last.f_globals["__name__"].startswith("locoprop_jax")
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
+    return last.f_globals["__name__"].startswith("locoprop_jax")
 
 
 def check(

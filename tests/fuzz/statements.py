@@ -245,9 +245,8 @@ def write_positions(w, options):
 
 def write_token(w, options):
     """A class token in front."""
-    shape = (1, w.width) if len(w.positions) == 1 else ()
-    w.need(shape)
-    w.line(f"t = jnp.broadcast_to({w.param(*shape)}, (len(h), {shape[0]}, {shape[1]}))")
+    w.need(len(w.positions) == 1)
+    w.line(f"t = jnp.broadcast_to({w.param(1, w.width)}, (len(h), 1, {w.width}))")
     w.line("h = jnp.concatenate([t, h], 1)")
     w.shape = (w.shape[0], w.shape[1] + 1, w.shape[2])
 
@@ -333,17 +332,20 @@ KINDS = {
         always, lambda rng, w: {"count": int(rng.integers(1, 4))}, write_sliced_stack, 1, True
     ),
     "flattened": Kind(
-        rank(1, 2), lambda rng, w: _width(rng, w) | {"einsum": bool(rng.random() < 0.5)},
+        rank(1, 2),
+        lambda rng, w: _width(rng, w) | {"einsum": bool(rng.random() < 0.5)},
         write_flattened,
     ),
     "experts": Kind(
         rank(0, 1),
-        lambda rng, w: _width(rng, w)
-        | {
-            "count": int(rng.integers(1, 4)),
-            "apart": bool(rng.random() < 0.4),
-            "bias": bool(rng.random() < 0.5),
-        },
+        lambda rng, w: (
+            _width(rng, w)
+            | {
+                "count": int(rng.integers(1, 4)),
+                "apart": bool(rng.random() < 0.4),
+                "bias": bool(rng.random() < 0.5),
+            }
+        ),
         write_experts,
     ),
     "conv": Kind(rank(1, 2), draw_conv, write_conv, 4.0),
