@@ -178,12 +178,11 @@ class Source:
 
     Attributes:
       text: it defines `net`, `loss_of`, `loss_fn`, `params` and `batch`.
-      whole: whether examples stay apart.
+      mixes_examples: whether examples meet in the network.
     """
 
     text: str
     mixes_examples: bool
-    groups: tuple[str, ...]
 
 
 def source(program: Program) -> Source:
@@ -218,7 +217,7 @@ def source(program: Program) -> Source:
         w.zs.append("d")
         options = {"loss": "squared", "reduction": "mean", "closed": False}
         losses += write_loss(w, options, "d", own)
-    return Source(_text(program, w, arguments, of_net, losses), w.mixes_examples, tuple(w.params))
+    return Source(_text(program, w, arguments, of_net, losses), w.mixes_examples)
 
 
 def _mentions(line, name):

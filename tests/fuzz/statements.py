@@ -261,7 +261,6 @@ def write_numbers(w, options):
 
 def write_data(w, options):
     w.need(w.whole)
-    w.uses_batch = True
     own = w.argument(*w.shape[: options["rank"]], recipe=options["recipe"])
     own += "[:, None]" * (len(w.shape) - options["rank"]) if options["rank"] == 1 else ""
     if options["rank"] == 1 and len(w.shape) > 2:

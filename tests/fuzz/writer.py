@@ -30,7 +30,6 @@ class Writer:
       data: what the batch holds beside the inputs, by name.
       constants: what the loss is closed over, by name.
       zs: the names of what the losses take.
-      allowed: what capture may say that it does not understand here.
       prefix: the axes that the loops and maps around put in front of parameters.
       whole: whether the value at hand is the whole batch.
     """
@@ -44,10 +43,8 @@ class Writer:
         self.data: dict[str, Array] = {}
         self.constants: dict[str, Array] = {}
         self.zs: list[str] = []
-        self.allowed: set[str] = set()
         self.prefix: tuple[int, ...] = ()
         self.whole = True
-        self.uses_batch = False
         self.mixes_examples = False
         self.group = ""
         self.count = 0
