@@ -147,7 +147,9 @@ def _ends(traced: Traced, moving: set[int], outputs: set[int], marked: Collectio
         if not (weights or terms & read):
             break
         terms, outputs = terms - read, outputs - weights
-    of_data = reached_from(program, filter(program.is_data, program.others(traced.n_leaves)))
+    # A loss without layers may be of no data at all, which is an error that says so.
+    start = program.others(traced.n_leaves) if sites else program.inputs
+    of_data = reached_from(program, filter(program.is_data, start))
     curved = [v for v in found.ends if v not in outputs and v in of_data]
     if not curved:
         smooth = ends.linear(program, loss, moving, outputs, kinks=False).ends
