@@ -4,6 +4,7 @@
     python3 make.py demo [options]           train the autoencoder of the papers
     python3 make.py test [--oldest] [...]    run the tests (further options: pytest's)
     python3 make.py test --outside [...]     find the layers of models of other packages
+    python3 make.py fuzz [options]           ask oracles about random models (--seed, --minutes)
     python3 make.py check [paths]            lint, formatting and types
     python3 make.py docs [serve]             build the documentation in out/site, or serve it
     python3 make.py package                  build dist/, install it elsewhere and use it there
@@ -113,6 +114,11 @@ def test(*options: str) -> int:
     return call(environment("test", variant), "-m", "pytest", *PARALLEL, *which, *others)
 
 
+def fuzz(*options: str) -> int:
+    """Ask the oracles of tests/fuzz about random models."""
+    return call(environment("test"), "-m", "tests.fuzz.run", *options)
+
+
 def check(*paths: str) -> int:
     """Check lint, formatting and types: all three, even when one fails."""
     python = environment("dev")
@@ -155,6 +161,7 @@ def show_help(*_: str) -> int:
 COMMANDS = {
     "demo": demo,
     "test": test,
+    "fuzz": fuzz,
     "check": check,
     "docs": docs,
     "package": package,

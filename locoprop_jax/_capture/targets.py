@@ -16,8 +16,9 @@ from locoprop_jax._capture.recognise import Reader
 from locoprop_jax._capture.target import KINDS, PULLED, REMEDY, Target, Weight, asker, batch_of
 from locoprop_jax._tracing import ends, separable
 from locoprop_jax._tracing.chains import Chain, Shape
-from locoprop_jax._tracing.flow import reached_live
+from locoprop_jax._tracing.flow import reached_from, reached_live
 from locoprop_jax._tracing.program import Equation, Program
+from locoprop_jax._tracing.sites import Site, raw_output
 from locoprop_jax._tracing.trace import Traced
 from locoprop_jax._trees import is_complex
 
@@ -130,6 +131,7 @@ class _Ends(NamedTuple):
 def _ends(traced: Traced, moving: set[int], outputs: set[int], marked: Collection[int]) -> _Ends:
     """Follow a loss back to where it stops being linear.
 
+    Penalties on parameters alone are no end, not even where these are layers at their own value.
     Marked terms of which another end is made are no weighted terms, and followed like any others.
     A scale that the loss is linear in is the weight of what it scales, and no output. Of a loss
     without second derivatives all ends are given, so that its curvature is zero.
@@ -145,9 +147,13 @@ def _ends(traced: Traced, moving: set[int], outputs: set[int], marked: Collectio
         if not (weights or terms & read):
             break
         terms, outputs = terms - read, outputs - weights
-    curved = [v for v in found.ends if v not in outputs]
+    # A loss without layers may be of no data at all, which is an error that says so.
+    start = program.others(traced.n_leaves) if sites else program.inputs
+    of_data = reached_from(program, filter(program.is_data, start))
+    curved = [v for v in found.ends if v not in outputs and v in of_data]
     if not curved:
-        curved = ends.linear(program, loss, moving, outputs, kinks=False).ends
+        smooth = ends.linear(program, loss, moving, outputs, kinks=False).ends
+        curved = [v for v in smooth if v in of_data]
     rest = [v for v in curved if v not in terms]
     return _Ends(found.passed, rest, [v for v in curved if v in terms], outputs)
 
@@ -241,10 +247,14 @@ def _constant(
 ) -> str | None:
     """A layer that has a use without an axis of examples; None if there is none."""
     for site, name in zip(traced.detection.sites, names, strict=True):
-        if site.output in followed and traced.batch_axes is not None:
-            if not site.loops and not traced.batch_axes[site.output]:
-                return name
+        if _is_constant(traced, site) and not followed.keys().isdisjoint(site.outside):
+            return name
     return None
+
+
+def _is_constant(traced: Traced, site: Site) -> bool:
+    """Whether a use has no axis of examples: each of its rows may be of all of them."""
+    return traced.batch_axes is not None and not traced.batch_axes[raw_output(site)]
 
 
 def _examples(traced: Traced, target: Target, to_rows: Sequence[Chain]) -> int | None:
@@ -274,9 +284,11 @@ def _with_columns(
     meeting: dict[int, str] = {}
     of_positions: set[int | None] = set()
     growing = batch_of(traced, target.value)
+    others = [axis for axis in target.examples if axis not in growing]
     for i, (site, name, chain) in enumerate(zip(sites, names, to_rows, strict=True)):
         if site.loops:  # which are not looked into: positions may meet there
-            meeting.update((axis, name) for axis in target.examples if axis not in growing)
+            lost_here = target.examples if _is_constant(traced, site) else others
+            meeting.update((axis, name) for axis in lost_here)
         if site.output in followed:
             *_, batch, shared, _ = separable.rearranged(chain, followed[site.output])
             # What a transposed use makes of a column is a sum over positions.

@@ -72,7 +72,7 @@ class Made:
         changes = push(tuple(leaves))
         if space == "changes" or self.is_isometry:
             return changes
-        return _solve(lambda block: push(pull(block)), changes)
+        return self._solve(lambda block: push(pull(block)), changes)
 
     def write(self, block: Array, like: Sequence[Any], space: Space, point: Point | None) -> Any:
         """The inverse: arrays in the order of `sources`, from changes of the block or gradients."""
@@ -80,7 +80,7 @@ class Made:
         gradients = pull(block)
         if space == "gradients" or self.is_isometry:
             return gradients
-        return _solve(lambda leaves: pull(push(leaves)), gradients)
+        return self._solve(lambda leaves: pull(push(leaves)), gradients)
 
     def _call(self, leaves: Sequence[Array], point: Point | None) -> Array:
         count = len(self.sources)
@@ -89,6 +89,19 @@ class Made:
         given = [jnp.asarray(x).astype(aval.dtype) for x, aval in pairs]
         (block,) = as_callable(self.function.closed)(*given)
         return block.astype(wide_dtype(leaves))
+
+    def _solve(self, product: Callable[[Any], Any], right: Any) -> Any:
+        """The smallest solution of a consistent system.
+
+        It is consistent to the precision that the function has, which in bfloat16 is low: further
+        iterations would find their way into directions that change no block.
+        """
+        rounding = max(
+            float(jnp.finfo(aval.dtype).eps)
+            for aval in self.function.closed.in_avals
+            if jnp.issubdtype(aval.dtype, jnp.inexact)
+        )
+        return cg(product, right, tol=max(TOLERANCE, 2 * rounding), maxiter=ITERATIONS)[0]
 
     def _jacobian(
         self, like: Sequence[Any], point: Point | None
@@ -109,11 +122,6 @@ class Made:
             # The conjugate transpose: gradients come as directions of ascent.
             lambda block: jax.tree.map(jnp.conj, pull(jnp.conj(block.astype(dtype)))),
         )
-
-
-def _solve(product: Callable[[Any], Any], right: Any) -> Any:
-    """The smallest solution of a consistent system."""
-    return cg(product, right, tol=TOLERANCE, maxiter=ITERATIONS)[0]
 
 
 Part = Parameter | Made

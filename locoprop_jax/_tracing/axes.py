@@ -184,7 +184,9 @@ class Rules:
         return [tuple(result)]
 
     def reshape(self, eqn: Any, axes: Sequence[Axes]) -> list[Axes]:
-        return [self.names.regroup(axes[0], tuple(eqn.outvars[0].aval.shape))]
+        order = primitives.order_read(eqn)
+        own = axes[0] if order is None else tuple(axes[0][i] for i in order)
+        return [self.names.regroup(own, tuple(eqn.outvars[0].aval.shape))]
 
     def squeeze(self, eqn: Any, axes: Sequence[Axes]) -> list[Axes]:
         return [_without(axes[0], eqn.params["dimensions"])]

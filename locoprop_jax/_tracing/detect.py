@@ -61,8 +61,7 @@ def detect(program: Program, names: Sequence[str]) -> Detection:
     n_leaves = len(names)
     loss = program.outputs[0]
     live = flow.live_equations(program, loss)
-    others = (*program.inputs[n_leaves:], *program.constants)
-    data = {v for v in others if program.is_data(v)}
+    data = {v for v in program.others(n_leaves) if program.is_data(v)}
     of_params = flow.reached_from(program, program.inputs[:n_leaves])
     of_data = flow.reached_from(program, data)
     of_arguments = flow.reached_from(program, data.intersection(program.inputs))

@@ -171,6 +171,9 @@ def rearranged(program: Program, equation: Equation, chain: Chain) -> Chain | No
     if equation.primitive in primitives.TRANSPOSE:
         return chains.extend(chain, shape, "transpose", tuple(equation.params["permutation"]))
     if equation.primitive in primitives.RESHAPE:
+        if (order := primitives.order_read(equation)) is not None:
+            chain = chains.extend(chain, shape, "transpose", tuple(order))
+            shape = tuple(shape[i] for i in order)
         return chains.extend(chain, shape, "reshape", result)
     if equation.primitive in primitives.BROADCAST:
         axes = equation.params["broadcast_dimensions"]

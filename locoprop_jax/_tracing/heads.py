@@ -13,6 +13,7 @@ import jax
 from locoprop_jax._tracing import flow, jaxpr
 from locoprop_jax._tracing.evaluate import Address
 from locoprop_jax._tracing.program import Program
+from locoprop_jax._tracing.sites import of_input
 from locoprop_jax._tracing.trace import Traced
 
 
@@ -102,11 +103,13 @@ def as_struct(aval: Any) -> jax.ShapeDtypeStruct:
 
 
 def addresses(program: Program, values: Sequence[int]) -> dict[int, Address]:
-    """Where the running program computes these values; those that are inputs are known already."""
-    producers = program.producers
+    """Where the running program has these values: constants are nowhere, but known already."""
+    producers, inputs = program.producers, {v: i for i, v in enumerate(program.inputs)}
     found = {}
     for value in values:
-        if value in producers:
+        if value in inputs:  # a parameter that is a layer at its own value, and its penalty
+            found[value] = Address((of_input(inputs[value]),), "out", 0)
+        elif value in producers:
             equation = program.equations[producers[value]]
             found[value] = Address(equation.path, "out", equation.outputs.index(value))
     return found

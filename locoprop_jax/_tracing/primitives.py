@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 from jax.extend.core import primitives
@@ -61,6 +63,17 @@ STACK = frozenset(  # made of others before JAX 0.11
     for eqn in jax.make_jaxpr(lambda x: jax.numpy.stack([x, x]))(np.zeros(2, np.float32)).eqns
     if eqn.primitive not in BROADCAST | CONCATENATE | RESHAPE | CALLS
 )
+
+
+def order_read(eqn: Any) -> tuple[int, ...] | None:
+    """The order of axes in which a reshape reads its operand; None for that of the operand.
+
+    No NumPy function asks for another one, but `jax.vmap` of a convolution over kernels does.
+    """
+    is_plain = eqn.primitive in SQUEEZE  # whose parameter of this name is another
+    return None if is_plain else eqn.params.get("dimensions")
+
+
 # Equations through which a loss is a weighted sum of its terms.
 SUMS = ADD | _primitives("sub", "neg", "reduce_sum") | RESHAPE | BROADCAST | CAST | SAME
 _ENTRY_BY_ENTRY = """

@@ -80,6 +80,10 @@ class Program:
         dtype = getattr(self.avals[value], "dtype", None)
         return dtype is not None and jax.numpy.issubdtype(dtype, np.inexact)
 
+    def others(self, n_leaves: int) -> tuple[int, ...]:
+        """The values from outside that are no parameters."""
+        return (*self.inputs[n_leaves:], *self.constants)
+
     def is_data(self, value: int) -> bool:
         """Whether a value from outside is data if no parameter: an array, and no random key."""
         return _is_data(self.avals[value])

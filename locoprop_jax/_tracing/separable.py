@@ -176,7 +176,9 @@ def _operands(program: Program, equation: Equation, env: dict[int, Axes]) -> lis
     if jaxpr.is_elementwise(equation.eqn):
         return [_aligned(shape, result, after, range(len(shape))) for shape in shapes]
     if primitive in primitives.RESHAPE:
-        return [_regroup([f for axis in after for f in axis], shapes[0])]
+        order = primitives.order_read(equation) or range(len(shapes[0]))
+        read = _regroup([f for axis in after for f in axis], tuple(shapes[0][i] for i in order))
+        return [tuple(read[order.index(axis)] for axis in range(len(order)))]
     if primitive in primitives.TRANSPOSE:
         kept = {source: i for i, source in enumerate(params["permutation"])}
     elif primitive in primitives.BROADCAST:

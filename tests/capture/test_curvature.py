@@ -296,6 +296,20 @@ def test_positions_joined_with_the_examples_share_columns_where_they_do_not_meet
     assert_close(captured_blocks(loss, WORDS, *TOKENS), dense.gauss_newton())
 
 
+def test_a_use_in_a_loop_that_is_the_same_for_all_examples_is_refused():
+    """Found by random programs: one pull mixed the examples at rows of a table."""
+    order = np.array([2, 0, 1])
+
+    def loss(p, x, y):
+        h = jax.lax.map(lambda x: jnp.tanh(x @ p["in"][order]), jnp.moveaxis(x, 1, 0))
+        return MARKED["squared"](jnp.moveaxis(h, 0, 1) @ p["out"], y).mean()
+
+    params = {"in": normal(0, 3, 2), "out": normal(1, 2, 2)}
+    capture = lp.value_grad_and_capture(loss, curvature="ggn_exact")
+    with pytest.raises(ValueError, match=r"needs rows of each example, but in.*ggn_mc"):
+        jax.eval_shape(capture, params, *TOKENS)
+
+
 def test_positions_joined_with_the_examples_that_meet_are_an_error_with_the_remedy():
     loss = functools.partial(words, is_mixed=True)
     with pytest.raises(ValueError, match="positions that meet, if they are joined with the exam"):

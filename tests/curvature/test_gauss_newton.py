@@ -94,6 +94,24 @@ def test_weight_decay_and_whatever_else_meets_no_data_does_not_enter():
     np.testing.assert_allclose(found, NET.gauss_newton(params, *batch), atol=1e-12)
 
 
+def test_a_penalty_on_a_parameter_that_is_a_layer_at_its_own_value_does_not_enter():
+    """Found by random programs: the square was taken for a loss of the parameter itself."""
+
+    def loss(decay, p, x, y):
+        h = x @ p["kernel"]
+        h = jnp.tanh(h / p["scale"][None]) + jnp.tanh(h * p["scale"][None])
+        return jnp.mean((h @ p["out"] - y) ** 2) + decay * jnp.sum(p["scale"] ** 2)
+
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (3, 2), "scale": (2,), "out": (2, 2)}
+    params = {name: 1 + rng.random(shape) for name, shape in shapes.items()}
+    batch = rng.normal(size=(4, 3)), rng.normal(size=(4, 2))
+    penalised = functools.partial(loss, 3.0)
+    assert lp.find_layers(penalised, params, *batch)["scale"].kind == "bias"
+    expected = dense_gauss_newton(functools.partial(loss, 0.0), params, *batch)
+    np.testing.assert_allclose(dense_gauss_newton(penalised, params, *batch), expected, atol=1e-12)
+
+
 def test_examples_may_meet_in_the_head():
     """A contrastive loss: its Hessian is not one block per example, and needs not be."""
 

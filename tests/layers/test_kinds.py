@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import locoprop_jax as lp
 from locoprop_jax import _linalg
 from locoprop_jax._layers import rows as _rows
-from tests.helpers import block_gradient, normal, quick_jit
+from tests.helpers import assert_captured, block_gradient, normal, quick_jit
 
 
 def spread(v, x):
@@ -499,6 +499,25 @@ def test_rows_of_a_lookup_of_positions_are_the_positions():
 def convolved(x, kernel, strides):
     numbers = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=numbers)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_convolution_mapped_over_kernels_is_a_layer_of_all_of_them(axis):
+    """Found by random programs: `vmap` reshapes such kernels in another order of axes."""
+
+    def loss(p, x):
+        def own(w, b):
+            numbers = ("NHC", "HIO", "NHC")
+            h = jax.lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=numbers)
+            return jnp.tanh(h + b[None, None])
+
+        return jnp.mean(jax.vmap(own, (axis, 0))(p["w"], p["b"]) ** 2)
+
+    shape = [3, 2, 4]
+    shape.insert(axis, 2)
+    params = {"w": normal(0, *shape), "b": normal(1, 2, 4)}
+    layers, _ = assert_captured(loss, params, normal(2, 3, 5, 2))
+    assert not layers.uncaptured
 
 
 METHODS = {

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "_curvature": {"_tracing", "_layers", "_capture", "_neurons", "_training"},
 }
 # The tests of these are of no wing.
-OTHER_TESTS = {"benchmarks", "outside", "project"}
+OTHER_TESTS = {"benchmarks", "fuzz", "outside", "project"}
 
 MODULES = {name: path for name, path in wings.modules().items() if name != PACKAGE}
 each_wing = pytest.mark.parametrize("wing", MAY_IMPORT)

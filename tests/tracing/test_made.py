@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import locoprop_jax as lp
@@ -251,3 +252,27 @@ def test_entries_gathered_one_by_one_into_a_triangular_kernel():
         return model(lambda own: kernel)(p, x, y)
 
     assert_captured(loss_fn, {"w": normal(2, 4), "own": {}, "last": LAST}, X, Y)
+
+
+def test_in_low_precision_no_step_goes_into_directions_that_leave_the_kernel_as_it_is():
+    """Found by random programs: rounding errors of the Jacobian were inverted, and large."""
+
+    def loss_fn(p, x):
+        return jnp.mean(jnp.tanh(x @ (p["scale"][:, None] * p["kernel"])) ** 2)
+
+    rng = np.random.default_rng(0)
+    shapes = {"scale": (3,), "kernel": (3, 4)}
+    params = {name: rng.normal(size=shape).astype(jnp.bfloat16) for name, shape in shapes.items()}
+    x = rng.normal(size=(8, 3)).astype(jnp.bfloat16)
+    found = []
+    for dtype in (jnp.float64, jnp.bfloat16):
+        own, data = jax.tree.map(lambda leaf, dtype=dtype: jnp.asarray(leaf, dtype), (params, x))
+        layers = lp.find_layers(loss_fn, own, data)
+        tx = lp.scale_by_foof(layers)
+        _, grads, captured = lp.value_grad_and_capture(loss_fn)(own, data)
+        step, _ = tx.update(grads, tx.init(own), own, captured=captured)
+        slope, size = optax.tree.vdot(grads, step), optax.tree.norm(step)
+        found.append((float(slope), float(size)))
+    (slope, size), (slope_low, size_low) = found
+    assert size_low < 1.1 * size
+    assert slope_low > 0.8 * slope
