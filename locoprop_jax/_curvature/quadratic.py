@@ -40,8 +40,7 @@ class Model(NamedTuple):
     @property
     def rayleigh(self) -> Scalar:
         """The curvature per squared length along the first direction."""
-        length = self.lengths[0, 0]
-        return jnp.where(length > 0, self.curvature[0, 0] / jnp.where(length > 0, length, 1), 0)
+        return _quotient(self.curvature[0, 0], self.lengths[0, 0])
 
     def damped(self, damping: Scalar) -> Float[Array, "k k"]:
         """The curvature with that of the damping."""
@@ -104,17 +103,26 @@ class Carried(NamedTuple):
         return jnp.stack([jnp.stack([own, both]), jnp.stack([both, self.square])])
 
     @classmethod
-    def of(cls, model: Model, steps: Float[Array, " k"]) -> Carried:
-        """From the model of this step, and the steps that were taken."""
-        own, slope = model.curvature[0, 0], model.slope[0]
-        last = model.curvature[-1, -1]
+    def of(cls, model: Model, steps: Float[Array, " k"], known: Carried, decay: Any) -> Carried:
+        """From the model of this step, the steps that were taken, and what was known before.
+
+        Of small batches the ratio is anything: it falls slowly, so that no step is as long as the
+        luckiest of them allows.
+        """
+        curvature = model.curvature
+        own, both, last = curvature[0, 0], curvature[0, -1], curvature[-1, -1]
+        ratio = _quotient(own, model.slope[0])
         size = jnp.sqrt(jnp.maximum(own * last, 0))
-        both = model.curvature[0, -1] if len(steps) == 2 else jnp.zeros_like(own)
         return cls(
-            jnp.where(slope > 0, own / jnp.where(slope > 0, slope, 1), 0),
-            jnp.where(size > 0, both / jnp.where(size > 0, size, 1), 0),
-            jnp.maximum(steps @ model.curvature @ steps, 0),
+            jnp.maximum(ratio, decay * known.ratio),
+            _quotient(both, size),
+            jnp.maximum(steps @ curvature @ steps, 0),
         )
+
+
+def _quotient(x: Scalar, y: Scalar) -> Scalar:
+    """Zero where the divisor is not positive."""
+    return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)
 
 
 def minimum(
