@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +45,7 @@ class HessianFreeState(NamedTuple):
       reduction_ratio: rho, how much the loss of the next batch fell by a step over how much the
         model of its own batch fell. shape=()
       iterations: of conjugate gradient in the last step. shape=(), dtype=int32
-      previous: the last solution, where the next iterations start.
+      previous: the last step, in whose direction the next iterations start.
     """
 
     count: Int[Array, ""]
@@ -68,11 +69,12 @@ def scale_by_hessian_free(
     iterations: int = 50,
     tolerance: float = 5e-4,
     damping_decay: float = 2 / 3,
+    halvings: int = 10,
     l2: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """(GGN + lambda I)^-1 g by conjugate gradient (Martens; practical GN, section 4).
 
-    The iterations start from the best multiple of the last solution and end when they make little
+    The iterations start from the best multiple of the last step and end when they make little
     progress. lambda follows Levenberg and Marquardt: the loss before the last step is evaluated
     too, and where the step lowered it by less than a quarter of what the quadratic model said and
     was too long, lambda grows; where by more than three quarters, or the step was too short, it
@@ -87,6 +89,9 @@ def scale_by_hessian_free(
       tolerance: the iterations end where an average one of the last k = max(10, i / 10) lowers the
         quadratic by less than this share (Martens, section 4.4); 0 for all of them.
       damping_decay: by what lambda shrinks, or is divided to grow; 1 to keep it.
+      halvings: how often a step is halved, at most, as long as the loss of its own batch would rise
+        (Martens searches along his as well); where it still does, nothing moves. 0 for the solution
+        as it is, which costs a pass forward less.
       l2: eta, where the loss is to be understood as `loss + eta / 2 |params|^2`, and the incoming
         updates are the gradient of the loss alone.
 
@@ -111,6 +116,7 @@ def scale_by_hessian_free(
     check_not_negative(damping=damping, tolerance=tolerance, l2=l2)
     check_positive(damping_decay=damping_decay)
     check_whole(iterations=iterations)
+    check_not_negative(halvings=halvings)
 
     def init(params: Any) -> HessianFreeState:
         check_real(name, params)
@@ -162,7 +168,18 @@ def scale_by_hessian_free(
         solution, residual, made = _iterative.truncated_conjugate_gradient(
             damped, slope, iterations, tolerance, start=state.previous
         )
-        change = -(_linalg.dot(solution, slope) + _linalg.dot(solution, residual)) / 2
+
+        def rises(share: Array) -> Array:
+            new = jax.tree.map(jnp.subtract, params, like(_linalg.scale(solution, share), params))
+            now, then = (
+                _with_l2(loss, at, l2) for loss, at in ((value, params), (value_fn(new), new))
+            )
+            return ~(then <= now + 8 * jnp.finfo(dtype).eps * jnp.abs(now))
+
+        share = _shortened(rises, halvings, dtype)
+        along, rest = _linalg.dot(solution, slope), _linalg.dot(solution, residual)
+        change = share * (share * (along - rest) / 2 - along)
+        solution = _linalg.scale(solution, share)
         new = HessianFreeState(
             state.count + 1,
             state.refused,
@@ -181,6 +198,29 @@ def scale_by_hessian_free(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _shortened(rises: Callable[[Array], Array], halvings: int, dtype: Any) -> Float[Array, ""]:
+    """The first of 1, 1/2, 1/4... of a step with which the loss does not rise; zero if none is."""
+    whole = jnp.ones((), dtype)
+    if halvings == 0:
+        return whole
+
+    def is_open(found: tuple[Array, Array, Array]) -> Array:
+        _, is_rising, count = found
+        return is_rising & (count < halvings)
+
+    def halve(found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        share, _, count = found
+        return share / 2, rises(share / 2), count + 1
+
+    share, is_rising, _ = jax.lax.while_loop(is_open, halve, (whole, rises(whole), 0))
+    return jnp.where(is_rising, 0, share)
+
+
+def _with_l2(loss: Any, params: Any, l2: Any) -> Array:
+    wide = _linalg.wide(params)
+    return jnp.asarray(loss) + jnp.asarray(l2) / 2 * _linalg.dot(wide, wide)
+
+
 def hessian_free(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,
@@ -188,6 +228,7 @@ def hessian_free(
     iterations: int = 50,
     tolerance: float = 5e-4,
     damping_decay: float = 2 / 3,
+    halvings: int = 10,
     l2: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Hessian-free optimization: `scale_by_hessian_free` and a learning rate, best left at one.
@@ -200,6 +241,7 @@ def hessian_free(
       iterations: of conjugate gradient, at most.
       tolerance: of its progress.
       damping_decay: by what lambda shrinks, or is divided to grow.
+      halvings: of a step that makes the loss of its own batch rise, at most.
       l2: eta of `eta / 2 |params|^2`, added to the loss.
 
     Returns:
@@ -213,6 +255,7 @@ def hessian_free(
         iterations=iterations,
         tolerance=tolerance,
         damping_decay=damping_decay,
+        halvings=halvings,
         l2=l2,
     )
     return optax.chain(direction, descend(learning_rate))
