@@ -34,7 +34,7 @@ def tables(rows: Rows) -> str:
     for loss, what in LOSSES.items():
         header = ["problem", *(contestant.label for contestant in methods)]
         cells = [_losses_line(name, of_problem, methods, loss) for name, of_problem in rows.items()]
-        title = f"{what.capitalize()} at equal steps; bold: at or below tuned Adam"
+        title = f"## {what.capitalize()}\n\nAt equal steps. Bold: at or below tuned Adam."
         parts.append(f"{title}\n\n{_markdown(header, cells)}")
     ours = [contestant for contestant in methods if not contestant.tuned_by]
     header = ["problem", *(contestant.label for contestant in ours)]
@@ -43,8 +43,8 @@ def tables(rows: Rows) -> str:
         for name, of_problem in rows.items()
     ]
     parts.append(
-        "At equal seconds: how many times the steps Adam has, and its training and test loss then; "
-        f"bold: the method is ahead\n\n{_markdown(header, cells)}"
+        "## Equal seconds\n\nHow many times the method's steps Adam takes in its time, and Adam's training and "
+        f"test loss then. Bold: the method is ahead.\n\n{_markdown(header, cells)}"
     )
     parts.append(_goals(rows, ours))
     return "\n\n".join(parts)
@@ -102,7 +102,7 @@ def _goals(rows: Rows, ours: Sequence[Contestant]) -> str:
         if (misses := _misses(compared[contestant.name][key]))
     ]
     lines = "\n".join(missed) or "none"
-    return f"Goals\n\n{_markdown(header, counts)}\n\nMissed, and by how much:\n\n{lines}"
+    return f"## Goals\n\n{_markdown(header, counts)}\n\n## Missed, and by how much\n\n{lines}"
 
 
 def _count(comparisons: Mapping[str, Comparison]) -> str:
