@@ -43,8 +43,8 @@ def tables(rows: Rows) -> str:
         for name, of_problem in rows.items()
     ]
     parts.append(
-        "## Equal seconds\n\nHow many times the method's steps Adam takes in its time, and Adam's training and "
-        f"test loss then. Bold: the method is ahead.\n\n{_markdown(header, cells)}"
+        "## Equal seconds\n\nHow many times the method's steps Adam takes in its time, and Adam's "
+        f"training and test loss then. Bold: the method is ahead.\n\n{_markdown(header, cells)}"
     )
     parts.append(_goals(rows, ours))
     return "\n\n".join(parts)

@@ -74,8 +74,8 @@ class GaussNewtonStepState(NamedTuple):
 
     def diagnostics(self) -> dict[str, Array]:
         """All numbers."""
-        numbers = self._asdict()
-        del numbers["previous"], numbers["inner"]
+        numbers = self._asdict() | {"curvature_ratio": self.carried.ratio}
+        del numbers["carried"], numbers["previous"], numbers["inner"]
         return numbers
 
 
@@ -242,9 +242,7 @@ def scale_by_gauss_newton_step(
         loss = most_fall(network, value, l2, dtype)
         first = radius
         radius = jnp.where(radius > 0, radius, RADIUS * loss)
-        # What is not measured goes no further than the step before it.
-        reach = jnp.where(is_measured, radius, jnp.minimum(radius, state.length))
-        bounds = (loss, 1.0, reach) if bounded else ()
+        bounds = (loss, 1.0, radius) if bounded else ()
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         rate = jnp.asarray(rate, dtype)
 
@@ -271,9 +269,7 @@ def scale_by_gauss_newton_step(
             length = (steps @ model.curvature @ steps / 2).astype(dtype)
             steps = rate * steps
             change = model.change(total, steps)
-            known = jax.tree.map(
-                lambda x: x.astype(dtype), Carried.of(model, steps, state.carried, decay)
-            )
+            known = jax.tree.map(lambda x: x.astype(dtype), Carried.of(model, steps))
             return Candidate(directions, inner, tau, steps, change, length, known)
 
         def tried(gamma: Array) -> Array:

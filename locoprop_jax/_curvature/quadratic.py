@@ -103,18 +103,13 @@ class Carried(NamedTuple):
         return jnp.stack([jnp.stack([own, both]), jnp.stack([both, self.square])])
 
     @classmethod
-    def of(cls, model: Model, steps: Float[Array, " k"], known: Carried, decay: Any) -> Carried:
-        """From the model of this step, the steps that were taken, and what was known before.
-
-        Of small batches the ratio is anything: it falls slowly, so that no step is as long as the
-        luckiest of them allows.
-        """
+    def of(cls, model: Model, steps: Float[Array, " k"]) -> Carried:
+        """From the model of this step, and the steps that were taken."""
         curvature = model.curvature
         own, both, last = curvature[0, 0], curvature[0, -1], curvature[-1, -1]
-        ratio = _quotient(own, model.slope[0])
         size = jnp.sqrt(jnp.maximum(own * last, 0))
         return cls(
-            jnp.maximum(ratio, decay * known.ratio),
+            _quotient(own, model.slope[0]),
             _quotient(both, size),
             jnp.maximum(steps @ curvature @ steps, 0),
         )
