@@ -214,6 +214,13 @@ def block_gradient(arrays: lp.LayerArrays, has_bias: bool) -> jax.Array:
     return jnp.einsum("...bsi,...bso->...io", inputs, cotangents, precision="highest")
 
 
+def brought_back(layers: lp.Layers, captured: lp.Captured, gradients: Any) -> Any:
+    """X'E of each layer in place of its parameters' gradients; all other leaves as they are."""
+    blocks = {n: block_gradient(captured[n], layers[n].bias is not None) for n in layers}
+    own = {n: layers[n].split(block) for n, block in blocks.items()}
+    return replace(layers, gradients, own, space="gradients", points=captured.points)
+
+
 def assert_captured(loss_fn, params, *args, tolerance=1e-10) -> tuple[lp.Layers, lp.Captured]:
     """Each parameter with a gradient is in a layer, gradients are JAX's, X'E is the gradient."""
     layers = lp.find_layers(loss_fn, params, *args)
@@ -221,10 +228,8 @@ def assert_captured(loss_fn, params, *args, tolerance=1e-10) -> tuple[lp.Layers,
     @quick_jit
     def everything(params, args):
         value, grads, captured = lp.value_grad_and_capture(loss_fn)(params, *args)
-        blocks = {n: block_gradient(captured[n], layers[n].bias is not None) for n in layers}
-        own = {n: layers[n].split(block) for n, block in blocks.items()}
         # A parameter that only a regularizer meets is in no layer, and keeps its gradient.
-        back = replace(layers, grads, own, space="gradients", points=captured.points)
+        back = brought_back(layers, captured, grads)
         return captured, ((value, grads), back), (jax.value_and_grad(loss_fn)(params, *args), grads)
 
     captured, found, expected = everything(params, args)

@@ -19,7 +19,7 @@ from locoprop_jax._layers.layers import parameter_paths, replace
 from locoprop_jax._trees import leaves_by_path, path_name
 from tests.fuzz.build import Built
 from tests.fuzz.interpret import run
-from tests.helpers import block_gradient
+from tests.helpers import brought_back
 from tests.test_contract import METHODS
 
 TOLERANCE = {"float64": 1e-8, "float32": 2e-3, "bfloat16": 0.3}
@@ -125,7 +125,7 @@ def step(s: Setting, names: Sequence[str]) -> None:
                 updates[name] = tx.update(
                     grads, tx.init(params), params, captured=captured, **line
                 )[0]
-        back = _back(s, captured, of_data)
+        back = brought_back(s.layers, captured, of_data)
         return (found, grads), expected, back, of_data, _products(s, captured, params), updates
 
     found, expected, back, of_data, products, updates = run(everything, *s.arguments)
@@ -137,13 +137,6 @@ def step(s: Setting, names: Sequence[str]) -> None:
     for name, update in updates.items():
         _check_update(name, expected[1], of_data, update)
         s.findings.checked.append(name)
-
-
-def _back(s, captured, of_data):
-    """X'E of each layer in place of its parameters' gradients."""
-    blocks = {n: block_gradient(captured[n], s.layers[n].bias is not None) for n in s.layers}
-    own = {n: s.layers[n].split(block) for n, block in blocks.items()}
-    return replace(s.layers, of_data, own, space="gradients", points=captured.points)
 
 
 def _met_data(s, back, of_data, grads):

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import locoprop_jax as lp
-from tests.helpers import block_gradient, quick_jit
+from tests.helpers import brought_back, quick_jit
 from tests.outside.known import KNOWN, NO_LAYER
 from tests.outside.models import load, not_installed
 from tests.outside.registry import Problem
@@ -98,13 +98,10 @@ def test_gradients_are_those_of_jax_and_of_the_captured_arrays(name):
     def step(params, state, batch):
         value, grads, captured = lp.value_grad_and_capture(loss_fn)(params, *batch)
         expected = jax.value_and_grad(loss_fn)(params, *batch)
-        products, blocks = {}, {}
-        for layer_name, layer in layers.items():
-            products[layer_name] = block_gradient(captured[layer_name], layer.bias is not None)
-            blocks[layer_name] = layers.block(expected[1], layer_name)
+        of_arrays = brought_back(layers, captured, grads)
         updates, state = tx.update(grads, state, params, captured=captured)
         params = optax.apply_updates(params, updates)
-        return params, state, ((value, grads), expected), (products, blocks)
+        return params, state, ((value, grads), expected), (of_arrays, grads)
 
     state = tx.init(params)
     for _ in range(STEPS):
