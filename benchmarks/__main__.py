@@ -12,6 +12,7 @@ ENTRIES: Mapping[str, Mapping[str, str]] = {
     },
     "experiments": {
         "autoencoder": "the deep autoencoder with LocoProp, FOOF, LNB, K-FAC, RMSProp and Adam",
+        "claims": "the headline claims of the five papers, and what the stored runs say of each",
         "ablations": "LocoProp with one thing changed at a time; a classifier; first-order methods",
         "neurons": "LNB and FOOF beside momentum, Adam and Muon, from dense layers to a ViT",
         "gauss_newton": "K-FAC, KFLR, KFRA and natural gradients: races, alignment, damping",

@@ -25,7 +25,7 @@ from benchmarks.shared.models import LanguageModel
 from benchmarks.shared.report import aligned
 from benchmarks.shared.timing import bytes_of
 from locoprop_jax._neurons.amortised import AmortisedState
-from locoprop_jax._neurons.boosting import metric_flops
+from locoprop_jax._neurons.layer_system import metric_flops
 
 PRODUCTS = 3  # with the metric, in a step of LNB: two iterations, and one for its start
 

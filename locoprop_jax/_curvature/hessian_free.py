@@ -212,7 +212,9 @@ def _shortened(rises: Callable[[Array], Array], halvings: int, dtype: Any) -> Fl
         share, _, count = found
         return share / 2, rises(share / 2), count + 1
 
-    share, is_rising, _ = jax.lax.while_loop(is_open, halve, (whole, rises(whole), 0))
+    share, is_rising, _ = jax.lax.while_loop(
+        is_open, halve, (whole, rises(whole), jnp.zeros([], jnp.int32))
+    )
     return jnp.where(is_rising, 0, share)
 
 
