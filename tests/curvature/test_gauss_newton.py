@@ -318,6 +318,71 @@ def test_no_more_than_the_last_update_itself_is_added(part):
     np.testing.assert_allclose(state.model_change, change, rtol=1e-6)
 
 
+def test_between_measurements_the_curvature_is_what_was_measured_last():
+    """Of d = g its ratio to d'g, and with the last update s the angle, in the metric of GGN."""
+    params, batch = NET.params(), NET.data()
+    tx = lp.scale_by_gauss_newton_step(momentum=True, damping=0.3, model_period=5, bounded=False)
+    step = line(NET, batch)
+    first, state = step(tx, params, tx.init(params))
+    assert state.reduction_ratio == 1  # nothing was judged yet: every step is measured
+    moved = jax.tree.map(np.subtract, params, first)
+    noisy = state._replace(reduction_ratio=np.asarray(0.1))
+    carried, state = step(tx, moved, noisy)
+    slope, last = NET.slope(moved, *batch), flat(first)
+    own, square = noisy.carried.ratio * slope @ slope, noisy.carried.square
+    both = noisy.carried.cosine * np.sqrt(own * square)
+    basis = np.stack([slope, last], 1)
+    matrix = np.asarray([[own, both], [both, square]]) + float(state.damping) * basis.T @ basis
+    steps = np.linalg.solve(matrix, basis.T @ slope)
+    np.testing.assert_allclose(flat(carried), basis @ steps, rtol=1e-6)
+    old = NET.gauss_newton(params, *batch)
+    np.testing.assert_allclose(square, last @ old @ last, rtol=1e-6)
+    # The fifth is measured, because the sixth judges it.
+    _, measured = step(tx, moved, noisy._replace(count=np.asarray(4, np.int32)))
+    matrix = NET.gauss_newton(moved, *batch)
+    ratio = slope @ matrix @ slope / (slope @ slope)
+    np.testing.assert_allclose(measured.carried.ratio, ratio, rtol=1e-6)
+
+
+def test_the_learning_rate_is_part_of_the_step():
+    """Momentum and the judgment are of the step as it was taken."""
+    params, batch = NET.params(), NET.data()
+    step = line(NET, batch)
+    whole = lp.scale_by_gauss_newton_step(bounded=False)
+    scaled = lp.scale_by_gauss_newton_step(bounded=False, learning_rate=lambda count: 0.5)
+    (full, _), (half, state) = (step(tx, params, tx.init(params)) for tx in (whole, scaled))
+    chex.assert_trees_all_close(half, jax.tree.map(lambda u: 0.5 * u, full), rtol=1e-6)
+    chex.assert_trees_all_close(state.previous, half)
+    d, slope = flat(half), NET.slope(params, *batch)
+    damped = NET.gauss_newton(params, *batch) + float(state.damping) * np.eye(len(d))
+    np.testing.assert_allclose(state.model_change, d @ damped @ d / 2 - d @ slope, rtol=1e-6)
+
+
+def test_a_hessian_free_step_is_halved_while_the_loss_of_its_batch_rises():
+    """The model of tanh, from where it is nearly flat, goes far beyond its minimum."""
+
+    def loss_fn(params, x):
+        return lp.losses.squared_error(jnp.tanh(x @ params["w"]), jnp.zeros((4, 1))).mean()
+
+    params, x = {"w": jnp.full((1, 1), 1.5)}, jnp.ones((4, 1))
+    value, grads = jax.value_and_grad(loss_fn)(params, x)
+    moves = {}
+    for halvings in (0, 20):
+        tx = lp.scale_by_hessian_free(damping=0.0, halvings=halvings)
+        line_search = {"value": value, "value_fn": lambda p: loss_fn(p, x)}
+        update, state = tx.update(grads, tx.init(params), params, **line_search)
+        after = float(loss_fn(jax.tree.map(jnp.subtract, params, update), x))
+        moves[halvings] = float(update["w"][0, 0]), after, float(state.model_change)
+    (whole, rose, _), (part, fell, change) = moves[0], moves[20]
+    assert rose > value >= fell
+    share = part / whole
+    assert share < 1
+    np.testing.assert_allclose(np.log2(share), np.round(np.log2(share)), atol=1e-5)
+    # The whole step d ends at the minimum of the model, which a share of it reaches in part.
+    expected = -(share - share**2 / 2) * whole * float(grads["w"][0, 0])
+    np.testing.assert_allclose(change, expected, rtol=1e-4)
+
+
 @functools.cache
 def bounded_and_free():
     """Two transformations, and a step of a loss in units that its batch says."""
