@@ -119,7 +119,7 @@ def measured(
         task = make()
         with mock.patch.object(stacking, "stacks_by_default", lambda: chosen):
             # A period first: inversions are more frequent in the beginning.
-            own: Cost = cost(task, METHODS[method], steps, warm=steps)
+            own: Cost = cost(task, METHODS[method], steps)
     except Exception as error:  # the other cells have to go on, whatever happened to this one
         return {"error": _words(error)}
     return {

@@ -105,8 +105,11 @@ class Cost(NamedTuple):
         return self.trace + self.compile
 
 
-def cost(task: Task, method: Method, steps: int, warm: int = 2) -> Cost:
-    """Of a step that is traced and compiled anew, timed after a few to warm up."""
+def cost(task: Task, method: Method, steps: int) -> Cost:
+    """Of a step that is traced and compiled anew, timed after as many others.
+
+    At first inversions are more frequent than they are later.
+    """
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
         return task.loss_fn(params, batch)  # anew, or what JAX remembers of it would be free
@@ -124,7 +127,7 @@ def cost(task: Task, method: Method, steps: int, warm: int = 2) -> Cost:
     built = time.perf_counter()
 
     size = bytes_of(state.opt_state)
-    for _ in range(warm):
+    for _ in range(steps):
         state, _ = compiled(state, task.batch, everything)
     jax.block_until_ready(state)
     first = time.perf_counter()
