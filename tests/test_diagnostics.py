@@ -28,6 +28,7 @@ OF_STEPS = {
     "model_change",
     "reduction_ratio",
     "radius",
+    "curvature_ratio",
     "length",
 }
 # The names of the states of a method, and what each is asked for beside its counters.

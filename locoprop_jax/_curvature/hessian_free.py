@@ -29,6 +29,7 @@ from locoprop_jax._curvature.quadratic import (
     levenberg_marquardt,
     like,
     quadratic_model,
+    squared_norm,
     with_l2,
 )
 
@@ -169,12 +170,14 @@ def scale_by_hessian_free(
             damped, slope, iterations, tolerance, start=state.previous
         )
 
+        def total(loss: Any, at: Any) -> Array:
+            return loss.astype(dtype) + eta / 2 * squared_norm(at).astype(dtype)
+
+        now = total(jnp.asarray(value), params)
+
         def rises(share: Array) -> Array:
             new = jax.tree.map(jnp.subtract, params, like(_linalg.scale(solution, share), params))
-            now, then = (
-                _with_l2(loss, at, l2) for loss, at in ((value, params), (value_fn(new), new))
-            )
-            return ~(then <= now + 8 * jnp.finfo(dtype).eps * jnp.abs(now))
+            return ~(total(value_fn(new), new) <= now + 8 * jnp.finfo(dtype).eps * jnp.abs(now))
 
         share = _shortened(rises, halvings, dtype)
         along, rest = _linalg.dot(solution, slope), _linalg.dot(solution, residual)
@@ -216,11 +219,6 @@ def _shortened(rises: Callable[[Array], Array], halvings: int, dtype: Any) -> Fl
         is_open, halve, (whole, rises(whole), jnp.zeros([], jnp.int32))
     )
     return jnp.where(is_rising, 0, share)
-
-
-def _with_l2(loss: Any, params: Any, l2: Any) -> Array:
-    wide = _linalg.wide(params)
-    return jnp.asarray(loss) + jnp.asarray(l2) / 2 * _linalg.dot(wide, wide)
 
 
 def hessian_free(

@@ -253,7 +253,7 @@ def judge(
     old, dtype = jax.tree.map(jnp.add, params, update), change.dtype
     fall = value_fn(old).astype(dtype) - jnp.asarray(value, dtype)
     if not is_number(l2) or l2 > 0:
-        growth = _squares(params) - _squares(old)
+        growth = squared_norm(params) - squared_norm(old)
         fall = fall - jnp.asarray(l2, dtype) / 2 * growth.astype(dtype)
     rest = _linalg.dot(_linalg.wide(slope), _linalg.wide(update)).astype(dtype)
     return Verdict(-fall / jnp.where(change < 0, change, -jnp.inf), fall, rest)
@@ -333,5 +333,5 @@ def dtype_of_model(params: Tree) -> Any:
     return wide_dtype(jax.tree.leaves(params))
 
 
-def _squares(params: Tree) -> Scalar:
+def squared_norm(params: Tree) -> Scalar:
     return _linalg.dot(_linalg.wide(params), _linalg.wide(params))

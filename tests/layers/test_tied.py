@@ -171,6 +171,7 @@ def test_of_several_uses_the_ones_with_fewer_inputs_are_the_layers_own():
     close(arrays.rows(float).pull(arrays.cotangent_rows(float)), grads["table"].T)
 
 
+@pytest.mark.filterwarnings("ignore::locoprop_jax.CostWarning")
 def test_exact_columns_of_words_stand_alone():
     """K-FAC's factor adds up words, not what several of them make of one column."""
     arrays = captured_of(curvature="ggn_exact")[1]["table"]

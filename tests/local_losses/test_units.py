@@ -47,13 +47,17 @@ def local_problems(net, params, batch, divergence):
         still = jax.tree.map(jnp.zeros_like, problem.slope)
         return still, (problem.cotangents, problem.learning_rate)
 
+    def nothing_told(block):
+        rows = int(np.prod(np.shape(batch[0])[:-1]))
+        return jnp.zeros((rows, block["kernel"].shape[-1])), jnp.zeros(())
+
     tx = lp.scale_by_local_loss(
         net.layers(),
         1.0,
         gamma=GAMMA,
         relative=True,
         divergence=divergence,
-        solver=lp.Solver("tell", lambda block: (), tell),
+        solver=lp.Solver("tell", nothing_told, tell),
     )
     return update_function(net, tx)(params, tx.init(params), *batch)[1].inner
 
