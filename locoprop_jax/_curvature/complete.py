@@ -22,6 +22,8 @@ class Steps(NamedTuple):
       momentum: whether the last update is a direction as well.
       l2: eta, of what is added to the loss.
       model_period: the steps from one measurement of the model's curvature to the next.
+      halvings: of a step that makes the loss of its own batch rise, at most.
+      is_judged: whether gamma is adapted as the next batch judges, and not by the model.
     """
 
     damping: float
@@ -29,6 +31,8 @@ class Steps(NamedTuple):
     momentum: bool
     l2: float
     model_period: int = 1
+    halvings: int = 0
+    is_judged: bool = False
 
 
 def complete(
@@ -52,6 +56,8 @@ def complete(
         l2=steps.l2,
         momentum=steps.momentum,
         model_period=steps.model_period,
+        halvings=steps.halvings,
+        inner_damping_by="next" if steps.is_judged else "model",
         learning_rate=learning_rate,
     )
     return optax.chain(step, optax.scale(-1))

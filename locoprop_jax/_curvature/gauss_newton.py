@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from locoprop_jax import _linalg
 from locoprop_jax._checks import (
@@ -18,6 +18,7 @@ from locoprop_jax._checks import (
     check_state,
     check_whole,
 )
+from locoprop_jax._curvature.candidate import Candidate, combined, halved, judged_damping
 from locoprop_jax._curvature.products import network_of
 from locoprop_jax._curvature.quadratic import (
     RADIUS,
@@ -93,6 +94,8 @@ def scale_by_gauss_newton_step(
     momentum: bool = False,
     bounded: bool = True,
     model_period: int = 1,
+    halvings: int = 0,
+    inner_damping_by: str = "model",
     learning_rate: optax.ScalarOrSchedule = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
     """The step along a direction that is best for the full Gauss-Newton model (practical GN, B.2).
@@ -147,6 +150,13 @@ def scale_by_gauss_newton_step(
         ratio of both that was measured last, and the last update the angle with it that it had
         then. Every step is measured as long as the model keeps three quarters of what it promises,
         as it does without noise.
+      halvings: how often a step is halved, at most, as long as the loss of its own batch would
+        rise; where it still does, nothing moves. Each look costs a pass forward. 0 to take the step
+        as it is.
+      inner_damping_by: how gamma is adapted: "model" as said above, or "next" as the next batch
+        judges, when tau is: it shrinks to a tenth where the model kept three quarters of its
+        promise twice in a row, and grows twice as fast, up to the first gamma, where it kept less
+        than a quarter.
       learning_rate: multiplies the step of the model; a number or a schedule. What the state keeps
         of the last step, momentum and the judgment are of the step as it was taken.
 
@@ -175,6 +185,10 @@ def scale_by_gauss_newton_step(
     check_not_negative(damping=damping, inner_damping=inner_damping, l2=l2)
     check_positive(decay=decay)
     check_whole(damping_period=damping_period, inner_damping_period=inner_damping_period)
+    check_whole(model_period=model_period)
+    check_not_negative(halvings=halvings)
+    if inner_damping_by not in ("model", "next"):
+        raise ValueError(f"`inner_damping_by` is 'model' or 'next', got {inner_damping_by!r}.")
     is_adapted = callable(direction)
 
     def of_damping(gamma: Any) -> optax.GradientTransformationExtraArgs:
@@ -233,8 +247,9 @@ def scale_by_gauss_newton_step(
             radius = adapted_radius(state.radius, state.length, verdict, factor)
             return levenberg_marquardt(state.damping, verdict, factor), radius, verdict.ratio
 
+        is_judged = ok & (state.count % damping_period == 0) & (state.model_change < 0)
         adapted, radius, ratio = jax.lax.cond(
-            ok & (state.count % damping_period == 0) & (state.model_change < 0),
+            is_judged,
             judged,
             lambda: (state.damping, state.radius, state.reduction_ratio),
         )
@@ -270,13 +285,20 @@ def scale_by_gauss_newton_step(
             steps = rate * steps
             change = model.change(total, steps)
             known = jax.tree.map(lambda x: x.astype(dtype), Carried.of(model, steps))
-            return Candidate(directions, inner, tau, steps, change, length, known)
+            fall = (steps @ model.slope).astype(dtype)
+            return Candidate(directions, inner, tau, steps, change, fall, length, known)
 
         def tried(gamma: Array) -> Array:
             return candidate(gamma, is_tried=True).change
 
         gamma = state.inner_damping
-        if is_adapted:
+        if is_adapted and inner_damping_by == "next":
+            gamma = jnp.where(
+                is_judged,
+                judged_damping(gamma, inner_damping, ratio, state.reduction_ratio),
+                gamma,
+            )
+        elif is_adapted:
             # What comes out of a conditional is copied: a number, and not the direction's state.
             due = ok & (state.count % inner_damping_period == 0) & (state.count > 0)
             factor = jnp.asarray(decay, dtype) ** inner_damping_period
@@ -288,10 +310,12 @@ def scale_by_gauss_newton_step(
                 lambda: state.inner_damping,
             )
         best = candidate(gamma)
+        if halvings:
+            best = halved(best, value_fn, value, params, l2, halvings)
         # A model that overflows would leave a damping or a radius that no later batch can shrink.
         ok = ok & _linalg.all_finite((best.damping, best.steps, best.length))
         # One array is the state and what the update is made of.
-        step = _linalg.wide(_combined(best.directions, best.steps))
+        step = _linalg.wide(combined(best.directions, best.steps))
         last = _linalg.where(ok, step, state.previous)
         step = like(last, params)
         new = state._replace(
@@ -313,39 +337,9 @@ def scale_by_gauss_newton_step(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class Candidate(NamedTuple):
-    """A step that may be taken.
-
-    Attributes:
-      directions: what it is made of.
-      inner: the state of the first direction.
-      damping: tau.
-      steps: how much of each direction is in it.
-      change: of the model by the step; not positive.
-      length: of the step in the metric of the outputs.
-      carried: what its model says of the next steps'.
-    """
-
-    directions: list[Tree]
-    inner: Any
-    damping: Scalar
-    steps: Float[Array, " k"]
-    change: Scalar
-    length: Scalar
-    carried: Carried
-
-
 def _kept(
     ok: Bool[Array, ""], new: GaussNewtonStepState, old: GaussNewtonStepState
 ) -> GaussNewtonStepState:
     """The numbers of the new state, or of the old; the trees are not for this to choose."""
     numbers = (state._replace(previous=None, inner=None) for state in (new, old))
     return _linalg.where(ok, *numbers)
-
-
-def _combined(directions: list[Tree], steps: Float[Array, " k"]) -> Tree:
-    scaled = [_linalg.scale(d, step) for d, step in zip(directions, steps, strict=True)]
-    total = scaled[0]
-    for other in scaled[1:]:
-        total = _linalg.add(total, other)
-    return total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +28,7 @@ from locoprop_jax._curvature.quadratic import (
     levenberg_marquardt,
     like,
     quadratic_model,
+    shortened,
     squared_norm,
     with_l2,
 )
@@ -179,7 +179,7 @@ def scale_by_hessian_free(
             new = jax.tree.map(jnp.subtract, params, like(_linalg.scale(solution, share), params))
             return ~(total(value_fn(new), new) <= now + 8 * jnp.finfo(dtype).eps * jnp.abs(now))
 
-        share = _shortened(rises, halvings, dtype)
+        share = shortened(rises, halvings, dtype)
         along, rest = _linalg.dot(solution, slope), _linalg.dot(solution, residual)
         change = share * (share * (along - rest) / 2 - along)
         solution = _linalg.scale(solution, share)
@@ -199,26 +199,6 @@ def scale_by_hessian_free(
         return _linalg.where(ok, step, _linalg.zeros_like(step)), _linalg.where(ok, new, refused)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _shortened(rises: Callable[[Array], Array], halvings: int, dtype: Any) -> Float[Array, ""]:
-    """The first of 1, 1/2, 1/4... of a step with which the loss does not rise; zero if none is."""
-    whole = jnp.ones((), dtype)
-    if halvings == 0:
-        return whole
-
-    def is_open(found: tuple[Array, Array, Array]) -> Array:
-        _, is_rising, count = found
-        return is_rising & (count < halvings)
-
-    def halve(found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        share, _, count = found
-        return share / 2, rises(share / 2), count + 1
-
-    share, is_rising, _ = jax.lax.while_loop(
-        is_open, halve, (whole, rises(whole), jnp.zeros([], jnp.int32))
-    )
-    return jnp.where(is_rising, 0, share)
 
 
 def hessian_free(

@@ -171,11 +171,12 @@ def natural_gradient(
     samples: int = 1,
     damping: float = 1.0,
     step_damping: float = 0.1,
-    adapt_damping: bool = False,
+    adapt_damping: bool = True,
     block_diagonal: bool = False,
     curvature: str = "captured",
     period: int = 1,
     momentum: bool = True,
+    halvings: int = 10,
     l2: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """The exact natural gradient with steps from the Gauss-Newton model: nothing to tune.
@@ -189,14 +190,17 @@ def natural_gradient(
       learning_rate: multiplies the step of the model; best left at one.
       batch_size: examples per batch, to divide by the Fisher of the previous one.
       samples: of its curvature cotangents.
-      damping: the first lambda, in units of the Fisher's mean eigenvalue.
+      damping: the first lambda, in units of the Fisher's mean eigenvalue, and the largest.
       step_damping: the first tau, in units of the curvature along the first direction.
-      adapt_damping: whether lambda is adapted too: every 20 steps the best of three, which costs
-        three more inversions. The step makes up for much of what lambda does.
+      adapt_damping: whether lambda is adapted too. It shrinks to a tenth where the next batch finds
+        that the model kept three quarters of what it promised, as it does without noise, and grows
+        back where it kept less than a quarter. Full batches of physics-informed losses need next to
+        no damping, small batches all of it.
       block_diagonal: whether each layer has a system of its own.
       curvature: "captured" or "empirical".
       period: the steps from one replacement of the batch kept to the next.
       momentum: whether the step is the best one along the direction and the last update.
+      halvings: of a step that makes the loss of its own batch rise, at most; 0 for none.
       l2: eta of `eta / 2 |params|^2`, added to the loss.
 
     Returns:
@@ -219,7 +223,7 @@ def natural_gradient(
         lambda gamma: direction(damping=gamma),
         damping,
         learning_rate,
-        Steps(step_damping, adapt_damping, momentum, l2),
+        Steps(step_damping, adapt_damping, momentum, l2, halvings=halvings, is_judged=True),
     )
 
 

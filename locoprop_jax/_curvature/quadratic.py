@@ -293,6 +293,26 @@ def best_of_three(change: Callable[[Scalar], Scalar], gamma: Scalar, factor: Sca
     return jax.lax.fori_loop(0, 3, better, (gamma, jnp.asarray(jnp.inf, factor.dtype)))[0]
 
 
+def shortened(rises: Callable[[Array], Array], halvings: int, dtype: Any) -> Float[Array, ""]:
+    """The first of 1, 1/2, 1/4... of a step with which the loss does not rise; zero if none is."""
+    whole = jnp.ones((), dtype)
+    if halvings == 0:
+        return whole
+
+    def is_open(found: tuple[Array, Array, Array]) -> Array:
+        _, is_rising, count = found
+        return is_rising & (count < halvings)
+
+    def halve(found: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        share, _, count = found
+        return share / 2, rises(share / 2), count + 1
+
+    share, is_rising, _ = jax.lax.while_loop(
+        is_open, halve, (whole, rises(whole), jnp.zeros([], jnp.int32))
+    )
+    return jnp.where(is_rising, 0, share)
+
+
 def check_line(method: str, *, value_fn: ValueFn | None, **others: Any) -> ValueFn:
     """The loss as a function of the parameters; refuse missing arguments, and some parameters.
 

@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import locoprop_jax as lp
+from locoprop_jax._curvature.candidate import judged_damping
 from locoprop_jax._curvature.quadratic import Verdict, adapted_radius, levenberg_marquardt
 from tests.dense_nets import (
     Net,
@@ -358,7 +359,27 @@ def test_the_learning_rate_is_part_of_the_step():
     np.testing.assert_allclose(state.model_change, d @ damped @ d / 2 - d @ slope, rtol=1e-6)
 
 
-def test_a_hessian_free_step_is_halved_while_the_loss_of_its_batch_rises():
+def gauss_newton_along_the_gradient(**options):
+    return lp.scale_by_gauss_newton_step(bounded=False, **options)
+
+
+@pytest.mark.parametrize(
+    "ratio, before, expected",
+    [
+        (1.0, 0.8, 0.01),
+        (1.0, 0.5, 0.1),  # once is chance
+        (0.5, 1.0, 0.1),
+        (0.2, 1.0, 2.0),  # to what it was at first
+        (np.nan, 1.0, 0.1),
+    ],
+)
+def test_gamma_shrinks_where_the_next_batches_find_the_model_right(ratio, before, expected):
+    gamma = judged_damping(jnp.asarray(0.1), 2.0, jnp.asarray(ratio), jnp.asarray(before))
+    np.testing.assert_allclose(gamma, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [lp.scale_by_hessian_free, gauss_newton_along_the_gradient])
+def test_a_step_is_halved_while_the_loss_of_its_batch_rises(make):
     """The model of tanh, from where it is nearly flat, goes far beyond its minimum."""
 
     def loss_fn(params, x):
@@ -368,8 +389,8 @@ def test_a_hessian_free_step_is_halved_while_the_loss_of_its_batch_rises():
     value, grads = jax.value_and_grad(loss_fn)(params, x)
     moves = {}
     for halvings in (0, 20):
-        tx = lp.scale_by_hessian_free(damping=0.0, halvings=halvings)
-        line_search = {"value": value, "value_fn": lambda p: loss_fn(p, x)}
+        tx = make(damping=0.0, halvings=halvings)
+        line_search = {"value": value, "value_fn": lambda p: loss_fn(p, x), "grad": grads}
         update, state = tx.update(grads, tx.init(params), params, **line_search)
         after = float(loss_fn(jax.tree.map(jnp.subtract, params, update), x))
         moves[halvings] = float(update["w"][0, 0]), after, float(state.model_change)
