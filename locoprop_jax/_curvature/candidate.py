@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -14,9 +13,7 @@ from locoprop_jax._curvature.quadratic import (
     Scalar,
     Tree,
     ValueFn,
-    like,
-    shortened,
-    squared_norm,
+    share_without_rise,
 )
 
 
@@ -57,18 +54,8 @@ def halved(
 ) -> Candidate:
     """With the share of its step with which the loss of its own batch does not rise."""
     dtype = best.change.dtype
-    whole = like(combined(best.directions, best.steps), params)
-
-    def total(loss: Any, at: Tree) -> Array:
-        return loss.astype(dtype) + jnp.asarray(l2, dtype) / 2 * squared_norm(at).astype(dtype)
-
-    now = total(jnp.asarray(value), params)
-
-    def rises(share: Array) -> Array:
-        new = jax.tree.map(lambda p, s: p - share.astype(s.dtype) * s, params, whole)
-        return ~(total(value_fn(new), new) <= now + 8 * jnp.finfo(dtype).eps * jnp.abs(now))
-
-    share = shortened(rises, halvings, dtype)
+    whole = _linalg.wide(combined(best.directions, best.steps))
+    share = share_without_rise(value_fn, value, params, whole, l2, halvings, dtype)
     return best._replace(
         steps=best.steps * share.astype(best.steps.dtype),
         change=jnp.square(share) * (best.change + best.fall) - share * best.fall,

@@ -255,7 +255,7 @@ def scale_by_gauss_newton_step(
         )
 
         loss = most_fall(network, value, l2, dtype)
-        first = radius
+        radius_before = radius
         radius = jnp.where(radius > 0, radius, RADIUS * loss)
         bounds = (loss, 1.0, radius) if bounded else ()
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
@@ -264,19 +264,19 @@ def scale_by_gauss_newton_step(
         def candidate(gamma: Array, is_tried: bool = False) -> Candidate:
             found, inner = of_damping(gamma).update(incoming, state.inner, params, **extra_args)
             directions = [found, previous] if momentum else [found]
-            model = quadratic_model(slope, directions, jnp.zeros(()))
 
-            def measured() -> Array:
-                return curvature_along(network.at(params), directions).astype(model.slope.dtype)
+            def measured(slopes: Array) -> Array:
+                return curvature_along(network.at(params), directions).astype(slopes.dtype)
 
-            def carried() -> Array:
-                return state.carried.curvature(model.slope).astype(model.slope.dtype)
+            def carried(slopes: Array) -> Array:
+                return state.carried.curvature(slopes).astype(slopes.dtype)
 
-            if is_tried or model_period == 1:
-                curvature = measured()
-            else:
-                curvature = jax.lax.cond(is_measured, measured, carried)
-            model = model._replace(curvature=curvature)
+            def measured_if_due(slopes: Array) -> Array:
+                return jax.lax.cond(is_measured, measured, carried, slopes)
+
+            is_always = is_tried or model_period == 1
+            curvature = measured if is_always else measured_if_due
+            model = quadratic_model(slope, directions, curvature)
             first = jnp.asarray(damping, dtype) * model.rayleigh
             tau = jnp.where(state.count == 0, first, adapted)
             total = tau + jnp.asarray(l2, dtype)
@@ -304,9 +304,7 @@ def scale_by_gauss_newton_step(
             factor = jnp.asarray(decay, dtype) ** inner_damping_period
             gamma = jax.lax.cond(
                 due,
-                lambda: best_of_three(
-                    lambda g: candidate(g, is_tried=True).change, state.inner_damping, factor
-                ),
+                lambda: best_of_three(tried, state.inner_damping, factor),
                 lambda: state.inner_damping,
             )
         best = candidate(gamma)
@@ -326,7 +324,7 @@ def scale_by_gauss_newton_step(
             model_change=best.change,
             reduction_ratio=ratio,
             # A loss of zero has no share to be the first radius.
-            radius=jnp.where(jnp.asarray(value) == 0, first, radius),
+            radius=jnp.where(jnp.asarray(value) == 0, radius_before, radius),
             length=best.length,
             carried=best.carried,
         )

@@ -28,8 +28,7 @@ from locoprop_jax._curvature.quadratic import (
     levenberg_marquardt,
     like,
     quadratic_model,
-    shortened,
-    squared_norm,
+    share_without_rise,
     with_l2,
 )
 
@@ -155,7 +154,7 @@ def scale_by_hessian_free(
             return _linalg.wide(network.pull(network.hessian(pushed)))
 
         along = [like(slope, params)]
-        unit = quadratic_model(slope, along, curvature_along(network, along)).rayleigh
+        unit = quadratic_model(slope, along, lambda _: curvature_along(network, along)).rayleigh
         first = jnp.asarray(damping, dtype) * unit.astype(dtype)
         last, factor = like(state.previous, params), jnp.asarray(damping_decay, dtype)
         verdict = judge(value_fn, value, slope, params, last, l2, state.model_change)
@@ -169,19 +168,9 @@ def scale_by_hessian_free(
         solution, residual, made = _iterative.truncated_conjugate_gradient(
             damped, slope, iterations, tolerance, start=state.previous
         )
-
-        def total(loss: Any, at: Any) -> Array:
-            return loss.astype(dtype) + eta / 2 * squared_norm(at).astype(dtype)
-
-        now = total(jnp.asarray(value), params)
-
-        def rises(share: Array) -> Array:
-            new = jax.tree.map(jnp.subtract, params, like(_linalg.scale(solution, share), params))
-            return ~(total(value_fn(new), new) <= now + 8 * jnp.finfo(dtype).eps * jnp.abs(now))
-
-        share = shortened(rises, halvings, dtype)
-        along, rest = _linalg.dot(solution, slope), _linalg.dot(solution, residual)
-        change = share * (share * (along - rest) / 2 - along)
+        share = share_without_rise(value_fn, value, params, solution, l2, halvings, dtype)
+        fall, rest = _linalg.dot(solution, slope), _linalg.dot(solution, residual)
+        change = share * (share * (fall - rest) / 2 - fall)
         solution = _linalg.scale(solution, share)
         new = HessianFreeState(
             state.count + 1,

@@ -52,13 +52,14 @@ class Model(NamedTuple):
         return jnp.where(jnp.isfinite(change), change, 0)
 
 
-def quadratic_model(slope: Tree, directions: list[Tree], curvature: Float[Array, "k k"]) -> Model:
-    """What the model knows of some directions."""
-    return Model(
-        jnp.stack([_product(slope, direction) for direction in directions]),
-        curvature,
-        _gram(directions, directions),
-    )
+def quadratic_model(
+    slope: Tree,
+    directions: list[Tree],
+    curvature: Callable[[Float[Array, " k"]], Float[Array, "k k"]],
+) -> Model:
+    """What the model knows of some directions; their curvature is told of their slopes."""
+    slopes = jnp.stack([_product(slope, direction) for direction in directions])
+    return Model(slopes, curvature(slopes), _gram(directions, directions))
 
 
 def curvature_along(network: Linearised, directions: list[Tree]) -> Float[Array, "k k"]:
@@ -253,7 +254,7 @@ def judge(
     old, dtype = jax.tree.map(jnp.add, params, update), change.dtype
     fall = value_fn(old).astype(dtype) - jnp.asarray(value, dtype)
     if not is_number(l2) or l2 > 0:
-        growth = squared_norm(params) - squared_norm(old)
+        growth = _squared_norm(params) - _squared_norm(old)
         fall = fall - jnp.asarray(l2, dtype) / 2 * growth.astype(dtype)
     rest = _linalg.dot(_linalg.wide(slope), _linalg.wide(update)).astype(dtype)
     return Verdict(-fall / jnp.where(change < 0, change, -jnp.inf), fall, rest)
@@ -293,11 +294,38 @@ def best_of_three(change: Callable[[Scalar], Scalar], gamma: Scalar, factor: Sca
     return jax.lax.fori_loop(0, 3, better, (gamma, jnp.asarray(jnp.inf, factor.dtype)))[0]
 
 
-def shortened(rises: Callable[[Array], Array], halvings: int, dtype: Any) -> Float[Array, ""]:
-    """The first of 1, 1/2, 1/4... of a step with which the loss does not rise; zero if none is."""
+def share_without_rise(
+    value_fn: ValueFn,
+    value: Any,
+    params: Tree,
+    step: Tree,
+    l2: Any,
+    halvings: int,
+    dtype: Any,
+) -> Scalar:
+    """The first of 1, 1/2, 1/4... of a step with which the loss does not rise; zero if none is.
+
+    Args:
+      value_fn: the loss of the batch.
+      value: it at the parameters.
+      params: where the step begins.
+      step: that is subtracted, in a wide dtype.
+      l2: eta of `eta / 2 |params|^2`, which the loss includes.
+      halvings: at most; with none the step is not looked at.
+      dtype: of the share.
+    """
     whole = jnp.ones((), dtype)
     if halvings == 0:
         return whole
+
+    def total(loss: Any, at: Tree) -> Array:
+        return loss.astype(dtype) + jnp.asarray(l2, dtype) / 2 * _squared_norm(at).astype(dtype)
+
+    now = total(jnp.asarray(value), params)
+
+    def rises(share: Array) -> Array:
+        new = jax.tree.map(jnp.subtract, params, like(_linalg.scale(step, share), params))
+        return ~(total(value_fn(new), new) <= now + 8 * jnp.finfo(dtype).eps * jnp.abs(now))
 
     def is_open(found: tuple[Array, Array, Array]) -> Array:
         _, is_rising, count = found
@@ -353,5 +381,5 @@ def dtype_of_model(params: Tree) -> Any:
     return wide_dtype(jax.tree.leaves(params))
 
 
-def squared_norm(params: Tree) -> Scalar:
+def _squared_norm(params: Tree) -> Scalar:
     return _linalg.dot(_linalg.wide(params), _linalg.wide(params))
